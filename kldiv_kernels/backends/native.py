@@ -1,0 +1,98 @@
+"""The compiled backends: loads the shared library and calls its operators."""
+
+from __future__ import annotations
+
+import functools
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from kldiv_kernels.backends import Call
+
+LIBRARY = Path(__file__).resolve().parent.parent / "libkldiv_kernels.so"
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+# Floats a row in the saved state: exponent reference, scaled sum and offset of both softmaxes, then for each
+# statistic its two gradient sums and three constants (csrc/cpu/rows.h).
+_STATE_OF_ROW, _STATE_OF_STATISTIC = 6, 5
+
+
+@functools.cache
+def load() -> str | None:
+    """Load the shared library once; the reason why that is not possible, or None."""
+    if not LIBRARY.exists():
+        return (
+            "the compiled part was not built (KLDIV_BUILD=0, or a source tree without a build); "
+            "run: pip install --no-build-isolation ."
+        )
+    try:
+        torch.ops.load_library(str(LIBRARY))
+    except OSError as error:
+        return f"{LIBRARY.name} does not load: {error}"
+    return None
+
+
+@functools.cache
+def served() -> frozenset[str]:
+    """The statistics that the C++ code has."""
+    if load() is not None:
+        return frozenset()
+    return frozenset(torch.ops.kldiv_kernels_native.served())
+
+
+class NativeCpuBackend:
+    name = "cpu"
+
+    def unavailable(self) -> str | None:
+        return load()
+
+    def unsupported(self, call: Call) -> str | None:
+        tensors = [call.logits] if call.reference is None else [call.logits, call.reference]
+        for tensor in tensors:
+            if tensor.device.type != "cpu":
+                return f"it serves CPU tensors, not {tensor.device}"
+            if tensor.dtype not in DTYPES:
+                return f"it serves float32, bfloat16 and float16, not {tensor.dtype}"
+        missing = [name for name in call.stats if name not in served()]
+        if missing:
+            return f"it has no {', '.join(missing)}"
+        return None
+
+    def state_rows(self, stats: tuple[str, ...]) -> int:
+        return _STATE_OF_ROW + _STATE_OF_STATISTIC * len(stats)
+
+    def forward(self, call: Call, with_state: bool) -> tuple[Tensor, Tensor]:
+        values, state, _, _ = torch.ops.kldiv_kernels_native.forward(
+            *_arguments(call), None, with_state, False, False
+        )
+        return values, state
+
+    def backward(
+        self, call: Call, state: Tensor, coefficients: Tensor, student: bool, reference: bool
+    ) -> tuple[Tensor | None, Tensor | None]:
+        dlogits, dreference = torch.ops.kldiv_kernels_native.backward(
+            *_arguments(call), state, coefficients.contiguous(), student, reference
+        )
+        return dlogits, dreference
+
+    def one_read(
+        self, call: Call, coefficients: Tensor, student: bool, reference: bool
+    ) -> tuple[Tensor, Tensor | None, Tensor | None]:
+        values, _, dlogits, dreference = torch.ops.kldiv_kernels_native.forward(
+            *_arguments(call), coefficients.contiguous(), False, student, reference
+        )
+        return values, dlogits, dreference
+
+
+def _arguments(call: Call) -> tuple[object, ...]:
+    return (
+        call.logits.detach(),
+        None if call.reference is None else call.reference.detach(),
+        call.labels,
+        call.mask,
+        call.exclude,
+        call.token_parameters,
+        list(call.parameters),
+        list(call.stats),
+        call.vocab_size,
+    )

@@ -1,0 +1,343 @@
+"""One divergence, one short class: the PyTorch twin of `csrc/divergences.h`.
+
+Notation, per row: p = softmax(t) is the teacher (reference), q = softmax(s) the student (policy),
+u_j = log p_j - log q_j. A statistic is D = combine(sum_j value_j) and its gradients come from
+g_j = d value_j / d log q_j:  dD/ds_k = g_k - q_k sum_j g_j  (the same with p for the teacher).
+
+Every `value` is written so that each term is non-negative (a Bregman form: terms that sum to zero over a
+row, such as q_j - p_j, are added). That keeps divergences of 1e-7 accurate, and makes sum_j g_j vanish for
+the KL divergences.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cached_property
+
+import torch
+from torch import Tensor
+
+# Below this log-probability a float64 softmax underflows to 0: such a column counts as p_j = 0.
+LOG_ZERO = -745.0
+
+
+@dataclass(frozen=True)
+class Elements:
+    """log p, log q [rows, columns] and the parameters [rows, 1] that an elementwise function may use.
+
+    `sums` and `log_sum` [rows, 1] are the finished row sums, there when a gradient is asked for.
+    """
+
+    logp: Tensor
+    logq: Tensor
+    log_ratio: Tensor
+    alpha: Tensor
+    beta: Tensor
+    sums: tuple[Tensor, ...] = ()
+    log_sum: Tensor | None = None
+
+    @cached_property
+    def p(self) -> Tensor:
+        return self.logp.exp()
+
+    @cached_property
+    def q(self) -> Tensor:
+        return self.logq.exp()
+
+    @property
+    def u(self) -> Tensor:
+        return self.log_ratio
+
+    def swapped(self) -> Elements:
+        """The same columns with the roles of student and teacher exchanged."""
+        return Elements(self.logq, self.logp, -self.log_ratio, self.alpha, self.beta, self.sums, self.log_sum)
+
+    def p_times(self, x: Tensor) -> Tensor:
+        """p * x with 0 * inf = 0, and inf where p is positive but too small for the dtype."""
+        return _times(self.p, self.logp, x)
+
+    def q_times(self, x: Tensor) -> Tensor:
+        return _times(self.q, self.logq, x)
+
+
+def _times(weight: Tensor, log_weight: Tensor, x: Tensor) -> Tensor:
+    product = torch.where(x.isinf(), x, weight * x)
+    return torch.where(log_weight <= LOG_ZERO, torch.zeros_like(product), product)
+
+
+Term = Callable[[Elements], Tensor | tuple[Tensor, ...]]
+Combine = Callable[..., Tensor]
+
+
+def expm1_over(c: Tensor, u: Tensor) -> Tensor:
+    """expm1(c u) / c, which is u at c = 0."""
+    return torch.where(c == 0, u, torch.expm1(c * u) / torch.where(c == 0, torch.ones_like(c), c))
+
+
+def safe(x: Tensor) -> Tensor:
+    """A denominator that may underflow: 0 / safe(0) = 0."""
+    return x.clamp_min(torch.finfo(x.dtype).tiny)
+
+
+# --- forward KL: q (e^u u - e^u + 1) ---------------------------------------------------------------------
+def kl_value(e: Elements) -> Tensor:
+    near = e.q * (e.u * e.u.exp() - torch.expm1(e.u))
+    return torch.where(e.u.abs() < 1, near, e.p_times(e.u) - e.p + e.q)
+
+
+def kl_grad_logq(e: Elements) -> Tensor:
+    return e.q - e.p
+
+
+def kl_grad_logp(e: Elements) -> Tensor:
+    return e.p_times(e.u)
+
+
+# --- Jeffreys: (p - q) u ---------------------------------------------------------------------------------
+def jeffreys_value(e: Elements) -> Tensor:
+    near = e.q * torch.expm1(e.u) * e.u
+    return torch.where(e.u.abs() < 1, near, e.p_times(e.u) - e.q_times(e.u))
+
+
+def jeffreys_grad_logq(e: Elements) -> Tensor:
+    return e.q - e.p - e.q_times(e.u)
+
+
+# --- generalised Jensen-Shannon: m = beta p + (1 - beta) q, TRL's convention ------------------------------
+def _log_mixture(e: Elements, weight_of_p: Tensor) -> Tensor:
+    return torch.logaddexp(e.logp + weight_of_p.log(), e.logq + (1 - weight_of_p).log())
+
+
+def js_value(e: Elements) -> Tensor:
+    b, m = e.beta, e.beta * e.p + (1 - e.beta) * e.q
+    # log(q/m) = -log1p(beta expm1(u)) keeps the small differences that log q - log m would round away.
+    w = -torch.log1p(b * torch.expm1(e.u))
+    near = b * e.q * e.u.exp() * e.u + m * w
+    log_m = _log_mixture(e, b)
+    far = b * e.p_times(e.logp - log_m) + (1 - b) * e.q_times(e.logq - log_m)
+    inside = torch.where(e.u.abs() < 1, near, far)
+    return torch.where(b <= 0, kl_value(e), torch.where(b >= 1, kl_value(e.swapped()), inside))
+
+
+def js_grad_logq(e: Elements) -> Tensor:
+    inside = (1 - e.beta) * e.q_times(e.logq - _log_mixture(e, e.beta))
+    ends = torch.where(e.beta <= 0, kl_grad_logq(e), kl_grad_logp(e.swapped()))
+    return torch.where((e.beta > 0) & (e.beta < 1), inside, ends)
+
+
+def js_grad_logp(e: Elements) -> Tensor:
+    inside = e.beta * e.p_times(e.logp - _log_mixture(e, e.beta))
+    ends = torch.where(e.beta <= 0, kl_grad_logp(e), kl_grad_logq(e.swapped()))
+    return torch.where((e.beta > 0) & (e.beta < 1), inside, ends)
+
+
+# --- skew KL: KL(p || m), m = alpha p + (1 - alpha) q ----------------------------------------------------
+def skew_value(e: Elements) -> Tensor:
+    a, m = e.alpha, e.alpha * e.p + (1 - e.alpha) * e.q
+    w = -torch.log1p((1 - a) * torch.expm1(-e.u))  # log(p/m)
+    near = m * (w * w.exp() - torch.expm1(w))
+    far = e.p_times(e.logp - _log_mixture(e, a)) - e.p + m
+    return torch.where(e.u.abs() < 1, near, far)
+
+
+def skew_grad_logq(e: Elements) -> Tensor:
+    m = e.alpha * e.p + (1 - e.alpha) * e.q
+    return (1 - e.alpha) ** 2 * e.q * ((e.q - e.p) / safe(m))
+
+
+def skew_grad_logp(e: Elements) -> Tensor:
+    m = e.alpha * e.p + (1 - e.alpha) * e.q
+    return e.p_times(e.logp - _log_mixture(e, e.alpha)) + e.alpha * (1 - e.alpha) * e.p * ((e.q - e.p) / safe(m))
+
+
+# --- squared Hellinger: (sqrt p - sqrt q)^2 / 2 ----------------------------------------------------------
+def hellinger_value(e: Elements) -> Tensor:
+    near = 0.5 * e.q * torch.expm1(0.5 * e.u) ** 2
+    return torch.where(e.u.abs() < 1, near, 0.5 * ((0.5 * e.logp).exp() - (0.5 * e.logq).exp()) ** 2)
+
+
+def hellinger_grad_logq(e: Elements) -> Tensor:
+    return 0.5 * (e.q - (0.5 * (e.logp + e.logq)).exp())
+
+
+# --- total variation: |p - q| / 2, gradient 0 where p = q -------------------------------------------------
+def tvd_value(e: Elements) -> Tensor:
+    near = 0.5 * e.q * torch.expm1(e.u).abs()
+    return torch.where(e.u.abs() < 1, near, 0.5 * (e.p - e.q).abs())
+
+
+def tvd_grad_logq(e: Elements) -> Tensor:
+    return -0.5 * e.q * e.u.sign()
+
+
+# --- chi squared: (p - q)^2 / q = p^2 / q - 2 p + q ------------------------------------------------------
+def chi2_value(e: Elements) -> Tensor:
+    near = e.q * torch.expm1(e.u) ** 2
+    return torch.where(e.u.abs() < 1, near, _p_squared_over_q(e) - 2 * e.p + e.q)
+
+
+def _p_squared_over_q(e: Elements) -> Tensor:
+    return torch.where(e.logp <= LOG_ZERO, torch.zeros_like(e.p), (e.logp + e.u).exp())
+
+
+def chi2_grad_logq(e: Elements) -> Tensor:
+    return e.q - _p_squared_over_q(e)
+
+
+def chi2_grad_logp(e: Elements) -> Tensor:
+    return 2 * (_p_squared_over_q(e) - e.p)
+
+
+# --- alpha divergence: (p^a q^(1-a) - a p - (1-a) q) / (a (a-1)) -----------------------------------------
+def _alpha_half(e: Elements, a: Tensor) -> Tensor:
+    """The divergence for a >= 1/2, where nothing cancels as a goes to 1."""
+    near = e.q * (e.u.exp() * expm1_over(a - 1, e.u) - torch.expm1(e.u)) / a
+    far = (_p_expm1_over(e, a - 1) - e.p + e.q) / a
+    return torch.where(e.u.abs() < 1, near, far)
+
+
+def _p_expm1_over(e: Elements, c: Tensor) -> Tensor:
+    """p expm1(c u) / c without overflow where p is small, and without 0 * inf."""
+    x = c * e.u
+    small = e.p_times(expm1_over(c, e.u))
+    large = ((e.logp + x).exp() - e.p) / c
+    return torch.where(x < 1, small, torch.where(e.logp <= LOG_ZERO, torch.where(c > 0, -e.p, large), large))
+
+
+def alpha_value(e: Elements) -> Tensor:
+    return torch.where(e.alpha >= 0.5, _alpha_half(e, e.alpha), _alpha_half(e.swapped(), 1 - e.alpha))
+
+
+def alpha_grad_logp(e: Elements) -> Tensor:
+    return _p_expm1_over(e, e.alpha - 1)
+
+
+def alpha_grad_logq(e: Elements) -> Tensor:
+    return _p_expm1_over(e.swapped(), -e.alpha)
+
+
+# --- Renyi: log(sum_j p^a q^(1-a)) / (a-1); its gradient is a softmax of a log p + (1-a) log q ------------
+def renyi_log_sum(e: Elements) -> Tensor:
+    return torch.where(e.logp <= LOG_ZERO, torch.full_like(e.logp, -torch.inf), e.logp + (e.alpha - 1) * e.u)
+
+
+def renyi_combine(total: Tensor, log_sum: Tensor, alpha: Tensor, beta: Tensor) -> Tensor:
+    """Through log1p of the alpha divergence where the sum is near 1."""
+    near = torch.log1p((alpha * (alpha - 1) * total).clamp_min(-0.5))
+    return torch.where((log_sum.abs() < 0.5) & total.isfinite(), near, log_sum) / (alpha - 1)
+
+
+def _share_of_log_sum(e: Elements, log_term: Tensor) -> Tensor:
+    assert e.log_sum is not None
+    return (log_term - e.log_sum).exp()
+
+
+def renyi_grad_logq(e: Elements) -> Tensor:
+    return -_share_of_log_sum(e, renyi_log_sum(e))
+
+
+def renyi_grad_logp(e: Elements) -> Tensor:
+    return e.alpha / (e.alpha - 1) * _share_of_log_sum(e, renyi_log_sum(e))
+
+
+# --- collision: log sum q^2 -------------------------------------------------------------------------------
+def collision_value(e: Elements) -> Tensor:
+    return e.q * e.q
+
+
+def collision_combine(total: Tensor, alpha: Tensor, beta: Tensor) -> Tensor:
+    return total.log()
+
+
+def collision_grad_logq(e: Elements) -> Tensor:
+    return 2 * e.q * e.q / e.sums[0]
+
+
+# --- Cauchy-Schwarz: -log((sum pq)^2 / (sum p^2 sum q^2)) -------------------------------------------------
+def cauchy_schwarz_sums(e: Elements) -> tuple[Tensor, ...]:
+    difference = torch.where(e.u.abs() < 1, e.q * torch.expm1(e.u), e.p - e.q)
+    return e.q * e.q, e.p * e.p, e.q * difference, difference * difference
+
+
+def cauchy_schwarz_combine(
+    qq: Tensor, pp: Tensor, qd: Tensor, dd: Tensor, log_pq: Tensor, alpha: Tensor, beta: Tensor
+) -> Tensor:
+    """With d = p - q: 1 - (sum pq)^2 / (sum p^2 sum q^2) = (sum q^2 sum d^2 - (sum qd)^2) / (sum p^2 sum q^2)."""
+    missing = ((qq * dd - qd * qd) / (qq * pp)).clamp_min(0)
+    far = qq.log() + pp.log() - 2 * log_pq
+    return torch.where(missing < 0.5, -torch.log1p(-missing.clamp_max(0.5)), far)
+
+
+def cauchy_schwarz_grad_logq(e: Elements) -> Tensor:
+    return 2 * e.q * e.q / e.sums[0] - 2 * _share_of_log_sum(e, e.logp + e.logq)
+
+
+def cauchy_schwarz_grad_logp(e: Elements) -> Tensor:
+    return 2 * e.p * e.p / e.sums[1] - 2 * _share_of_log_sum(e, e.logp + e.logq)
+
+
+# --- alpha-beta divergence (Cichocki) ---------------------------------------------------------------------
+def _power(weight: Tensor, log_weight: Tensor) -> Tensor:
+    return torch.where(log_weight <= LOG_ZERO, torch.zeros_like(weight), (weight * log_weight).exp())
+
+
+def _alpha_beta_powers(e: Elements) -> tuple[Tensor, Tensor, Tensor]:
+    """p^a q^b, p^(a+b), q^(a+b); a column that is -inf in both rows contributes nothing."""
+    a, b = e.alpha, e.beta
+    nowhere = (e.logp <= LOG_ZERO) & (e.logq <= LOG_ZERO)
+    zero = torch.zeros_like(e.logp)
+    logp, logq = torch.where(nowhere, zero, e.logp), torch.where(nowhere, zero, e.logq)
+    powers = ((a * logp + b * logq).exp(), ((a + b) * logp).exp(), ((a + b) * logq).exp())
+    return tuple(torch.where(nowhere, zero, x) for x in powers)  # type: ignore[return-value]
+
+
+def alpha_beta_value(e: Elements) -> Tensor:
+    a, b = e.alpha, e.beta
+    cross, p_power, q_power = _alpha_beta_powers(e)
+    near = -q_power * (torch.expm1(a * e.u) / a - torch.expm1((a + b) * e.u) / (a + b)) / b
+    far = -(cross - a / (a + b) * p_power - b / (a + b) * q_power) / (a * b)
+    return torch.where(e.u.abs() < 1, near, far)
+
+
+def alpha_beta_grad_logq(e: Elements) -> Tensor:
+    cross, _, q_power = _alpha_beta_powers(e)
+    return (q_power - cross) / e.alpha
+
+
+def alpha_beta_grad_logp(e: Elements) -> Tensor:
+    cross, p_power, _ = _alpha_beta_powers(e)
+    return (p_power - cross) / e.beta
+
+
+# --- triangular discrimination: (p - q)^2 / (p + q) ------------------------------------------------------
+def _triangular_ratio(e: Elements) -> Tensor:
+    # (p - q) / (p + q)
+    return torch.tanh(0.5 * e.u)
+
+
+def triangular_value(e: Elements) -> Tensor:
+    r = _triangular_ratio(e)
+    return (e.p + e.q) * r * r
+
+
+def triangular_grad_logq(e: Elements) -> Tensor:
+    r = _triangular_ratio(e)
+    return -e.q * r * (2 + r)
+
+
+# --- one-tensor and logarithmic statistics ---------------------------------------------------------------
+def entropy_value(e: Elements) -> Tensor:
+    return -e.q_times(e.logq)
+
+
+def entropy_grad_logq(e: Elements) -> Tensor:
+    return -e.q_times(e.logq) - e.q
+
+
+def cross_entropy_value(e: Elements) -> Tensor:
+    return -e.p_times(e.logq)
+
+
+def cross_entropy_grad_logq(e: Elements) -> Tensor:
+    return -e.p

@@ -1,0 +1,158 @@
+"""Reduced divergence losses: loss and dlogits from one read of each logit."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from kldiv_kernels import inputs, ops, registry  # noqa: F401  (ops registers the operators)
+from kldiv_kernels.inputs import Parameter
+
+Reduction = Literal["mean", "sum", "none"]
+
+
+def divergence_loss(
+    logits: Tensor,
+    reference_logits: Tensor,
+    kind: str = "forward_kl",
+    *,
+    weight: Tensor | None = None,
+    labels: Tensor | None = None,
+    mask: Tensor | None = None,
+    normalizer: float | Tensor | None = None,
+    reduction: Reduction = "mean",
+    temperature: Parameter = 1.0,
+    reference_temperature: Parameter | None = None,
+    temperature_squared: bool = False,
+    alpha: Parameter = 0.5,
+    beta: Parameter = 0.5,
+    ignore_index: int = -100,
+    vocab_size: int | None = None,
+    exclude: Tensor | None = None,
+    backend: str = "auto",
+) -> Tensor:
+    r"""A divergence between q = softmax(logits/τ) (student) and p = softmax(reference_logits/τ') (teacher).
+
+    When a gradient is needed and `reduction` is "mean" or "sum", loss and gradient come out of the same pass over
+    the logits; backward then costs nothing for an upstream gradient of 1, and one multiplication of the gradient
+    otherwise.
+
+    Args:
+        logits, reference_logits: [*, V]; see `token_stats`. The reference gets a gradient when it requires one.
+        kind: a divergence of the registry: forward_kl, reverse_kl, jeffreys, js, skew_kl, hellinger, tvd, …
+        weight: [*], multiplies each token's divergence. May require grad (then the two-pass form is used).
+        labels: [*]; tokens whose label equals `ignore_index` are left out.
+        mask: [*] bool or integers; tokens where it is 0 are left out.
+        normalizer: what "mean" divides by; default: the number of valid tokens. Give the number over all ranks and
+            accumulation steps when training with either.
+        reduction: "mean" = Σ weight·D over valid tokens / normalizer; "sum"; "none" = weight·D per token, [*].
+        temperature_squared: multiply by temperature² (Hinton et al. 2015), so that gradients keep their size.
+        temperature, reference_temperature, alpha, beta, vocab_size, exclude, backend: see `token_stats`.
+
+    Returns:
+        float32 scalar ([*] for "none"), in nats; 0 with zero gradient when no token is valid.
+
+    Raises:
+        TypeError, ValueError: naming the argument, what it was and what is allowed. RuntimeError from a double
+        backward.
+
+    >>> import torch, kldiv_kernels as kk
+    >>> student = torch.tensor([[2.0, 0.5, -1.0, 0.0]], requires_grad=True)
+    >>> teacher = torch.tensor([[1.0, 1.5, -0.5, 0.0]])
+    >>> loss = kk.divergence_loss(student, teacher, "js", beta=0.9)
+    >>> loss.backward()
+    >>> round(loss.item(), 6), [round(x, 4) for x in student.grad[0].tolist()]
+    (0.032876, [0.0295, -0.022, -0.0032, -0.0043])
+    """
+    where = "divergence_loss"
+    statistic = registry.get(kind, f"{where}: kind", registry.divergence_names())
+    if reduction not in ("mean", "sum", "none"):
+        raise ValueError(f"{where}: reduction is {reduction!r}; expected mean, sum or none")
+    inputs.logits_checked(where, logits, "logits")
+    inputs.label_mask_checked(where, labels, logits)
+    inputs.weight_checked(where, weight, logits)
+    leading = logits.shape[:-1]
+    mask = inputs.mask_checked(where, mask, logits, leading)
+    mask = inputs.valid_tokens(mask, labels, ignore_index)
+    call = inputs.prepare(
+        where, logits, reference_logits, None,
+        stats=(statistic,), temperature=temperature, reference_temperature=reference_temperature,
+        alpha=alpha, beta=beta, mask=None if mask is None else mask.reshape(leading),
+        ignore_index=ignore_index, vocab_size=vocab_size, exclude=exclude,
+    )  # fmt: skip
+    chosen = inputs.select(call, backend, where)
+    scale = _token_weight(call.rows, logits, weight, temperature if temperature_squared else None)
+    if reduction == "mean":
+        scale = scale / _normalizer(normalizer, call.mask, call.rows)
+    if call.mask is not None:
+        scale = torch.where(call.mask, scale, torch.zeros_like(scale))
+    student = torch.is_grad_enabled() and logits.requires_grad
+    teacher = torch.is_grad_enabled() and reference_logits.requires_grad
+    arguments = inputs.operator_arguments(call, chosen)
+    if reduction != "none" and (student or teacher) and not scale.requires_grad:
+        loss, *_ = torch.ops.kldiv_kernels.loss(*arguments, scale[None], student, teacher)
+        return loss
+    values, _ = torch.ops.kldiv_kernels.statistics(*arguments, student or teacher)
+    terms = torch.where(scale == 0, torch.zeros_like(scale), scale * values[0])
+    return terms.reshape(leading) if reduction == "none" else terms.sum()
+
+
+def _token_weight(rows: int, logits: Tensor, weight: Tensor | None, temperature: Parameter | None) -> Tensor:
+    """[N] in the dtype of the values."""
+    dtype = torch.float64 if logits.dtype == torch.float64 else torch.float32
+    scale = (
+        torch.ones(rows, dtype=dtype, device=logits.device) if weight is None else weight.reshape(-1).to(dtype)
+    )
+    if temperature is None:
+        return scale
+    return scale * (temperature.reshape(-1).to(dtype) if isinstance(temperature, Tensor) else temperature) ** 2
+
+
+def _normalizer(normalizer: float | Tensor | None, mask: Tensor | None, rows: int) -> float | Tensor:
+    if normalizer is None:
+        return max(rows, 1) if mask is None else mask.sum().clamp_min(1)
+    if isinstance(normalizer, Tensor):
+        if normalizer.numel() != 1:
+            raise ValueError(
+                f"divergence_loss: normalizer has shape {list(normalizer.shape)}; expected a number or one element"
+            )
+        return normalizer.reshape(())
+    if not normalizer > 0:
+        raise ValueError(f"divergence_loss: normalizer is {normalizer}; expected a number above 0")
+    return normalizer
+
+
+def _named(kind: str, doc: str) -> Callable[..., Tensor]:
+    def loss(logits: Tensor, reference_logits: Tensor, **options: object) -> Tensor:
+        return divergence_loss(logits, reference_logits, kind, **options)  # type: ignore[arg-type]
+
+    formula = registry.STATISTICS[kind].formula
+    loss.__name__ = loss.__qualname__ = doc
+    loss.__doc__ = (
+        f"{formula}: `divergence_loss(logits, reference_logits, {kind!r}, ...)`, with its keyword arguments.\n\n"
+        f">>> import torch, kldiv_kernels as kk\n"
+        f">>> same = torch.zeros(2, 5)\n"
+        f">>> kk.{doc}(same, same).abs().item() < {'2' if kind == 'cross_entropy' else '1e-6'}\nTrue\n"
+    )
+    return loss
+
+
+forward_kl = _named("forward_kl", "forward_kl")
+reverse_kl = _named("reverse_kl", "reverse_kl")
+jeffreys = _named("jeffreys", "jeffreys")
+js_divergence = _named("js", "js_divergence")
+skew_kl = _named("skew_kl", "skew_kl")
+skew_reverse_kl = _named("skew_reverse_kl", "skew_reverse_kl")
+hellinger = _named("hellinger", "hellinger")
+tvd = _named("tvd", "tvd")
+forward_chi2 = _named("forward_chi2", "forward_chi2")
+reverse_chi2 = _named("reverse_chi2", "reverse_chi2")
+renyi = _named("renyi", "renyi")
+alpha_divergence = _named("alpha", "alpha_divergence")
+alpha_beta_divergence = _named("alpha_beta", "alpha_beta_divergence")
+triangular = _named("triangular", "triangular")
+cauchy_schwarz = _named("cauchy_schwarz", "cauchy_schwarz")
+soft_cross_entropy = _named("cross_entropy", "soft_cross_entropy")

@@ -1,0 +1,155 @@
+"""Per-token statistics of raw logits, differentiable, from one read of them."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from kldiv_kernels import inputs, ops  # noqa: F401  (ops registers the operators)
+from kldiv_kernels.inputs import Parameter
+from kldiv_kernels.registry import STATISTICS
+
+
+class TokenStats(dict[str, Tensor]):
+    """The statistics asked for, by attribute (`stats.entropy`) and as a mapping (`stats["entropy"]`)."""
+
+    def __getattr__(self, name: str) -> Tensor:
+        try:
+            return self[name]
+        except KeyError:
+            have = ", ".join(self)
+            raise AttributeError(
+                f"TokenStats has no statistic {name!r}; it has {have} (ask for it with stats=)"
+            ) from None
+
+
+def token_stats(
+    logits: Tensor,
+    reference_logits: Tensor | None = None,
+    labels: Tensor | None = None,
+    *,
+    stats: Sequence[str] = ("logprob", "entropy"),
+    temperature: Parameter = 1.0,
+    reference_temperature: Parameter | None = None,
+    alpha: Parameter = 0.5,
+    beta: Parameter = 0.5,
+    mask: Tensor | None = None,
+    ignore_index: int = -100,
+    vocab_size: int | None = None,
+    exclude: Tensor | None = None,
+    backend: str = "auto",
+) -> TokenStats:
+    r"""Exact per-token statistics of q = softmax(logits/τ) and p = softmax(reference_logits/τ').
+
+    One forward pass reads the logits once (statistics that need the normalised rows read them again from
+    cache); one backward pass turns the gradients of all of them into the gradient of the logits. Compose any
+    loss from the results in plain PyTorch.
+
+    Args:
+        logits: [*, V], the student (policy); any leading strides, unit stride in V. float32, bfloat16, float16, or
+            float64 (reference backend).
+        reference_logits: [*, V], the teacher; needed by statistics that compare two rows. May require grad.
+        labels: [*] integers for logprob and reference_logprob, or [*, K] for K labels a token. A label equal to
+            `ignore_index` (default -100) makes those statistics 0 there, without gradient.
+        stats: names from the table of statistics in the README.
+        temperature: float or [*]; logits are divided by it. Default 1.
+        reference_temperature: the same for the reference logits; default: `temperature`.
+        alpha, beta: parameters of the divergences that have them, float or [*]; default 0.5.
+        mask: [*] bool or integers; where it is 0 the row is not read, its statistics and gradient are 0.
+        vocab_size: columns from here on are padding: never read, gradient 0. Default: V.
+        exclude: [*] integers, one column a row that both softmaxes leave out; -1 for none.
+        backend: "auto" (the fastest that serves the call) or a name from `kldiv_kernels.backends()`.
+
+    Returns:
+        TokenStats: each statistic [*] ([*, K] where labels are), float32 (float64 for float64 logits), in nats;
+        `argmax` is int64, -1 in a row that has none.
+
+    Raises:
+        TypeError, ValueError, IndexError: naming the argument, what it was and what is allowed.
+
+    >>> import torch, kldiv_kernels as kk
+    >>> logits = torch.tensor([[2.0, 0.5, -1.0, 0.0]], requires_grad=True)
+    >>> stats = kk.token_stats(logits, labels=torch.tensor([1]))
+    >>> round(stats.logprob.item(), 4), round(stats.entropy.item(), 4)
+    (-1.8423, 0.8783)
+    >>> (-stats.logprob.mean() - 0.01 * stats["entropy"].mean()).backward()
+    """
+    wanted = inputs.statistics(stats, "token_stats")
+    call = inputs.prepare(
+        "token_stats", logits, reference_logits, labels,
+        stats=wanted, temperature=temperature, reference_temperature=reference_temperature, alpha=alpha, beta=beta,
+        mask=mask, ignore_index=ignore_index, vocab_size=vocab_size, exclude=exclude,
+    )  # fmt: skip
+    chosen = inputs.select(call, backend, "token_stats")
+    needs_gradient = torch.is_grad_enabled() and (
+        logits.requires_grad or (call.reference is not None and call.reference.requires_grad)
+    )
+    values, _ = torch.ops.kldiv_kernels.statistics(*inputs.operator_arguments(call, chosen), needs_gradient)
+    return _named(call.stats, values, labels, logits.shape[:-1])
+
+
+def _named(names: tuple[str, ...], values: Tensor, labels: Tensor | None, leading: torch.Size) -> TokenStats:
+    out = TokenStats()
+    row = 0
+    for name in names:
+        statistic = STATISTICS[name]
+        if statistic.needs_labels and labels is not None and labels.shape != leading:
+            count = labels.shape[-1]
+            out[name] = values[row : row + count].T.reshape(*leading, count)
+            row += count
+            continue
+        value = values[row].reshape(leading)
+        out[name] = value.to(torch.int64) if statistic.kind == "argmax" else value
+        row += 1
+    return out
+
+
+def entropy(
+    logits: Tensor,
+    *,
+    temperature: Parameter = 1.0,
+    mask: Tensor | None = None,
+    vocab_size: int | None = None,
+    exclude: Tensor | None = None,
+    backend: str = "auto",
+) -> Tensor:
+    """Entropy H(q) = −Σ q log q of q = softmax(logits/temperature), per token, in nats, differentiable.
+
+    Args and errors: see `token_stats`. Returns [*] float32.
+
+    >>> import torch, kldiv_kernels as kk
+    >>> kk.entropy(torch.zeros(2, 8)) / torch.tensor(8.0).log()
+    tensor([1., 1.])
+    """
+    return token_stats(
+        logits, stats=("entropy",), temperature=temperature, mask=mask,
+        vocab_size=vocab_size, exclude=exclude, backend=backend,
+    )["entropy"]  # fmt: skip
+
+
+def selective_log_softmax(
+    logits: Tensor,
+    labels: Tensor,
+    *,
+    temperature: Parameter = 1.0,
+    mask: Tensor | None = None,
+    ignore_index: int = -100,
+    vocab_size: int | None = None,
+    exclude: Tensor | None = None,
+    backend: str = "auto",
+) -> Tensor:
+    """log softmax(logits/temperature) at the labels, per token, differentiable: [*] or [*, K] like `labels`.
+
+    The [*, V] log-softmax is never formed, forward or backward. Args and errors: see `token_stats`.
+
+    >>> import torch, kldiv_kernels as kk
+    >>> kk.selective_log_softmax(torch.zeros(2, 4), torch.tensor([[0, 1], [2, 3]])).exp()
+    tensor([[0.2500, 0.2500],
+            [0.2500, 0.2500]])
+    """
+    return token_stats(
+        logits, labels=labels, stats=("logprob",), temperature=temperature, mask=mask,
+        ignore_index=ignore_index, vocab_size=vocab_size, exclude=exclude, backend=backend,
+    )["logprob"]  # fmt: skip
