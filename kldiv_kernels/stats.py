@@ -101,6 +101,7 @@ def _named(names: tuple[str, ...], values: Tensor, labels: Tensor | None, leadin
             row += count
             continue
         value = values[row].reshape(leading)
+        value = value if statistic.differentiable else value.detach()
         out[name] = value.to(torch.int64) if statistic.kind == "argmax" else value
         row += 1
     return out
