@@ -98,9 +98,7 @@ class _Rows:
     """Some rows of a call, with their log-probabilities."""
 
     stats: tuple[Statistic, ...]
-    s: Tensor
     lse_s: Tensor
-    t: Tensor
     lse_t: Tensor
     labels: Tensor | None
     exclude: Tensor | None
@@ -117,19 +115,19 @@ class _Rows:
             parameters = call.token_parameters[:, index].to(dtype)
         temperature, reference_temperature, alpha, beta = (x[:, None] for x in parameters)
         exclude = None if call.exclude is None else call.exclude[index][:, None]
-        s = _scaled(call.logits, index, call.vocab_size, temperature, exclude)
-        t = s if call.reference is None else _scaled(
-            call.reference, index, call.vocab_size, reference_temperature, exclude
-        )
-        lse_s, lse_t = _logsumexp(s), _logsumexp(t)
+        s = _read(call.logits, index, call.vocab_size, exclude, dtype)
+        t = s if call.reference is None else _read(call.reference, index, call.vocab_size, exclude, dtype)
+        logq, lse_s = _log_softmax(s, temperature)
+        logp, lse_t = _log_softmax(t, reference_temperature)
         nowhere = (s == -torch.inf) & (t == -torch.inf)
-        log_ratio = torch.where(nowhere, torch.zeros_like(s), (t - s) - (lse_t - lse_s))
+        difference = t / reference_temperature - s / temperature  # nearly exact where the rows are close
+        log_ratio = torch.where(nowhere, torch.zeros_like(s), difference - (lse_t - lse_s))
         return _Rows(
             tuple(STATISTICS[name] for name in call.stats),
-            s, lse_s, t, lse_t,
+            lse_s, lse_t,
             None if call.labels is None else call.labels[index],
             exclude, temperature, reference_temperature,
-            Elements(t - lse_t, s - lse_s, log_ratio, alpha, beta),
+            Elements(logp, logq, log_ratio, alpha, beta),
         )  # fmt: skip
 
     def values(self) -> Tensor:
@@ -146,10 +144,10 @@ class _Rows:
         if statistic.kind == "logsumexp":
             return self.lse_s
         if statistic.kind == "argmax":
-            index = self.s.argmax(dim=1, keepdim=True).to(self.s.dtype)
+            index = self.elements.logq.argmax(dim=1, keepdim=True).to(self.lse_s.dtype)
             return torch.where(self.lse_s.isfinite(), index, torch.full_like(index, -1))
         if statistic.kind == "max_logprob":
-            return self.s.amax(dim=1, keepdim=True) - self.lse_s
+            return self.elements.logq.amax(dim=1, keepdim=True)
         sums, log_sum = self._sums(statistic)
         if statistic.combine is None:
             return sums[0]
@@ -205,17 +203,21 @@ class _Rows:
         return c * (g - taken)
 
 
-def _scaled(
-    logits: Tensor, index: Tensor, columns: int, temperature: Tensor, exclude: Tensor | None
-) -> Tensor:
-    rows = _gather_rows(logits, index, columns).to(temperature.dtype) / temperature
+def _read(logits: Tensor, index: Tensor, columns: int, exclude: Tensor | None, dtype: torch.dtype) -> Tensor:
+    rows = _gather_rows(logits, index, columns).to(dtype)
     if exclude is not None:
         ids = torch.arange(columns, device=rows.device)
         rows = torch.where(ids == exclude, torch.full_like(rows, -torch.inf), rows)
     return rows
 
 
-def _logsumexp(x: Tensor) -> Tensor:
-    """logsumexp over columns; NaN for a row that is -inf everywhere or holds +inf or NaN."""
-    lse = x.logsumexp(dim=1, keepdim=True)
-    return lse + 0 * lse
+def _log_softmax(rows: Tensor, temperature: Tensor) -> tuple[Tensor, Tensor]:
+    """log softmax and logsumexp of rows / temperature.
+
+    The maximum goes first, before the division: the error of a probability is then relative to its own logarithm, not
+    to the logit. NaN for a row that is -inf everywhere or holds +inf or NaN.
+    """
+    maximum = rows.amax(dim=1, keepdim=True)
+    below = (rows - maximum) / temperature
+    log_sum = below.logsumexp(dim=1, keepdim=True)
+    return below - log_sum, maximum / temperature + log_sum
