@@ -1,0 +1,109 @@
+"""What is tested (read off the registry) and how close is close enough (the numerical contract)."""
+
+from __future__ import annotations
+
+import oracle
+import torch
+from torch import Tensor
+
+import kldiv_kernels as kk
+from kldiv_kernels.registry import STATISTICS, Statistic
+
+BACKENDS = [name for name, state in kk.backends().items() if state == "available"]
+BACKEND_DTYPES = [
+    (backend, dtype)
+    for backend in BACKENDS
+    for dtype in (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+    if dtype != torch.float64 or backend == "reference"
+]
+STATISTIC_NAMES = list(STATISTICS)
+DIVERGENCES = [name for name, statistic in STATISTICS.items() if statistic.is_divergence]
+
+ALPHAS = (0.5, 0.3, 0.0, 1.0, 1.7, -0.5)
+BETAS = (0.5, 0.9, 0.0, 1.0)
+ALPHA_BETAS = ((0.5, 0.5), (0.3, 0.9), (1.7, -0.3), (-0.3, 1.7))
+
+
+def parameters(statistic: Statistic) -> list[tuple[float, float]]:
+    """Values of (alpha, beta) that cover what the statistic allows, limits included."""
+    if statistic.alpha and statistic.beta:
+        return [(a, b) for a, b in ALPHA_BETAS if statistic.alpha.allows(a) and statistic.beta.allows(b)]
+    if statistic.alpha:
+        return [(a, 0.5) for a in ALPHAS if statistic.alpha.allows(a)]
+    if statistic.beta:
+        return [(0.5, b) for b in BETAS if statistic.beta.allows(b)]
+    return [(0.5, 0.5)]
+
+
+def with_parameters(names: list[str]) -> list[tuple[str, float, float]]:
+    return [(name, a, b) for name in names for a, b in parameters(STATISTICS[name])]
+
+
+def check_value(got: Tensor, expected: Tensor, logits_dtype: torch.dtype = torch.float32) -> None:
+    """|error| ≤ 1e-5·max(1, |value|); infinities and NaN as they are (a value beyond float32 is infinite)."""
+    double = logits_dtype == torch.float64
+    if got.dtype != torch.int64:
+        assert got.dtype == (torch.float64 if double else torch.float32)
+        expected = expected.to(got.dtype)
+    assert got.shape == expected.shape
+    got, expected = got.detach().double(), expected.double()
+    bound = (1e-11 if double else 1e-5) * expected.abs().clamp_min(1)
+    close = (got - expected).abs() <= bound
+    fine = torch.where(expected.isfinite(), close, (got == expected) | (got.isnan() & expected.isnan()))
+    assert fine.all(), f"got {got[~fine][:4].tolist()}, expected {expected[~fine][:4].tolist()}"
+
+
+def check_gradient(got: Tensor, expected: Tensor, floor: Tensor) -> None:
+    """|error| ≤ one rounding of the dtype + 1e-5 of the row's largest gradient + 2e-7 of its floor (see `Expected`)."""
+    assert expected.isfinite().all(), "the oracle has no finite gradient here"
+    assert got.shape == expected.shape
+    if expected.numel() == 0:
+        return
+    double = got.dtype == torch.float64
+    limits = torch.finfo(got.dtype)
+    rounding = expected.abs() * limits.eps / 2 + limits.smallest_normal * limits.eps / 2
+    relative, smallest = (1e-11, 1e-13) if double else (1e-5, 2e-7)
+    bound = 1.01 * rounding + relative * expected.abs().amax(-1, keepdim=True) + smallest * floor
+    # Beyond the dtype's range (float16) a gradient is infinite.
+    error = (got.detach().double() - expected.to(got.dtype).double().where(expected.abs() > limits.max, expected)).abs()
+    error = torch.where(got == expected.to(got.dtype), 0.0, error)
+    worst = int((error / bound.clamp_min(1e-300)).argmax())
+    assert (error <= bound).all(), (
+        f"{int((error > bound).sum())} of {error.numel()} elements; the worst: got {got.reshape(-1)[worst].item():.9g}, "
+        f"expected {expected.reshape(-1)[worst].item():.9g}, allowed {bound.expand_as(error).reshape(-1)[worst]:.3g}"
+    )
+
+
+def check_statistic(
+    name: str,
+    logits: Tensor,
+    reference: Tensor,
+    labels: Tensor | None = None,
+    *,
+    backend: str,
+    **options: float | Tensor,
+) -> None:
+    """The statistic `name` of these logits and its gradients to both sides, with random coefficients."""
+    statistic = STATISTICS[name]
+    student, teacher = logits.detach().requires_grad_(), reference.detach().requires_grad_()
+    value = kk.token_stats(student, teacher, labels, stats=(name,), backend=backend, **options)[name]
+    cotangent = (torch.rand(value.shape) + 0.5) * torch.randn(value.shape).sign()
+    columns = options.pop("vocab_size", logits.shape[-1])
+    expected = oracle.evaluate(
+        name, logits[..., :columns], reference[..., :columns], labels, cotangent=cotangent, **options
+    )
+    check_value(value, expected.value, logits.dtype)
+    if not statistic.differentiable:
+        assert not value.requires_grad
+        return
+    ds, dt = torch.autograd.grad((cotangent.to(value.dtype) * value).sum(), [student, teacher], allow_unused=True)
+    for got, side, floor, touched in (
+        (ds, expected.student, expected.student_floor, statistic.student),
+        (dt, expected.teacher, expected.teacher_floor, statistic.reference),
+    ):
+        if not touched:
+            assert got is None or not got.any()
+            continue
+        assert got.dtype == logits.dtype
+        check_gradient(got[..., :columns], side, floor)
+        assert not got[..., columns:].any()
