@@ -1,0 +1,19 @@
+"""A thin distillation trainer on top of `transformers.Trainer`. Needs the extra `kldiv_kernels[train]`."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from kldiv_kernels.trainer.distillation import DistillationArguments, DistillationTrainer
+
+__all__ = ["DistillationArguments", "DistillationTrainer"]
+
+
+def __getattr__(name: str) -> Any:
+    # Imported on first use: the command line reads this package for its help, and transformers takes seconds.
+    if name in __all__:
+        from kldiv_kernels.trainer import distillation
+
+        return getattr(distillation, name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

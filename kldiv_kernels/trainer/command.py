@@ -1,0 +1,230 @@
+"""The commands `kldiv train` and `kldiv demo`: options checked here, work done in `run.py` and `demo.py`.
+
+transformers and datasets take seconds to import: they load inside the functions, after the options were checked.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from kldiv_kernels import registry
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+_KINDS = ", ".join(registry.divergence_names())
+
+
+def train(
+    student: Annotated[str, typer.Option(help="Student: local folder or hub id of a causal language model.")],
+    data: Annotated[
+        list[str],
+        typer.Option(help="Text, JSON, CSV or Parquet file, folder of them, or hub data set id. May be repeated."),
+    ],
+    output: Annotated[Path, typer.Option(help="Folder of the run; must be new or empty unless --resume.")],
+    teacher: Annotated[
+        str | None, typer.Option(help="Teacher: local folder or hub id. Not needed with --ce-weight 1.")
+    ] = None,
+    kind: Annotated[str, typer.Option(help=f"Divergence: {_KINDS}.", metavar="NAME")] = "forward_kl",
+    ce_weight: Annotated[float, typer.Option(help="w in (1 − w)·divergence + w·cross-entropy.")] = 0.0,
+    temperature: Annotated[float, typer.Option(help="Divides both logits in the divergence.")] = 1.0,
+    temperature_squared: Annotated[bool, typer.Option(help="Multiply the divergence by temperature².")] = False,
+    alpha: Annotated[
+        float, typer.Option(help="Parameter of skew_kl, skew_reverse_kl, renyi, alpha, alpha_beta.")
+    ] = 0.5,
+    beta: Annotated[float, typer.Option(help="Parameter of js and alpha_beta.")] = 0.5,
+    vocab_size: Annotated[
+        int | None, typer.Option(help="Columns from here on are padding. Default: the narrower model's width.")
+    ] = None,
+    backend: Annotated[str, typer.Option(help="Backend of kldiv_kernels; see kldiv doctor.")] = "auto",
+    steps: Annotated[int, typer.Option(min=1, help="Optimiser steps.")] = 1000,
+    batch_size: Annotated[int, typer.Option(min=1, help="Blocks a device and micro-batch.")] = 8,
+    accumulation: Annotated[int, typer.Option(min=1, help="Micro-batches a step.")] = 1,
+    block_size: Annotated[int, typer.Option(min=2, help="Tokens a block.")] = 512,
+    lr: Annotated[float, typer.Option(help="Peak learning rate (linear warm-up over 5 %, then cosine).")] = 5e-5,
+    bf16: Annotated[bool, typer.Option(help="Mixed precision: autocast to bfloat16.")] = False,
+    seed: Annotated[int, typer.Option(min=0, help="Of data order and held-out split.")] = 0,
+    held_out: Annotated[
+        float, typer.Option(help="Share of the blocks kept for evaluation, where the data has no validation split.")
+    ] = 0.05,
+    data_config: Annotated[str | None, typer.Option(help="Configuration of a hub data set.")] = None,
+    text_column: Annotated[str, typer.Option(help="Column that holds the text.")] = "text",
+    log_every: Annotated[int, typer.Option(min=1, help="Steps between lines of metrics.jsonl.")] = 10,
+    eval_every: Annotated[int, typer.Option(min=1, help="Steps between held-out evaluations.")] = 100,
+    save_every: Annotated[int, typer.Option(min=1, help="Steps between checkpoints.")] = 100,
+    resume: Annotated[bool, typer.Option("--resume", help="Continue the run in --output, exactly.")] = False,
+) -> None:
+    """Distil a teacher into a student on text.
+
+    Leaves in --output: the student and its tokenizer, metrics.jsonl, summary.json, loss.png and the last two
+    checkpoints. A killed run continues with the same command and --resume, as if it had not stopped.
+
+    [bold]Examples[/bold]
+
+      $ kldiv train --student Qwen/Qwen3-0.6B-Base --teacher Qwen/Qwen3-4B-Base --data notes/ --output runs/notes
+
+      $ kldiv train --student runs/demo/student --teacher runs/demo/teacher --data book.txt --kind js --beta 0.9
+      --output runs/js --steps 200 --block-size 128
+
+      $ torchrun --nproc-per-node 8 -m kldiv_kernels.cli train --student … --teacher … --data … --output … --bf16
+    """
+    # Every option of this function but where it writes: a resumed run must have the same.
+    options = {name: value for name, value in locals().items() if name not in ("output", "resume")}
+    _check_loss(kind, ce_weight, temperature, alpha, beta, backend)
+    _require(teacher is not None or ce_weight == 1.0, "--teacher", "missing; only --ce-weight 1 trains without one")
+    _require(lr > 0, "--lr", f"{lr} is not above 0")
+    _require(0 < held_out < 1, "--held-out", f"{held_out} is not between 0 and 1")
+    for option, source in (("--student", student), ("--teacher", teacher), *(("--data", source) for source in data)):
+        _require(source is None or not _missing_path(source), option, f"{source} does not exist")
+
+    from kldiv_kernels.trainer import run
+    from kldiv_kernels.trainer.data import load_blocks
+    from kldiv_kernels.trainer.distillation import shared_vocab_size
+
+    with _option_errors():
+        arguments = run.training_arguments(
+            output, steps=steps, batch_size=batch_size, learning_rate=lr, seed=seed, log_every=log_every,
+            eval_every=eval_every, save_every=save_every, gradient_accumulation_steps=accumulation, bf16=bf16,
+            kind=kind, ce_weight=ce_weight, temperature=temperature, temperature_squared=temperature_squared,
+            alpha=alpha, beta=beta, vocab_size=vocab_size, backend=backend,
+        )  # fmt: skip
+        if arguments.process_index == 0:
+            run.check_run(output, options, resume=resume)
+    if not run.is_finished(output):
+        tokenizer = _tokenizer(student, "--student")
+        if teacher is not None:
+            _check_same_tokens(tokenizer, _tokenizer(teacher, "--teacher"))
+        student_model = _model(student, "--student")
+        teacher_model = None if teacher is None else _model(teacher, "--teacher")
+        with _option_errors("--vocab-size"):
+            width = shared_vocab_size(student_model, teacher_model, vocab_size)
+        _require(len(tokenizer) <= width, "--vocab-size", f"{width} is below the tokenizer's {len(tokenizer)} tokens")
+        with _option_errors("--data"), arguments.main_process_first():
+            blocks = load_blocks(
+                data, tokenizer, block_size=block_size, held_out=held_out, seed=seed,
+                config=data_config, column=text_column,
+            )  # fmt: skip
+        if arguments.process_index == 0:
+            run.begin_run(output, options)
+        run.fit(student_model, teacher_model, blocks, arguments, tokenizer=tokenizer)
+    if arguments.process_index == 0:
+        _print_summary(run.read_json(output / run.SUMMARY), output)
+
+
+def demo(
+    output: Annotated[Path, typer.Option(help="Folder for models, metrics, summary and plots.")] = Path("runs/demo"),
+    steps: Annotated[int, typer.Option(min=1, help="Optimiser steps of each of the three trainings.")] = 500,
+    seed: Annotated[int, typer.Option(min=0, help="Of the models' weights and the data order.")] = 0,
+    resume: Annotated[bool, typer.Option("--resume", help="Continue: finished stages are skipped.")] = False,
+) -> None:
+    """Train a small teacher on the standard library's text, distil a student, and compare it with cross-entropy alone.
+
+    Without --resume an earlier demo in --output is replaced; a folder that holds anything else is left alone.
+
+    [bold]Examples[/bold]
+
+      $ kldiv demo
+
+      $ kldiv demo --output runs/short --steps 100
+
+      $ kldiv demo --resume
+    """
+    from kldiv_kernels.trainer.demo import Settings, open_demo, run_demo
+
+    settings = Settings(steps=steps, seed=seed)
+    with _option_errors():
+        open_demo(output, settings, resume=resume)
+    run_demo(output, settings)
+
+
+@contextmanager
+def _option_errors(option: str | None = None) -> Iterator[None]:
+    """A ValueError about the arguments, as an error of the command line instead of a traceback."""
+    try:
+        yield
+    except ValueError as error:
+        raise typer.BadParameter(str(error), param_hint=option) from error
+
+
+def _require(condition: bool, option: str, message: str) -> None:
+    if not condition:
+        raise typer.BadParameter(message, param_hint=option)
+
+
+def _check_loss(kind: str, ce_weight: float, temperature: float, alpha: float, beta: float, backend: str) -> None:
+    from kldiv_kernels import backends
+
+    try:
+        statistic = registry.get(kind, "kind", registry.divergence_names())
+    except ValueError as error:
+        raise typer.BadParameter(str(error).removeprefix("kind: "), param_hint="--kind") from None
+    _require(0 <= ce_weight <= 1, "--ce-weight", f"{ce_weight} is not between 0 and 1")
+    _require(0 < temperature < float("inf"), "--temperature", f"{temperature} is not above 0 and finite")
+    for option, value, bound in (("--alpha", alpha, statistic.alpha), ("--beta", beta, statistic.beta)):
+        _require(
+            bound is None or bool(bound.allows(value)), option, f"{value} is not {bound and bound.text}, for {kind}"
+        )
+    known = {"auto": "available", **backends()}
+    _require(backend in known, "--backend", f"unknown {backend!r}; expected one of {', '.join(known)}")
+    _require(known[backend] == "available", "--backend", f"{backend}: {known[backend]}")
+
+
+def _missing_path(source: str) -> bool:
+    """Written as a path and not there: told at once, and not asked of the hub."""
+    looks_local = source.startswith((".", "~", os.sep)) or source.endswith(os.sep) or source.count("/") > 1
+    looks_local = looks_local or Path(source).suffix in (".txt", ".md", ".json", ".jsonl", ".csv", ".parquet")
+    return looks_local and not Path(source).expanduser().exists()
+
+
+def _tokenizer(source: str, option: str) -> PreTrainedTokenizerBase:
+    from transformers import AutoTokenizer
+
+    tokenizer: PreTrainedTokenizerBase = _loaded(AutoTokenizer, source, option)
+    return tokenizer
+
+
+def _model(source: str, option: str) -> PreTrainedModel:
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    model: PreTrainedModel = _loaded(AutoModelForCausalLM, source, option, dtype=torch.float32)
+    return model
+
+
+def _loaded(loader: Any, source: str, option: str, **options: Any) -> Any:
+    try:
+        return loader.from_pretrained(source, **options)
+    # OSError where there is nothing, ValueError where it is something else than asked for.
+    except (OSError, ValueError) as error:
+        raise typer.BadParameter(f"{source}: {error}", param_hint=option) from error
+
+
+def _check_same_tokens(student: PreTrainedTokenizerBase, teacher: PreTrainedTokenizerBase) -> None:
+    """A divergence compares columns: the same id must mean the same token. Extra tokens at the end are padding."""
+    theirs = {index: token for token, index in teacher.get_vocab().items()}
+    for token, index in student.get_vocab().items():
+        if theirs.get(index, token) != token:
+            raise typer.BadParameter(
+                f"its tokenizer has {theirs[index]!r} where the student's has {token!r} (id {index}); "
+                "expected one vocabulary",
+                param_hint="--teacher",
+            )
+
+
+def _print_summary(summary: dict[str, Any], folder: Path) -> None:
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table(title=str(folder), show_header=False)
+    for name in ("parameters", "steps", "tokens"):
+        table.add_row(name, f"{summary[name]:,}")
+    table.add_row("held-out loss", f"{summary['held_out_loss']:.4f} nats per token")
+    if summary["teacher_student_kl"] is not None:
+        table.add_row("KL(teacher ∥ student)", f"{summary['teacher_student_kl']:.4f} nats per token")
+    Console().print(table)

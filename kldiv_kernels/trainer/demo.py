@@ -1,0 +1,220 @@
+"""The demo: a small teacher trained on text that every Python carries, and two students of one size.
+
+One student is distilled from the teacher, the other trained by cross-entropy alone, from the same weights, over the
+same batches, for the same number of steps. Both are measured on the same held-out files, and what comes out is
+reported.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+import sysconfig
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from datasets import Dataset
+from rich.console import Console
+from rich.table import Table
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerBase, PreTrainedTokenizerFast, set_seed
+
+from kldiv_kernels.trainer import run
+from kldiv_kernels.trainer.data import Blocks, pack, split_blocks
+from kldiv_kernels.trainer.plots import plot_comparison, plot_final
+
+# Tests are repetitive, code pages are tables of numbers, and site-packages differ from machine to machine.
+_SKIPPED_FOLDERS = {"site-packages", "dist-packages", "test", "tests", "idle_test", "encodings", "__pycache__"}
+_END_OF_TEXT = "<|endoftext|>"
+_STAGES = ("teacher", "student_distilled", "student_ce")
+
+
+@dataclass(frozen=True)
+class Size:
+    """Width, depth and heads of a Llama; the feed-forward layer is 8/3 as wide, rounded up to 64."""
+
+    hidden: int
+    layers: int
+    heads: int
+
+    def build(self, tokenizer: PreTrainedTokenizerBase, block_size: int, seed: int) -> LlamaForCausalLM:
+        set_seed(seed)
+        return LlamaForCausalLM(
+            LlamaConfig(
+                vocab_size=len(tokenizer),
+                hidden_size=self.hidden,
+                intermediate_size=-(-self.hidden * 8 // 3 // 64) * 64,
+                num_hidden_layers=self.layers,
+                num_attention_heads=self.heads,
+                num_key_value_heads=self.heads,
+                max_position_embeddings=block_size,
+                tie_word_embeddings=True,
+                bos_token_id=tokenizer.eos_token_id,
+                eos_token_id=tokenizer.eos_token_id,
+            )
+        )
+
+
+@dataclass(frozen=True)
+class Settings:
+    """Sized so that the whole demo takes about five minutes on two cores."""
+
+    steps: int = 500
+    seed: int = 0
+    batch_size: int = 8
+    block_size: int = 128
+    vocab_size: int = 4096
+    characters: int = 12_000_000
+    held_out_blocks: int = 128
+    teacher: Size = Size(256, 4, 4)
+    student: Size = Size(128, 2, 4)
+    learning_rate: float = 2e-3
+
+
+def open_demo(folder: Path, settings: Settings, *, resume: bool) -> None:
+    """Check the folder against the settings, and without `resume` replace an earlier demo in it.
+
+    Raises ValueError when the folder holds something else, or a demo with other settings is to be resumed.
+    """
+    options: dict[str, Any] = {"demo": asdict(settings)}
+    if not resume and (folder / run.OPTIONS).exists() and "demo" in run.read_json(folder / run.OPTIONS):
+        shutil.rmtree(folder)
+    run.check_run(folder, options, resume=resume)
+    run.begin_run(folder, options)
+
+
+def run_demo(folder: Path, settings: Settings, console: Console | None = None) -> dict[str, Any]:
+    """Every stage that is not finished; then the summary of all of them, printed and left in `folder`."""
+    console = console or Console()
+    tokenizer, blocks = _text(folder, settings, console)
+    for number, stage in enumerate(_STAGES, start=1):
+        console.rule(f"{number}/{len(_STAGES)} {stage.replace('_', ' ')}")
+        if run.is_finished(folder / stage):
+            console.print("finished before")
+            continue
+        size = settings.teacher if stage == "teacher" else settings.student
+        run.fit(
+            size.build(tokenizer, settings.block_size, settings.seed),
+            None if stage == "teacher" else LlamaForCausalLM.from_pretrained(folder / "teacher"),
+            blocks,
+            run.training_arguments(
+                folder / stage,
+                steps=settings.steps,
+                batch_size=settings.batch_size,
+                learning_rate=settings.learning_rate,
+                seed=settings.seed,
+                log_every=max(1, settings.steps // 50),
+                eval_every=max(1, settings.steps // 5),
+                save_every=max(1, settings.steps // 5),
+                kind="forward_kl",
+                ce_weight=0.0 if stage == "student_distilled" else 1.0,
+            ),
+            tokenizer=tokenizer,
+            console=console,
+        )
+    return _report(folder, console)
+
+
+def standard_library_text() -> Iterator[tuple[str, str]]:
+    """(path inside the standard library, content) of its sources, documentation topics included, in sorted order."""
+    root = Path(sysconfig.get_paths()["stdlib"])
+    for path in sorted(root.rglob("*.py")):
+        inside = path.relative_to(root)
+        if not _SKIPPED_FOLDERS & set(inside.parts):
+            try:
+                yield str(inside), path.read_text(encoding="utf-8")
+            except UnicodeDecodeError:
+                continue
+
+
+def _text(folder: Path, settings: Settings, console: Console) -> tuple[PreTrainedTokenizerBase, Blocks]:
+    documents = Dataset.from_list([{"text": text} for _, text in standard_library_text()])
+    documents = documents.shuffle(seed=settings.seed)
+    kept = list(_first(documents["text"], settings.characters))
+    console.print(f"text: {len(kept)} files of the standard library, {sum(map(len, kept)):,} characters")
+    with console.status("training the tokenizer"):
+        tokenizer = _tokenizer(folder / "tokenizer", kept, settings.vocab_size)
+    blocks = pack(Dataset.from_dict({"text": kept}), tokenizer, settings.block_size)
+    split = split_blocks(blocks, settings.held_out_blocks / len(blocks))
+    console.print(
+        f"blocks of {settings.block_size} tokens: {len(split.train):,} for training, {len(split.held_out)} held out"
+    )
+    return tokenizer, split
+
+
+def _first(texts: list[str], characters: int) -> Iterator[str]:
+    for text in texts:
+        if characters <= 0:
+            return
+        characters -= len(text)
+        yield text
+
+
+def _tokenizer(folder: Path, texts: list[str], vocab_size: int) -> PreTrainedTokenizerBase:
+    """A byte-level BPE trained on the text; read back on resume, so that it is the one the teacher saw."""
+    if not (folder / "tokenizer.json").exists():
+        bpe = Tokenizer(models.BPE())
+        bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+        bpe.decoder = decoders.ByteLevel()
+        bpe.train_from_iterator(
+            texts,
+            trainers.BpeTrainer(
+                vocab_size=vocab_size,
+                special_tokens=[_END_OF_TEXT],
+                show_progress=False,
+                initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+            ),
+            length=len(texts),
+        )
+        beside = folder.with_name(f".{folder.name}.part")
+        PreTrainedTokenizerFast(tokenizer_object=bpe, eos_token=_END_OF_TEXT).save_pretrained(beside)  # type: ignore[no-untyped-call]
+        beside.rename(folder)
+    tokenizer: PreTrainedTokenizerBase = PreTrainedTokenizerFast.from_pretrained(folder)
+    return tokenizer
+
+
+def _report(folder: Path, console: Console) -> dict[str, Any]:
+    summaries = {stage: run.read_json(folder / stage / run.SUMMARY) for stage in _STAGES}
+    histories = {
+        stage: [json.loads(line) for line in (folder / stage / run.METRICS).read_text().splitlines()]
+        for stage in _STAGES
+    }
+    run.write_whole(
+        folder / run.METRICS,
+        "".join(json.dumps({"stage": stage, **entry}) + "\n" for stage in _STAGES for entry in histories[stage]),
+    )
+    run.write_json(folder / run.SUMMARY, summaries)
+    rows = [
+        (
+            stage.replace("_", " "),
+            f"{summary['parameters']:,}",
+            f"{summary['steps']:,}",
+            f"{summary['held_out_loss']:.4f}",
+            f"{summary['held_out_perplexity']:.1f}",
+            "—" if summary["teacher_student_kl"] is None else f"{summary['teacher_student_kl']:.4f}",
+        )
+        for stage, summary in summaries.items()
+    ]
+    head = ("model", "parameters", "steps", "held-out loss", "perplexity", "KL(teacher ∥ student)")
+    lines = ["| " + " | ".join(cells) + " |" for cells in (head, ("---",) * len(head), *rows)]
+    run.write_whole(folder / "summary.md", "\n".join(lines) + "\n")
+    plot_comparison(folder / "loss_curves.png", {stage.replace("_", " "): histories[stage] for stage in _STAGES})
+    plot_final(
+        folder / "comparison.png",
+        {
+            stage.replace("_", " "): {
+                "held-out loss": summary["held_out_loss"],
+                "KL(teacher ∥ student)": summary["teacher_student_kl"],
+            }
+            for stage, summary in summaries.items()
+        },
+    )
+    table = Table(*head, title=str(folder))
+    for row in rows:
+        table.add_row(*row)
+    console.print(table)
+    for name in ("summary.md", "loss_curves.png", "comparison.png"):
+        console.print(folder / name, highlight=False)
+    return summaries

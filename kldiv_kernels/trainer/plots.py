@@ -1,0 +1,74 @@
+"""Plots of runs, drawn without a display and without touching matplotlib's global state."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+
+History = Sequence[Mapping[str, Any]]
+
+
+def curve(history: History, name: str) -> tuple[list[int], list[float]]:
+    """Steps and values of the log entries that have `name`."""
+    entries = [entry for entry in history if name in entry]
+    return [entry["step"] for entry in entries], [entry[name] for entry in entries]
+
+
+def plot_run(path: Path, history: History, *, title: str) -> None:
+    """Training loss, held-out cross-entropy and, where there is a teacher, the divergence from it."""
+    has_teacher = any("eval_kl" in entry for entry in history)
+    figure = Figure(figsize=(11 if has_teacher else 6, 4), layout="constrained")
+    axes = figure.subplots(1, 2 if has_teacher else 1, squeeze=False)[0]
+    axes[0].plot(*curve(history, "loss"), label="training loss", linewidth=1)
+    axes[0].plot(*curve(history, "eval_loss"), label="held-out cross-entropy", marker="o", markersize=3)
+    _label(axes[0], title)
+    if has_teacher:
+        axes[1].plot(*curve(history, "eval_kl"), marker="o", markersize=3, label="held-out KL(teacher ∥ student)")
+        _label(axes[1], title)
+    save(figure, path)
+
+
+def plot_comparison(path: Path, histories: Mapping[str, History]) -> None:
+    """Held-out curves of several runs side by side: cross-entropy, and KL to the teacher where it was measured."""
+    figure = Figure(figsize=(11, 4), layout="constrained")
+    left, right = figure.subplots(1, 2)
+    for name, history in histories.items():
+        left.plot(*curve(history, "eval_loss"), marker="o", markersize=3, label=name)
+        if any("eval_kl" in entry for entry in history):
+            right.plot(*curve(history, "eval_kl"), marker="o", markersize=3, label=name)
+    _label(left, "held-out cross-entropy")
+    _label(right, "held-out KL(teacher ∥ student)")
+    save(figure, path)
+
+
+def plot_final(path: Path, values: Mapping[str, Mapping[str, float | None]]) -> None:
+    """Bars: one group a quantity, one bar a run; runs without the quantity are left out."""
+    figure = Figure(figsize=(9, 4), layout="constrained")
+    quantities = list(next(iter(values.values())))
+    for axis, quantity in zip(figure.subplots(1, len(quantities), squeeze=False)[0], quantities, strict=True):
+        shown = {name: row[quantity] for name, row in values.items() if row[quantity] is not None}
+        bars = axis.bar(list(shown), [value for value in shown.values() if value is not None])
+        axis.bar_label(bars, fmt="%.3f")
+        axis.set_title(quantity)
+        axis.set_ylabel("nats per token")
+    save(figure, path)
+
+
+def save(figure: Figure, path: Path) -> None:
+    """PNG, written beside `path` and renamed."""
+    beside = path.with_name(f".{path.name}.part")
+    FigureCanvasAgg(figure).print_png(str(beside))  # type: ignore[no-untyped-call]
+    os.replace(beside, path)
+
+
+def _label(axis: Any, title: str) -> None:
+    axis.set_title(title)
+    axis.set_xlabel("step")
+    axis.set_ylabel("nats per token")
+    axis.grid(alpha=0.3)
+    axis.legend()
