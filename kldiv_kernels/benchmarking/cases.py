@@ -1,0 +1,154 @@
+"""The cases: which loss, in which dtype, on how many rows and columns, and the speed that the project promises.
+
+1u is one pass over one [N, V] logits tensor. A divergence and dlogits need 3u (read student and teacher, write
+dlogits), a loss of one tensor 2u; no implementation can be faster than copying that many bytes.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from kldiv_kernels import registry
+
+# A policy-gradient-like loss of one tensor: -mean(logprob) - 0.01 mean(entropy).
+LOGPROB_ENTROPY = "logprob_entropy"
+ENTROPY_COEFFICIENT = 0.01
+JS_BETA = 0.5
+
+DEFAULT_KINDS = ("forward_kl", "reverse_kl", "hellinger", "js", LOGPROB_ENTROPY)
+DEFAULT_DTYPES = (torch.bfloat16, torch.float32)
+# The vocabulary of Qwen2.5 and Qwen3, and a micro-batch of tokens large enough to fall out of every cache.
+DEFAULT_ROWS, DEFAULT_VOCAB = 256, 151_936
+
+_DTYPES = {
+    "bf16": torch.bfloat16, "bfloat16": torch.bfloat16,
+    "fp32": torch.float32, "float32": torch.float32,
+    "fp16": torch.float16, "float16": torch.float16,
+}  # fmt: skip
+_SHORT = {torch.bfloat16: "bf16", torch.float32: "fp32", torch.float16: "fp16", torch.float64: "fp64"}
+
+Against = Literal["compile", "eager", "trl", "copy", "memory"]
+
+
+@dataclass(frozen=True)
+class Target:
+    """`against` a peer: how many times faster at least; "copy": how many times the time of copying the floor's
+    bytes at most; "memory": how many u beyond the inputs at most."""
+
+    against: Against
+    bound: float
+
+    @property
+    def at_most(self) -> bool:
+        return self.against in ("copy", "memory")
+
+    def met(self, value: float) -> bool:
+        return value <= self.bound if self.at_most else value >= self.bound
+
+    def text(self) -> str:
+        unit = {"copy": "× copy", "memory": "u extra memory"}.get(self.against, f"× faster than {self.against}")
+        return f"{'≤' if self.at_most else '≥'} {self.bound:g} {unit}"
+
+
+# dlogits is 1u; the rest is O(N), a few pages of code and stacks.
+_MEMORY = Target("memory", 1.05)
+_DIVERGENCE = (Target("compile", 5), Target("eager", 20), Target("copy", 2.2))
+_TARGETS: dict[tuple[str, torch.dtype], tuple[Target, ...]] = {
+    ("forward_kl", torch.bfloat16): _DIVERGENCE,
+    ("reverse_kl", torch.bfloat16): _DIVERGENCE,
+    ("hellinger", torch.bfloat16): _DIVERGENCE,
+    ("js", torch.bfloat16): (Target("compile", 7), Target("trl", 30), Target("copy", 4)),
+    (LOGPROB_ENTROPY, torch.bfloat16): (Target("compile", 3), Target("trl", 12), Target("copy", 2.5)),
+    ("forward_kl", torch.float32): (Target("compile", 4), Target("eager", 10), Target("copy", 2)),
+}
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """student [rows, vocab] requires grad; a teacher for divergences, labels [rows] otherwise."""
+
+    logits: Tensor
+    reference: Tensor | None
+    labels: Tensor | None
+
+
+@dataclass(frozen=True)
+class Case:
+    kind: str
+    dtype: torch.dtype
+    rows: int = DEFAULT_ROWS
+    vocab: int = DEFAULT_VOCAB
+
+    @property
+    def name(self) -> str:
+        return f"{self.kind} {dtype_name(self.dtype)}"
+
+    @property
+    def is_divergence(self) -> bool:
+        return self.kind != LOGPROB_ENTROPY
+
+    @property
+    def unit_bytes(self) -> int:
+        return self.rows * self.vocab * self.dtype.itemsize
+
+    @property
+    def floor_units(self) -> int:
+        return 3 if self.is_divergence else 2
+
+    @property
+    def floor_bytes(self) -> int:
+        return self.floor_units * self.unit_bytes
+
+    @property
+    def targets(self) -> tuple[Target, ...]:
+        """What the project promises, at the shape for which it does."""
+        if (self.rows, self.vocab) != (DEFAULT_ROWS, DEFAULT_VOCAB):
+            return ()
+        return (*_TARGETS.get((self.kind, self.dtype), ()), _MEMORY)
+
+    def inputs(self, seed: int = 0) -> Inputs:
+        """randn × 3: about the spread of a language model's logits, so that no term is trivially 0."""
+        generator = torch.Generator().manual_seed(seed)
+
+        def rows() -> Tensor:
+            return torch.randn(self.rows, self.vocab, dtype=self.dtype, generator=generator).mul_(3)
+
+        logits = rows().requires_grad_()
+        if self.is_divergence:
+            return Inputs(logits, rows(), None)
+        return Inputs(logits, None, torch.randint(self.vocab, (self.rows,), generator=generator))
+
+
+def dtype(name: str) -> torch.dtype:
+    """The dtype of that name, short or long.
+
+    >>> dtype("bf16")
+    torch.bfloat16
+    """
+    if name not in _DTYPES:
+        raise ValueError(f"{name!r} is no dtype; expected one of {', '.join(_DTYPES)}")
+    return _DTYPES[name]
+
+
+def dtype_name(dtype: torch.dtype) -> str:
+    return _SHORT[dtype]
+
+
+def known_kinds() -> list[str]:
+    """Every divergence of the registry, and the loss from log-probabilities and entropy."""
+    return [*registry.divergence_names(), LOGPROB_ENTROPY]
+
+
+def cases(kinds: tuple[str, ...], dtypes: tuple[torch.dtype, ...], rows: int, vocab: int) -> list[Case]:
+    """kinds × dtypes, validated. Raises ValueError naming what is wrong."""
+    for name, value in (("rows", rows), ("vocab", vocab)):
+        if value < 1:
+            raise ValueError(f"{name} is {value}; expected at least 1")
+    for kind in kinds:
+        if kind != LOGPROB_ENTROPY:
+            registry.get(kind, "kinds", known_kinds())
+    return [Case(kind, dtype, rows, vocab) for dtype in dtypes for kind in kinds]

@@ -1,0 +1,114 @@
+"""A whole run: every case timed, then its memory measured, results on disk after each case."""
+
+from __future__ import annotations
+
+import datetime
+import json
+import os
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+import kldiv_kernels as kk
+from kldiv_kernels import machine
+from kldiv_kernels.benchmarking import peers
+from kldiv_kernels.benchmarking.cases import Case, dtype_name
+from kldiv_kernels.benchmarking.measure import CaseResult, Result, measure
+from kldiv_kernels.benchmarking.memory import measure_in_subprocess
+
+RESULTS, PLOT = "results.json", "times.png"
+
+
+@dataclass(frozen=True)
+class Settings:
+    cases: list[Case]
+    output: Path
+    peers: tuple[str, ...] = peers.PEERS
+    repeats: int = 7
+    memory: bool = True
+
+    @property
+    def steps(self) -> int:
+        """How many steps `run` announces."""
+        total = 0
+        for case in self.cases:
+            names = len(peers.names_for(case, self.peers))
+            total += names + self.repeats + (names if self.memory else 0)
+        return total
+
+
+def run(settings: Settings, step: Callable[[str], None]) -> list[CaseResult]:
+    """All cases; `step` hears what comes next. results.json holds the cases done, should the run be stopped."""
+    settings.output.mkdir(parents=True, exist_ok=True)
+    about: dict[str, Any] = {
+        "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
+        "machine": machine.describe(),
+        "repeats": settings.repeats,
+        "time": "median seconds of forward + backward, implementations in turns, one call each to warm up",
+        "copy": "copy_ of a float32 tensor larger than the last-level cache into one allocated before, in the same "
+        "turns; bytes read and bytes written both count",
+    }
+    done: list[CaseResult] = []
+    for case in settings.cases:
+        names = peers.names_for(case, settings.peers)
+        result = measure(case, names, settings.repeats, step)
+        if settings.memory:
+            for implementation in result.results:
+                step(f"{case.name}: {implementation.name}, memory")
+                if implementation.error is None:
+                    implementation.memory = measure_in_subprocess(case, implementation.name, torch.get_num_threads())
+        done.append(result)
+        write_json(settings.output / RESULTS, {**about, "cases": [as_json(one) for one in done]})
+    return done
+
+
+def write_json(path: Path, content: dict[str, Any]) -> None:
+    """Whole or not at all: a run that is stopped leaves the former file."""
+    partial = path.with_name(f".{path.name}.partial")
+    partial.write_text(json.dumps(content, indent=2) + "\n")
+    os.replace(partial, path)
+
+
+def as_json(result: CaseResult) -> dict[str, Any]:
+    case = result.case
+    what: dict[str, Any] = {"kind": case.kind} if case.is_divergence else {"stats": ["logprob", "entropy"]}
+    return {
+        "case": case.name,
+        "kind": case.kind,
+        "dtype": dtype_name(case.dtype),
+        "rows": case.rows,
+        "vocab": case.vocab,
+        "floor": f"{case.floor_units}u",
+        "floor_bytes": case.floor_bytes,
+        "copy_gb_per_second": result.copy_bytes_per_second / 1e9,
+        "floor_seconds": result.floor_seconds,
+        "plan": asdict(kk.plan(rows=case.rows, vocab=case.vocab, dtype=case.dtype, **what)),
+        "implementations": [_implementation(result, one) for one in result.results],
+        "targets": [
+            {"target": target.text(), "measured": value, "met": None if value is None else target.met(value)}
+            for target, value in result.targets()
+        ],
+    }
+
+
+def _implementation(result: CaseResult, one: Result) -> dict[str, Any]:
+    if one.error is not None:
+        return {"name": one.name, "error": one.error}
+    extra = None if one.memory is None else one.memory.extra_bytes
+    return {
+        "name": one.name,
+        "seconds": one.median,
+        "all_seconds": one.seconds,
+        "first_call_seconds": one.first_call_seconds,
+        "useful_gb_per_second": result.case.floor_bytes / one.median / 1e9,
+        "share_of_copy_bandwidth": 1 / result.times_copy(one),
+        "times_copy": result.times_copy(one),
+        "ours_is_faster_by": result.speedup(one),
+        "peak_extra_bytes": extra,
+        "peak_extra_units": None if extra is None else extra / result.case.unit_bytes,
+        "peak_extra_unknown": one.memory.reason or None if one.memory else "not asked for",
+        "loss": one.loss,
+    }
