@@ -12,6 +12,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 
 import torch
+from torch import Tensor
 
 from kldiv_kernels import machine
 from kldiv_kernels.benchmarking import peers
@@ -95,12 +96,17 @@ class Copy:
         return time.perf_counter() - start
 
 
+def loss_and_gradient(loss: peers.Loss, inputs: Inputs) -> Tensor:
+    value = loss(inputs)
+    value.backward()  # type: ignore[no-untyped-call]
+    return value
+
+
 def once(loss: peers.Loss, inputs: Inputs) -> tuple[float, float]:
     """Seconds of one forward and backward on a gradient not yet there, and the loss."""
     inputs.logits.grad = None
     start = time.perf_counter()
-    value = loss(inputs)
-    value.backward()  # type: ignore[no-untyped-call]
+    value = loss_and_gradient(loss, inputs)
     return time.perf_counter() - start, value.item()
 
 

@@ -1,0 +1,53 @@
+# make demo, make test: on a Linux machine with Python >= 3.10 and a C++ compiler, and nothing else.
+#
+# PYTHON  the interpreter that .venv is made from.
+# TORCH   what pip is asked for where .venv has no PyTorch. Pinned, because a range can resolve to a build with
+#         gigabytes of CUDA packages; pip options may follow the name.
+PYTHON ?= python3
+TORCH ?= torch==2.13.0
+
+VENV := .venv
+PY := $(VENV)/bin/python
+SOURCES := $(shell find csrc -type f 2>/dev/null)
+CXX_SOURCES := $(filter %.h %.cpp %.cuh %.cu,$(SOURCES))
+PYTHON_SOURCES := $(wildcard kldiv_kernels tests benchmarks setup.py)
+
+.PHONY: demo test lint format sanitize bench clean
+
+demo: $(VENV)/.installed
+	$(VENV)/bin/kldiv demo --output runs/demo
+
+test: $(VENV)/.installed
+	$(PY) -m pytest tests
+	$(PY) -m pytest --doctest-modules kldiv_kernels
+
+lint: $(VENV)/.installed
+	$(PY) -m ruff check $(PYTHON_SOURCES)
+	$(PY) -m ruff format --check $(PYTHON_SOURCES)
+	$(PY) -m mypy --strict
+	$(if $(CXX_SOURCES),$(VENV)/bin/clang-format --dry-run -Werror $(CXX_SOURCES))
+
+format: $(VENV)/.installed
+	$(PY) -m ruff check --fix $(PYTHON_SOURCES)
+	$(PY) -m ruff format $(PYTHON_SOURCES)
+	$(if $(CXX_SOURCES),$(VENV)/bin/clang-format -i $(CXX_SOURCES))
+
+# The library built with AddressSanitizer and UndefinedBehaviorSanitizer, under the kernel tests.
+sanitize: $(VENV)/.installed
+	PYTHON=$(PY) bash tests/run_sanitized.sh
+
+bench: $(VENV)/.installed
+	$(VENV)/bin/kldiv bench --output runs/bench
+
+clean:
+	rm -rf build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis .benchmarks
+	find kldiv_kernels -name '*.so' -delete
+	rm -f $(VENV)/.installed
+
+# PyTorch and the build tools first: the package is compiled against the PyTorch that it will run with.
+$(VENV)/.installed: pyproject.toml setup.py $(SOURCES)
+	test -x $(PY) || $(PYTHON) -m venv $(VENV)
+	$(PY) -c "import torch" 2>/dev/null || $(PY) -m pip install $(TORCH)
+	$(PY) -m pip install "setuptools>=77" wheel ninja "pybind11>=2.12"
+	$(PY) -m pip install --no-build-isolation -e ".[dev]"
+	touch $@
