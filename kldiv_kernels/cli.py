@@ -35,7 +35,6 @@ app = typer.Typer(
     pretty_exceptions_show_locals=False,
     help="Exact divergences, entropy and log-probabilities over the full vocabulary.",
 )
-console = Console()
 
 _STATUS_STYLE = {"ok": "green", "missing": "red", "note": "yellow"}
 
@@ -89,7 +88,7 @@ def doctor() -> None:
     for check in checks():
         style = _STATUS_STYLE[check.status]
         table.add_row(check.name, f"[{style}]{check.status}[/{style}]", escape(check.detail), escape(check.hint))
-    console.print(table)
+    Console().print(table)
 
 
 @app.command()
@@ -122,7 +121,7 @@ def plan(
             table.add_row(name, f"{value:,} ({value / 1e6:,.1f} MB)")
         elif value is not None:
             table.add_row(name, escape(str(value)))
-    console.print(table)
+    Console().print(table)
 
 
 def bench(
@@ -167,9 +166,14 @@ def bench(
         raise _bad_option(error, "rows", "vocab", "kinds") from None
     if not chosen:
         raise typer.BadParameter("no case: both need at least one name", param_hint="--kinds, --dtypes")
+    try:
+        output.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise typer.BadParameter(f"{output}: {error.strerror}", param_hint="--output") from None
     if threads is not None:
         torch.set_num_threads(threads)
     settings = Settings(chosen, output, tuple(asked), repeats, memory)
+    console = Console()
     with progress.Progress(console=console) as bar:
         task = bar.add_task("", total=settings.steps)
         started = False

@@ -41,8 +41,10 @@ class Settings:
 
 
 def run(settings: Settings, step: Callable[[str], None]) -> list[CaseResult]:
-    """All cases; `step` hears what comes next. results.json holds the cases done, should the run be stopped."""
-    settings.output.mkdir(parents=True, exist_ok=True)
+    """All cases, into the folder `settings.output`; `step` hears what comes next.
+
+    results.json is written after each case: a run that is stopped leaves the cases done.
+    """
     about: dict[str, Any] = {
         "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
         "machine": machine.describe(),
