@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 import shutil
 import sysconfig
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -66,7 +66,8 @@ class Settings:
     batch_size: int = 8
     block_size: int = 128
     vocab_size: int = 4096
-    characters: int = 12_000_000
+    # Enough for one pass: the byte-level BPE makes a token of three to four characters.
+    characters_a_token: int = 5
     held_out_blocks: int = 128
     teacher: Size = Size(256, 4, 4)
     student: Size = Size(128, 2, 4)
@@ -132,7 +133,8 @@ def standard_library_text() -> Iterator[tuple[str, str]]:
 def _text(folder: Path, settings: Settings, console: Console) -> tuple[PreTrainedTokenizerBase, Blocks]:
     documents = Dataset.from_list([{"text": text} for _, text in standard_library_text()])
     documents = documents.shuffle(seed=settings.seed)
-    kept = list(_first(documents["text"], settings.characters))
+    tokens = (settings.steps * settings.batch_size + settings.held_out_blocks) * settings.block_size
+    kept = list(_first(documents["text"], tokens * settings.characters_a_token))
     console.print(f"text: {len(kept)} files of the standard library, {sum(map(len, kept)):,} characters")
     with console.status("training the tokenizer"):
         tokenizer = _tokenizer(folder / "tokenizer", kept, settings.vocab_size)
@@ -144,7 +146,7 @@ def _text(folder: Path, settings: Settings, console: Console) -> tuple[PreTraine
     return tokenizer, split
 
 
-def _first(texts: list[str], characters: int) -> Iterator[str]:
+def _first(texts: Iterable[str], characters: int) -> Iterator[str]:
     for text in texts:
         if characters <= 0:
             return

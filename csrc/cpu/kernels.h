@@ -1,0 +1,94 @@
+// The table of tile kernels that each instruction set fills, and what they exchange with the row code.
+//
+// A tile is up to kTile columns of a row, converted to float32, scaled by 1/temperature and padded with kNoMass to a
+// multiple of kPad. Exponents are taken in base 2: y = fma(x, kLog2e, -m) with an integer m, so that changing m
+// rescales by an exact power of two.
+#pragma once
+
+#include <cstdint>
+#include <limits>
+
+namespace kldiv {
+
+// 1024 columns of two rows and of a gradient are 12 KiB of a 32 KiB first-level cache.
+constexpr int kTile = 1024;
+constexpr int kPad = 16;
+// Stands for -inf and for anything below itself: finite, so that differences stay finite, and without mass next to any
+// column that has some.
+constexpr float kNoMass = -1e30f;
+constexpr float kLog2e = 1.44269504f;
+// log2(e) as the float32 that the sweeps use: dividing by it undoes the multiplication, rounding included.
+constexpr double kExponentToLog = 1.0 / static_cast<double>(kLog2e);
+
+enum class Dtype { float32, bfloat16, float16 };
+constexpr int kDtypes = 3;
+
+struct Loaded {
+    float largest;     // NaN apart; -inf where no column has mass
+    bool has_no_mass;  // some column is at or below kNoMass
+};
+
+// A finished softmax: log softmax(x) = x - lse, softmax(x) = 2^(x kLog2e - m) * inverse_z.
+struct Softmax {
+    float m, inverse_z, lse;
+};
+
+struct NormalisedRow {
+    Softmax s, t;
+    // lse of the teacher - lse of the student; the high part is a multiple of 2^-12, so that taking it off a logit
+    // below 4096 is exact.
+    float delta_high, delta_low;
+    double alpha, beta;
+    const double* k;  // the row's constants, from Finished; null before they are known
+};
+
+// A log-sum-exp under way: log_sum = log(sum) + max.
+struct LogSum {
+    double max = -std::numeric_limits<double>::infinity();
+    double sum = 0;
+};
+
+
+struct DivergenceKernels {
+    const char* name;
+    int sums;
+    bool log_sum, needs_p;
+    bool (*infinite_where_q_is_zero)(double alpha);
+    bool (*infinite_where_p_is_zero)(double alpha);
+    void (*finish)(const double* sums, double log_sum, bool q_is_zero, bool p_is_zero, double alpha, double beta,
+                   double* value_and_sums, double* k);
+    // Adds the tile's terms to sums[0 .. sums) and, if the struct takes one, to the log-sum.
+    void (*terms)(const float* s, const float* t, int columns, const NormalisedRow&, double* sums, LogSum*);
+    // to = (first ? share * softmax : to) + weight * grad_logq (grad_logp)
+    void (*grad_q)(const float* s, const float* t, int columns, const NormalisedRow&, float weight, float share,
+                   bool first, float* to);
+    void (*grad_p)(const float* s, const float* t, int columns, const NormalisedRow&, float weight, float share,
+                   bool first, float* to);
+};
+
+struct Kernels {
+    const char* isa;
+    Loaded (*load[kDtypes])(const void* from, int columns, float scale, float offset, float* to);
+    void (*store[kDtypes])(const float* from, int columns, bool streaming, void* to);
+    void (*scale[kDtypes])(void* data, int columns, float factor);
+    // z = sum 2^(x kLog2e - m)
+    double (*sum_exp)(const float* x, int columns, float m);
+    // z, and sum 2^(x kLog2e - m) (m / kLog2e - x), from which the entropy follows without cancellation
+    void (*sum_exp_entropy)(const float* x, int columns, float m, double* z, double* a);
+    // z of both rows and G = sum q phi(u) with u = t - s - delta, q scaled by kappa to p's units
+    void (*online_kl)(const float* s, const float* t, int columns, float m_s, float m_t, float delta, float kappa,
+                      double* z_s, double* z_t, double* g);
+    // the same with G = sum (sqrt p - sqrt q)^2 / 2
+    void (*online_hellinger)(const float* s, const float* t, int columns, float m_s, float m_t, float delta,
+                             float kappa, double* z_s, double* z_t, double* g);
+    void (*fence)();  // orders streaming stores before what follows
+    // to = share * softmax
+    void (*softmax)(const float* x, int columns, const Softmax&, float share, float* to);
+    const DivergenceKernels* divergences;
+    int divergence_count;
+};
+
+// The fastest table for this processor; KLDIV_CPU_ISA=baseline|avx2|avx512 narrows the choice.
+const Kernels& best_kernels();
+
+}  // namespace kldiv

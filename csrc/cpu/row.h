@@ -1,0 +1,102 @@
+// One row: what is known of it as its sweeps go by.
+#pragma once
+
+#include <vector>
+
+#include "../row_state.h"
+#include "rows.h"
+
+namespace kldiv {
+
+// The first-sweep divergences. `first` is the softmax whose units G is in (row_state.h).
+enum Online { kForwardKl, kReverseKl, kHellinger, kOnlineCount };
+inline bool first_is_student(int online) { return online == kReverseKl; }
+inline OnlineKind online_kind(int online) { return online == kHellinger ? OnlineKind::hellinger : OnlineKind::kl; }
+
+// A statistic as a row takes it: js at beta = 0 is forward KL, and so on.
+struct Resolved {
+    const DivergenceKernels* divergence = nullptr;
+    double alpha = 0, beta = 0;
+    int online = -1;                          // an Online, when its value comes out of the first sweep
+    bool entropy_s = false, entropy_t = false;
+};
+
+// What the first sweep takes of a slice.
+struct FirstSweep {
+    SoftmaxState s, t;
+    OnlineState online[kOnlineCount];
+    float largest_s = -std::numeric_limits<float>::infinity(), largest_t = largest_s;
+    int64_t argmax = -1;
+
+    void merge(const FirstSweep& other, const bool* wanted);
+};
+
+struct NormalisedSums {
+    double sums[4] = {0, 0, 0, 0};
+    LogSum log_sum;
+};
+
+struct FinishedStatistic {
+    double value = 0, sum_q = 0, sum_p = 0;
+    double k[3] = {0, 0, 0};
+};
+
+class Row {
+public:
+    Row(const Job& job, int64_t index);
+
+    int64_t blocks() const;
+    bool needs_second_sweep() const { return second_sweep_; }
+
+    FirstSweep first_sweep(int64_t block) const;
+    void merge_first(FirstSweep& into, const FirstSweep& next) const { into.merge(next, online_); }
+    // True when the logits are so large that the sweep must be repeated with offsets, which are then set.
+    bool needs_offsets(const FirstSweep& whole);
+    void finish_first(FirstSweep whole);
+    // Sums of the statistics that need the softmax, one entry a statistic.
+    void second_sweep(int64_t block, std::vector<NormalisedSums>& sums) const;
+    void finish_second(const std::vector<NormalisedSums>& sums);
+
+    void write_values() const;
+    void save_state() const;
+    void load_state();
+
+    // False when every coefficient is 0: then the gradient is 0 and the row need not be read.
+    bool load_coefficients();
+    void gradient(int64_t block) const;
+    void zero_gradient() const;
+
+    static void merge(std::vector<NormalisedSums>& into, const std::vector<NormalisedSums>& from);
+
+private:
+    struct Buffers;
+    Loaded load(bool student, int64_t start, int count, float* to) const;
+    void normalise(const SoftmaxState& s, const SoftmaxState& t);
+    void resolve();
+    void finish(size_t i, const double* sums, double log_sum);
+    void gradient_of(bool student, int64_t block) const;
+    double logprob(bool student, int64_t label) const;
+
+    const Job& job_;
+    int64_t index_;
+    const char *s_, *t_;
+    float scale_s_, scale_t_, offset_s_ = 0, offset_t_ = 0;
+    double alpha_, beta_;
+    int64_t exclude_;
+    std::vector<Resolved> resolved_;  // one a statistic; empty divergence for the others
+    bool online_[kOnlineCount] = {false, false, false};
+    bool entropy_s_ = false, entropy_t_ = false, second_sweep_ = false, argmax_ = false;
+
+    SoftmaxState state_s_, state_t_;
+    double lse_s_ = 0, lse_t_ = 0;
+    float largest_s_ = 0;
+    int64_t argmax_index_ = -1;
+    bool q_is_zero_ = false, p_is_zero_ = false;
+    NormalisedRow normalised_{};
+    std::vector<FinishedStatistic> finished_;
+    // Gradient weights, 1/temperature included: of softmax(s), softmax(t), and of each statistic's g.
+    std::vector<double> weight_, label_weight_s_, label_weight_t_;
+    double share_s_ = 0, share_t_ = 0;
+};
+
+}  // namespace kldiv

@@ -1,0 +1,233 @@
+#include "rows.h"
+
+#include <torch/csrc/stable/ops.h>
+
+#include <algorithm>
+#include <atomic>
+#include <exception>
+#include <functional>
+#include <mutex>
+#include <stdexcept>
+
+#include "../plan.h"
+#include "row.h"
+
+namespace kldiv {
+
+const char* Rows::row(int64_t index) const {
+    int64_t offset = 0;
+    for (size_t i = sizes.size(); i-- > 0;) {
+        offset += index % sizes[i] * strides[i];
+        index /= sizes[i];
+    }
+    return data + offset * element_bytes();
+}
+
+int64_t Job::value_rows() const {
+    int64_t count = 0;
+    for (const Request& request : stats)
+        count += request.kind == Kind::logprob || request.kind == Kind::reference_logprob ? labels_per_row : 1;
+    return count;
+}
+
+namespace {
+
+struct Named {
+    const char* name;
+    Kind kind;
+};
+constexpr Named kPlain[] = {{"logprob", Kind::logprob},
+                            {"reference_logprob", Kind::reference_logprob},
+                            {"logsumexp", Kind::logsumexp},
+                            {"max_logprob", Kind::max_logprob},
+                            {"argmax", Kind::argmax}};
+
+// Hands out 0 .. count-1 to the threads one by one: masked rows and a busy core leave nobody waiting, and no result
+// depends on who computed it.
+void for_each(int64_t threads, int64_t count, const std::function<void(int64_t)>& work) {
+    std::atomic<int64_t> next{0};
+    std::exception_ptr failure;
+    std::mutex failure_lock;
+    const auto loop = [&](int64_t, int64_t) {
+        try {
+            for (int64_t i = next++; i < count; i = next++) work(i);
+        } catch (...) {
+            const std::lock_guard<std::mutex> guard(failure_lock);
+            failure = std::current_exception();
+        }
+    };
+    const int64_t workers = std::min(threads, count);
+    if (workers <= 1)
+        loop(0, 1);
+    else
+        torch::stable::parallel_for(0, workers, 1, loop);
+    if (failure) std::rethrow_exception(failure);
+}
+
+std::vector<int64_t> active_rows(const Job& job) {
+    std::vector<int64_t> rows;
+    rows.reserve(job.rows);
+    for (int64_t i = 0; i < job.rows; ++i)
+        if (!job.mask || job.mask[i]) rows.push_back(i);
+    return rows;
+}
+
+void leave_out_masked(const Job& job) {
+    if (!job.mask) return;
+    const int64_t values = job.values ? job.value_rows() : 0;
+    for_each(job.threads, job.rows, [&](int64_t i) {
+        if (job.mask[i]) return;
+        for (int64_t j = 0; j < values; ++j) job.values[j * job.rows + i] = 0;
+        const int64_t states = job.values && job.state ? kStateOfRow + kStateOfStatistic * job.stats.size() : 0;
+        for (int64_t j = 0; j < states; ++j) job.state[j * job.rows + i] = 0;
+        Row(job, i).zero_gradient();
+    });
+}
+
+void gradient_of_row(Row& row, const std::function<void()>& blocks) {
+    if (row.load_coefficients())
+        blocks();
+    else
+        row.zero_gradient();
+}
+
+void forward_row(const Job& job, int64_t index) {
+    Row row(job, index);
+    const int64_t blocks = row.blocks();
+    FirstSweep whole = row.first_sweep(0);
+    for (int64_t b = 1; b < blocks; ++b) row.merge_first(whole, row.first_sweep(b));
+    if (row.needs_offsets(whole)) {
+        whole = row.first_sweep(0);
+        for (int64_t b = 1; b < blocks; ++b) row.merge_first(whole, row.first_sweep(b));
+    }
+    row.finish_first(whole);
+    if (row.needs_second_sweep()) {
+        std::vector<NormalisedSums> total(job.stats.size());
+        for (int64_t b = 0; b < blocks; ++b) {
+            std::vector<NormalisedSums> sums(job.stats.size());
+            row.second_sweep(b, sums);
+            Row::merge(total, sums);
+        }
+        row.finish_second(total);
+    }
+    row.write_values();
+    if (job.state) row.save_state();
+    if (!job.coefficients) return;
+    gradient_of_row(row, [&] {
+        for (int64_t b = 0; b < blocks; ++b) row.gradient(b);
+    });
+}
+
+// The same row by row, with every sweep's blocks shared among the threads. Blocks are merged in their order.
+void forward_split(const Job& job, const std::vector<int64_t>& active) {
+    std::vector<Row> rows;
+    for (int64_t index : active) rows.emplace_back(job, index);
+    if (rows.empty()) return;
+    const int64_t blocks = rows[0].blocks(), count = static_cast<int64_t>(rows.size());
+    std::vector<FirstSweep> first(count * blocks);
+    const auto sweep_first = [&](int64_t i) { first[i] = rows[i / blocks].first_sweep(i % blocks); };
+    const auto merge_first = [&](int64_t r) {
+        FirstSweep whole = first[r * blocks];
+        for (int64_t b = 1; b < blocks; ++b) rows[r].merge_first(whole, first[r * blocks + b]);
+        return whole;
+    };
+    for_each(job.threads, count * blocks, sweep_first);
+    for (int64_t r = 0; r < count; ++r) {
+        FirstSweep whole = merge_first(r);
+        if (rows[r].needs_offsets(whole)) {
+            for_each(job.threads, blocks, [&](int64_t b) { sweep_first(r * blocks + b); });
+            whole = merge_first(r);
+        }
+        rows[r].finish_first(whole);
+    }
+    if (std::any_of(rows.begin(), rows.end(), [](const Row& row) { return row.needs_second_sweep(); })) {
+        std::vector<std::vector<NormalisedSums>> sums(count * blocks);
+        for_each(job.threads, count * blocks, [&](int64_t i) {
+            sums[i].resize(job.stats.size());
+            rows[i / blocks].second_sweep(i % blocks, sums[i]);
+        });
+        for (int64_t r = 0; r < count; ++r) {
+            std::vector<NormalisedSums> total(job.stats.size());
+            for (int64_t b = 0; b < blocks; ++b) Row::merge(total, sums[r * blocks + b]);
+            rows[r].finish_second(total);
+        }
+    }
+    for (const Row& row : rows) {
+        row.write_values();
+        if (job.state) row.save_state();
+    }
+    if (!job.coefficients) return;
+    std::vector<Row*> wanted;
+    for (Row& row : rows) gradient_of_row(row, [&] { wanted.push_back(&row); });
+    for_each(job.threads, static_cast<int64_t>(wanted.size()) * blocks,
+             [&](int64_t i) { wanted[i / blocks]->gradient(i % blocks); });
+}
+
+}  // namespace
+
+std::vector<std::string> served_statistics() {
+    std::vector<std::string> names;
+    for (const Named& plain : kPlain) names.emplace_back(plain.name);
+    const Kernels& kernels = best_kernels();
+    for (int i = 0; i < kernels.divergence_count; ++i) names.emplace_back(kernels.divergences[i].name);
+    return names;
+}
+
+Request find_statistic(const std::string& name) {
+    for (const Named& plain : kPlain)
+        if (name == plain.name) return {plain.kind};
+    const Kernels& kernels = best_kernels();
+    for (int i = 0; i < kernels.divergence_count; ++i)
+        if (name == kernels.divergences[i].name) return {Kind::divergence, &kernels.divergences[i]};
+    throw std::invalid_argument("kldiv_kernels: the cpu backend has no statistic " + name);
+}
+
+void run_forward(const Job& job) {
+    leave_out_masked(job);
+    const std::vector<int64_t> active = active_rows(job);
+    if (job.split_rows)
+        forward_split(job, active);
+    else
+        for_each(job.threads, static_cast<int64_t>(active.size()),
+                 [&](int64_t i) { forward_row(job, active[i]); });
+}
+
+void run_backward(const Job& job) {
+    leave_out_masked(job);
+    const std::vector<int64_t> active = active_rows(job);
+    const auto prepare = [&](Row& row, const std::function<void()>& blocks) {
+        row.load_state();
+        gradient_of_row(row, blocks);
+    };
+    if (!job.split_rows) {
+        for_each(job.threads, static_cast<int64_t>(active.size()), [&](int64_t i) {
+            Row row(job, active[i]);
+            prepare(row, [&] {
+                for (int64_t b = 0; b < row.blocks(); ++b) row.gradient(b);
+            });
+        });
+        return;
+    }
+    std::vector<Row> rows;
+    for (int64_t index : active) rows.emplace_back(job, index);
+    std::vector<std::pair<Row*, int64_t>> items;
+    for (Row& row : rows)
+        prepare(row, [&] {
+            for (int64_t b = 0; b < row.blocks(); ++b) items.emplace_back(&row, b);
+        });
+    for_each(job.threads, static_cast<int64_t>(items.size()),
+             [&](int64_t i) { items[i].first->gradient(items[i].second); });
+}
+
+void run_scale(void* data, Dtype dtype, int64_t count, float factor, int64_t threads) {
+    if (factor == 1.0f) return;
+    const int64_t bytes = dtype == Dtype::float32 ? 4 : 2;
+    for_each(threads, (count + kBlock - 1) / kBlock, [&](int64_t block) {
+        const int64_t end = std::min(count, (block + 1) * kBlock);
+        for (int64_t i = block * kBlock; i < end; i += kTile)
+            best_kernels().scale[static_cast<int>(dtype)](static_cast<char*>(data) + i * bytes,
+                                                          static_cast<int>(std::min<int64_t>(kTile, end - i)), factor);
+    });
+}
+
+}  // namespace kldiv

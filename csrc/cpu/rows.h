@@ -1,0 +1,75 @@
+// The CPU backend above the tile kernels: rows, blocks of a row, threads.
+#pragma once
+
+#include <cstdint>
+#include <string>
+#include <vector>
+
+#include "kernels.h"
+
+namespace kldiv {
+
+// Rows of a tensor [*, V] with unit stride in V and any strides before it.
+struct Rows {
+    const char* data = nullptr;
+    Dtype dtype = Dtype::float32;
+    std::vector<int64_t> sizes, strides;  // of the leading dimensions, in elements
+
+    explicit operator bool() const { return data != nullptr; }
+    int64_t element_bytes() const { return dtype == Dtype::float32 ? 4 : 2; }
+    const char* row(int64_t index) const;
+};
+
+// A contiguous [N, width] gradient.
+struct Gradient {
+    char* data = nullptr;
+    Dtype dtype = Dtype::float32;
+    int64_t width = 0;
+
+    explicit operator bool() const { return data != nullptr; }
+    int64_t element_bytes() const { return dtype == Dtype::float32 ? 4 : 2; }
+};
+
+enum class Kind { logprob, reference_logprob, logsumexp, max_logprob, argmax, divergence };
+
+struct Request {
+    Kind kind;
+    const DivergenceKernels* divergence = nullptr;
+};
+
+// The saved state of a row: for student and teacher (m, 1/z, offset), then for each statistic
+// (sum of grad_logq, sum of grad_logp, three constants), as [state_rows, N] floats.
+constexpr int kStateOfRow = 6, kStateOfStatistic = 5;
+
+struct Job {
+    const Kernels* kernels;
+    Rows student, teacher;
+    int64_t rows = 0, columns = 0;  // columns: without padding
+    const int64_t* labels = nullptr;  // [N, labels_per_row], -1: none
+    int64_t labels_per_row = 1;
+    const bool* mask = nullptr;
+    const int64_t* exclude = nullptr;
+    const float* token_parameters = nullptr;  // [4, N]
+    double parameters[4] = {1, 1, 0.5, 0.5};
+    std::vector<Request> stats;
+    float* values = nullptr;              // [value rows, N], or null in a backward pass
+    float* state = nullptr;               // written by a forward pass when wanted, read by a backward pass
+    const float* coefficients = nullptr;  // [value rows, N]; null: no gradient
+    Gradient d_student, d_teacher;
+    int64_t threads = 1;
+    bool split_rows = false;
+
+    int64_t value_rows() const;
+};
+
+std::vector<std::string> served_statistics();
+Request find_statistic(const std::string& name);
+
+// Values, the state when `state` is given, and gradients when `coefficients` are.
+void run_forward(const Job& job);
+// Gradients from the saved state.
+void run_backward(const Job& job);
+// data[0 .. count) *= factor; returns at once when the factor is 1.
+void run_scale(void* data, Dtype dtype, int64_t count, float factor, int64_t threads);
+
+}  // namespace kldiv

@@ -1,0 +1,251 @@
+// The loops over one tile, for one instruction set. Included inside namespace KLDIV_ISA after the lanes, fast_math.h
+// and divergences.h.
+
+// --- conversions ------------------------------------------------------------------------------------------------
+template <Dtype dtype>
+inline void load_run(const void* from, int start, int columns, Floats scale, Floats offset, bool plain, float* to,
+                     Floats* largest, Floats* smallest) {
+    for (int i = start; i < columns; i += Floats::lanes) {
+        Floats x = convert<dtype>(from, i);
+        if (!plain) x = fma(x, scale, offset);
+        *largest = max(x, *largest);
+        *smallest = min(x, *smallest);
+        store(to + i, max(broadcast(kNoMass), x));
+    }
+}
+
+template <Dtype dtype>
+Loaded load_tile(const void* from, int columns, float scale, float offset, float* to) {
+    constexpr float inf = std::numeric_limits<float>::infinity();
+    const bool plain = scale == 1.0f && offset == 0.0f;
+    const int whole = columns - columns % Floats::lanes;
+    Floats largest = broadcast(-inf), smallest = broadcast(inf);
+    load_run<dtype>(from, 0, whole, broadcast(scale), broadcast(-offset), plain, to, &largest, &smallest);
+    Loaded out{kldiv::KLDIV_ISA::largest(largest), -kldiv::KLDIV_ISA::largest(-smallest) <= kNoMass};
+    for (int i = whole; i < columns; ++i) {
+        const float raw = convert_one<dtype>(from, i);
+        const float x = plain ? raw : std::fma(raw, scale, -offset);
+        out.largest = out.largest > x ? out.largest : x;
+        out.has_no_mass |= x <= kNoMass;
+        to[i] = x < kNoMass ? kNoMass : x;
+    }
+    for (int i = columns; i % kPad != 0; ++i) to[i] = kNoMass;
+    return out;
+}
+
+// data *= factor, rounded once.
+template <Dtype dtype>
+void scale_tile(void* data, int columns, float factor) {
+    alignas(64) float buffer[kTile];
+    const int whole = columns - columns % Floats::lanes;
+    for (int i = 0; i < whole; i += Floats::lanes) store(buffer + i, convert<dtype>(data, i) * broadcast(factor));
+    for (int i = whole; i < columns; ++i) buffer[i] = convert_one<dtype>(data, i) * factor;
+    store_tile<dtype>(buffer, columns, false, data);
+}
+
+// --- first sweep: sums of one row, and of two --------------------------------------------------------------------
+inline Floats exponent(Floats x, Floats m) { return fma(x, broadcast(kLog2e), -m); }
+
+inline double sum_exp(const float* x, int columns, float m) {
+    const Floats reference = broadcast(m);
+    Floats z = broadcast(0.0f);
+    for (int i = 0; i < columns; i += Floats::lanes) z = z + exp2(exponent(load(x + i), reference));
+    return sum(z);
+}
+
+inline void sum_exp_entropy(const float* x, int columns, float m, double* z_out, double* a_out) {
+    const Floats reference = broadcast(m), top = broadcast(static_cast<float>(m * kExponentToLog));
+    Floats z = broadcast(0.0f), a = broadcast(0.0f);
+    for (int i = 0; i < columns; i += Floats::lanes) {
+        const Floats value = load(x + i);
+        const Floats e = exp2(exponent(value, reference));
+        z = z + e;
+        a = fma(e, top - value, a);
+    }
+    *z_out = sum(z);
+    *a_out = sum(a);
+}
+
+inline void online_kl(const float* s, const float* t, int columns, float m_s, float m_t, float delta, float kappa,
+                      double* z_s, double* z_t, double* g_out) {
+    const Floats ms = broadcast(m_s), mt = broadcast(m_t), d = broadcast(delta), k = broadcast(kappa);
+    Floats zs = broadcast(0.0f), zt = broadcast(0.0f), g = broadcast(0.0f);
+    for (int i = 0; i < columns; i += Floats::lanes) {
+        const Floats student = load(s + i), teacher = load(t + i);
+        const Floats q = exp2(exponent(student, ms)), p = exp2(exponent(teacher, mt));
+        zs = zs + q;
+        zt = zt + p;
+        // d is a multiple of 2^-12, so that this loses nothing where the rows are close.
+        g = g + kl_term(p, q * k, (teacher - d) - student);
+    }
+    *z_s = sum(zs);
+    *z_t = sum(zt);
+    *g_out = sum(g);
+}
+
+inline void online_hellinger(const float* s, const float* t, int columns, float m_s, float m_t, float,
+                             float kappa, double* z_s, double* z_t, double* g_out) {
+    const Floats ms = broadcast(0.5f * m_s), mt = broadcast(0.5f * m_t), half = broadcast(0.5f * kLog2e);
+    const Floats k = broadcast(std::sqrt(kappa));
+    Floats zs = broadcast(0.0f), zt = broadcast(0.0f), g = broadcast(0.0f);
+    for (int i = 0; i < columns; i += Floats::lanes) {
+        const Floats root_q = exp2(fma(load(s + i), half, -ms)), root_p = exp2(fma(load(t + i), half, -mt));
+        zs = fma(root_q, root_q, zs);
+        zt = fma(root_p, root_p, zt);
+        const Floats difference = root_p - root_q * k;
+        g = fma(difference, difference, g);
+    }
+    *z_s = sum(zs);
+    *z_t = sum(zt);
+    *g_out = 0.5 * sum(g);
+}
+
+// --- later sweeps: with the finished softmax ----------------------------------------------------------------------
+template <class D>
+struct Normaliser {
+    Floats m_s, scale_s, lse_s, m_t, scale_t, lse_t, delta_high, delta_low, log2e;
+
+    explicit Normaliser(const NormalisedRow& row)
+        : m_s(broadcast(D::roots ? 0.5f * row.s.m : row.s.m)),
+          scale_s(broadcast(D::roots ? std::sqrt(row.s.inverse_z) : row.s.inverse_z)),
+          lse_s(broadcast(row.s.lse)),
+          m_t(broadcast(D::roots ? 0.5f * row.t.m : row.t.m)),
+          scale_t(broadcast(D::roots ? std::sqrt(row.t.inverse_z) : row.t.inverse_z)),
+          lse_t(broadcast(row.t.lse)),
+          delta_high(broadcast(row.delta_high)),
+          delta_low(broadcast(row.delta_low)),
+          log2e(broadcast(D::roots ? 0.5f * kLog2e : kLog2e)) {}
+
+    Element<Floats> element(const float* s, const float* t, int i) const {
+        Element<Floats> e;
+        const Floats student = load(s + i);
+        const Floats q = exp2(fma(student, log2e, -m_s)) * scale_s;
+        e.lq = student - lse_s;
+        e.root_q = q;
+        e.q = D::roots ? q * q : q;
+        if constexpr (D::needs_p) {
+            const Floats teacher = load(t + i);
+            const Floats p = exp2(fma(teacher, log2e, -m_t)) * scale_t;
+            e.lp = teacher - lse_t;
+            e.root_p = p;
+            e.p = D::roots ? p * p : p;
+            e.u = ((teacher - delta_high) - student) - delta_low;
+        }
+        return e;
+    }
+};
+
+template <class D>
+void terms(const float* s, const float* t, int columns, const NormalisedRow& row, double* sums, LogSum* log_sum) {
+    const Normaliser<D> normaliser(row);
+    const double unknown[3] = {0, 0, 0};
+    const typename D::template Constants<Floats> constants(row.alpha, row.beta, row.k ? row.k : unknown);
+    Floats totals[D::sums], out[D::sums];
+    for (Floats& total : totals) total = broadcast(0.0f);
+    for (int i = 0; i < columns; i += Floats::lanes) {
+        D::terms(normaliser.element(s, t, i), constants, out);
+        for (int j = 0; j < D::sums; ++j) totals[j] = totals[j] + out[j];
+    }
+    for (int j = 0; j < D::sums; ++j) sums[j] += sum(totals[j]);
+    if constexpr (D::log_sum) {
+        Floats top = broadcast(kNoMass);
+        for (int i = 0; i < columns; i += Floats::lanes)
+            top = max(D::log_weight(normaliser.element(s, t, i), constants), top);
+        const float reference = largest(top);
+        Floats total = broadcast(0.0f);
+        for (int i = 0; i < columns; i += Floats::lanes)
+            total = total + exp(D::log_weight(normaliser.element(s, t, i), constants) - broadcast(reference));
+        const double larger = std::max<double>(log_sum->max, reference);
+        const double kept = log_sum->sum > 0 ? log_sum->sum * std::exp(log_sum->max - larger) : 0.0;
+        log_sum->sum = kept + sum(total) * std::exp(reference - larger);
+        log_sum->max = larger;
+    }
+}
+
+template <class D, bool student>
+void gradient(const float* s, const float* t, int columns, const NormalisedRow& row, float weight, float share,
+              bool first, float* to) {
+    const Normaliser<D> normaliser(row);
+    const typename D::template Constants<Floats> constants(row.alpha, row.beta, row.k);
+    const Floats w = broadcast(weight), of_softmax = broadcast(first ? share : 0.0f);
+    const auto one = [&](int i) {
+        const Element<Floats> e = normaliser.element(s, t, i);
+        const Floats g = student ? D::grad_logq(e, constants) : D::grad_logp(e, constants);
+        return fma(w, g, of_softmax * (student ? e.q : e.p));
+    };
+    if (first) {
+        for (int i = 0; i < columns; i += Floats::lanes) store(to + i, one(i));
+    } else {
+        for (int i = 0; i < columns; i += Floats::lanes) store(to + i, load(to + i) + one(i));
+    }
+}
+
+inline void softmax(const float* x, int columns, const Softmax& row, float share, float* to) {
+    const Floats m = broadcast(row.m), scale = broadcast(row.inverse_z * share);
+    for (int i = 0; i < columns; i += Floats::lanes) store(to + i, exp2(exponent(load(x + i), m)) * scale);
+}
+
+// --- the table ----------------------------------------------------------------------------------------------------
+template <class D>
+void finish(const double* sums, double log_sum, bool q_is_zero, bool p_is_zero, double alpha, double beta,
+            double* value_and_sums, double* k) {
+    RowSums row;
+    std::copy(sums, sums + D::sums, row.sum);
+    row.log_sum = log_sum;
+    row.q_is_zero = q_is_zero;
+    row.p_is_zero = p_is_zero;
+    if ((q_is_zero && D::infinite_where_q_is_zero(alpha)) || (p_is_zero && D::infinite_where_p_is_zero(alpha)))
+        (D::log_sum ? row.log_sum : row.sum[0]) = infinity;
+    const Finished done = D::finish(row, alpha, beta);
+    value_and_sums[0] = done.value;
+    value_and_sums[1] = done.sum_q;
+    value_and_sums[2] = done.sum_p;
+    std::copy(done.k, done.k + 3, k);
+}
+
+template <class D>
+constexpr DivergenceKernels divergence(const char* name) {
+    constexpr auto grad_p = [] {
+        if constexpr (D::needs_p)
+            return &gradient<D, false>;
+        else
+            return static_cast<decltype(&gradient<D, true>)>(nullptr);
+    }();
+    return {name,
+            D::sums,
+            D::log_sum,
+            D::needs_p,
+            D::infinite_where_q_is_zero,
+            D::infinite_where_p_is_zero,
+            finish<D>,
+            terms<D>,
+            gradient<D, true>,
+            grad_p};
+}
+
+#define KLDIV_ROW(name, D) divergence<D>(#name),
+const DivergenceKernels table_of_divergences[] = {KLDIV_DIVERGENCES(KLDIV_ROW)};
+#undef KLDIV_ROW
+
+inline Kernels make_kernels(const char* isa) {
+    Kernels kernels{};
+    kernels.isa = isa;
+    kernels.load[0] = load_tile<Dtype::float32>;
+    kernels.load[1] = load_tile<Dtype::bfloat16>;
+    kernels.load[2] = load_tile<Dtype::float16>;
+    kernels.store[0] = store_tile<Dtype::float32>;
+    kernels.store[1] = store_tile<Dtype::bfloat16>;
+    kernels.store[2] = store_tile<Dtype::float16>;
+    kernels.scale[0] = scale_tile<Dtype::float32>;
+    kernels.scale[1] = scale_tile<Dtype::bfloat16>;
+    kernels.scale[2] = scale_tile<Dtype::float16>;
+    kernels.sum_exp = sum_exp;
+    kernels.sum_exp_entropy = sum_exp_entropy;
+    kernels.online_kl = online_kl;
+    kernels.online_hellinger = online_hellinger;
+    kernels.softmax = softmax;
+    kernels.fence = fence;
+    kernels.divergences = table_of_divergences;
+    kernels.divergence_count = sizeof table_of_divergences / sizeof table_of_divergences[0];
+    return kernels;
+}

@@ -1,0 +1,607 @@
+// The divergences, written once for every kind of core: a struct each, over lanes F of one instruction set.
+//
+// Per row p = softmax(t) is the teacher, q = softmax(s) the student and, per column,
+//   lp = log p, lq = log q, u = lp - lq.
+// A divergence is D = finish(sum_j term_j) with every term non-negative, so that nothing cancels when D is small:
+// terms that sum to 0 over a row (q_j - p_j) are added to make them so. Its gradient is
+//   dD/ds_k = g_k - q_k sum_j g_j,  g = grad_logq   (the same with p and grad_logp for dD/dt_k).
+// `finish` gives the value and those two sums of g; for an f-divergence they add up to D, so that at most one of
+// them needs a sum of its own.
+//
+// Each struct has
+//   sums            how many sums it takes of each row
+//   log_sum         whether it takes a log-sum-exp of log_weight as well
+//   needs_p         false for a statistic of the student alone
+//   roots           whether it uses sqrt p and sqrt q
+//   Constants<F>    what its loops use of alpha, beta and the finished row (k: see Finished)
+//   infinite_where_q_is_zero(alpha), infinite_where_p_is_zero(alpha)
+// Columns without mass in either row come with lp = lq about -1e30 and p = q = 0, and contribute nothing.
+//
+// This header is included inside namespace KLDIV_ISA for the loops. Formulas: Cichocki and Amari (2010) for the alpha
+// and alpha-beta families; the others are their definitions.
+
+template <class F>
+struct Element {
+    F p, q, lp, lq, u;
+    F root_p, root_q;  // where the struct asks for them with `roots`
+};
+
+template <class F>
+Element<F> swapped(const Element<F>& e) {
+    return {e.q, e.p, e.lq, e.lp, -e.u, e.root_q, e.root_p};
+}
+
+constexpr float smallest_normal = 1.17549435e-38f;
+constexpr double infinity = std::numeric_limits<double>::infinity();
+
+// phi(x) = x e^x - e^x + 1 = x^2 (1/2 + x/3 + x^2/8 + ...), relative error 1.5e-7 on [-1/4, 1/4].
+template <class F>
+F phi_over_square(F x) {
+    F y = fma(broadcast(6.938634027e-3f), x, broadcast(3.3426233992e-2f));
+    y = fma(y, x, broadcast(1.25000997961e-1f));
+    y = fma(y, x, broadcast(3.33331887995e-1f));
+    return fma(y, x, broadcast(4.99999990581e-1f));
+}
+
+// a log(a/b) - a + b = b phi(x) with x = log(a/b).
+template <class F>
+F kl_term(F a, F b, F x) {
+    const F near = (b * x) * (x * phi_over_square(x));
+    const F far = fma(a, x, b - a);
+    return select(abs(x) < broadcast(0.25f), near, far);
+}
+
+// The value, the sums of grad_logq and grad_logp, and up to three constants of the row that the gradients use.
+struct Finished {
+    double value, sum_q, sum_p;
+    double k[3] = {0, 0, 0};
+};
+
+struct RowSums {
+    double sum[4] = {0, 0, 0, 0};
+    double log_sum = -infinity;
+    bool q_is_zero = false, p_is_zero = false;  // somewhere where the other row has mass
+};
+
+struct Plain {
+    static constexpr int sums = 1;
+    static constexpr bool log_sum = false, needs_p = true, roots = false;
+    static bool infinite_where_q_is_zero(double) { return false; }
+    static bool infinite_where_p_is_zero(double) { return false; }
+    template <class F>
+    struct Constants {
+        Constants(double, double, const double*) {}
+    };
+};
+
+struct ForwardKl : Plain {
+    static bool infinite_where_q_is_zero(double) { return true; }
+    template <class F>
+    static void terms(const Element<F>& e, const Constants<F>&, F* out) {
+        out[0] = kl_term(e.p, e.q, e.u);
+    }
+    template <class F>
+    static F grad_logq(const Element<F>& e, const Constants<F>&) {
+        return e.q - e.p;
+    }
+    template <class F>
+    static F grad_logp(const Element<F>& e, const Constants<F>&) {
+        return e.p * e.u;
+    }
+    static Finished finish(const RowSums& row, double, double) { return {row.sum[0], 0, row.sum[0]}; }
+};
+
+// The same divergence with the roles of student and teacher exchanged.
+template <class D>
+struct Swap {
+    static constexpr int sums = D::sums;
+    static constexpr bool log_sum = D::log_sum, needs_p = true, roots = D::roots;
+    static bool infinite_where_q_is_zero(double alpha) { return D::infinite_where_p_is_zero(alpha); }
+    static bool infinite_where_p_is_zero(double alpha) { return D::infinite_where_q_is_zero(alpha); }
+    template <class F>
+    using Constants = typename D::template Constants<F>;
+    template <class F>
+    static void terms(const Element<F>& e, const Constants<F>& c, F* out) {
+        D::terms(swapped(e), c, out);
+    }
+    template <class F>
+    static F grad_logq(const Element<F>& e, const Constants<F>& c) {
+        return D::grad_logp(swapped(e), c);
+    }
+    template <class F>
+    static F grad_logp(const Element<F>& e, const Constants<F>& c) {
+        return D::grad_logq(swapped(e), c);
+    }
+    static Finished finish(RowSums row, double alpha, double beta) {
+        std::swap(row.q_is_zero, row.p_is_zero);
+        Finished done = D::finish(row, alpha, beta);
+        std::swap(done.sum_q, done.sum_p);
+        return done;
+    }
+};
+
+using ReverseKl = Swap<ForwardKl>;
+
+struct Entropy : Plain {
+    static constexpr bool needs_p = false;
+    template <class F>
+    static void terms(const Element<F>& e, const Constants<F>&, F* out) {
+        out[0] = -(e.q * e.lq);
+    }
+    template <class F>
+    static F grad_logq(const Element<F>& e, const Constants<F>&) {
+        return -fma(e.q, e.lq, e.q);
+    }
+    template <class F>
+    static F grad_logp(const Element<F>&, const Constants<F>&) {
+        return broadcast(0.0f);
+    }
+    static Finished finish(const RowSums& row, double, double) { return {row.sum[0], row.sum[0] - 1, 0}; }
+};
+
+struct CrossEntropy : Plain {
+    static bool infinite_where_q_is_zero(double) { return true; }
+    template <class F>
+    static void terms(const Element<F>& e, const Constants<F>&, F* out) {
+        out[0] = -(e.p * e.lq);
+    }
+    template <class F>
+    static F grad_logq(const Element<F>& e, const Constants<F>&) {
+        return -e.p;
+    }
+    template <class F>
+    static F grad_logp(const Element<F>& e, const Constants<F>&) {
+        return -(e.p * e.lq);
+    }
+    static Finished finish(const RowSums& row, double, double) { return {row.sum[0], -1, row.sum[0]}; }
+};
+
+struct Jeffreys : Plain {
+    static constexpr int sums = 2;  // the second one is KL(q || p), the sum of grad_logq
+    static bool infinite_where_q_is_zero(double) { return true; }
+    static bool infinite_where_p_is_zero(double) { return true; }
+    template <class F>
+    static void terms(const Element<F>& e, const Constants<F>&, F* out) {
+        out[0] = (e.p - e.q) * e.u;
+        out[1] = kl_term(e.q, e.p, -e.u);
+    }
+    template <class F>
+    static F grad_logq(const Element<F>& e, const Constants<F>&) {
+        return (e.q - e.p) - e.q * e.u;
+    }
+    template <class F>
+    static F grad_logp(const Element<F>& e, const Constants<F>&) {
+        return (e.p - e.q) + e.p * e.u;
+    }
+    static Finished finish(const RowSums& row, double, double) {
+        const double reverse = row.p_is_zero ? infinity : row.sum[1];
+        return {row.sum[0], reverse, row.q_is_zero ? infinity : row.sum[0] - reverse};
+    }
+};
+
+// Generalised Jensen-Shannon, m = beta p + (1 - beta) q, 0 < beta < 1.
+// With v = beta (1 - beta), a term is m u^2 v (1/2 + (1-2beta) u/3 + (1-6v) u^2/8 + ...) for small u:
+// K(u) = log(m/q) is a Bernoulli cumulant function, and the term is m (u K' - K).
+struct JensenShannon : Plain {
+    static constexpr int sums = 2;
+    template <class F>
+    struct Constants {
+        F b, a, c0, c1, c2, c3, c4;
+        Constants(double, double beta, const double*) {
+            const double v = beta * (1 - beta), skewness = 1 - 2 * beta;
+            b = broadcast(static_cast<float>(beta));
+            a = broadcast(static_cast<float>(1 - beta));
+            c0 = broadcast(static_cast<float>(v / 2));
+            c1 = broadcast(static_cast<float>(v * skewness / 3));
+            c2 = broadcast(static_cast<float>(v * (1 - 6 * v) / 8));
+            c3 = broadcast(static_cast<float>(v * skewness * (1 - 12 * v) / 30));
+            c4 = broadcast(static_cast<float>(v * (1 - 30 * v + 120 * v * v) / 144));
+        }
+    };
+    template <class F>
+    static F mixture(const Element<F>& e, const Constants<F>& c) {
+        return fma(c.b, e.p, c.a * e.q);
+    }
+    template <class F>
+    static void terms(const Element<F>& e, const Constants<F>& c, F* out) {
+        const F m = mixture(e, c);
+        const F log_q_over_m = e.lq - log(max(broadcast(smallest_normal), m));
+        const F from_q = c.a * e.q * log_q_over_m;
+        const F far = fma(c.b * e.p, log_q_over_m + e.u, from_q);
+        F y = fma(c.c4, e.u, c.c3);
+        y = fma(y, e.u, c.c2);
+        y = fma(y, e.u, c.c1);
+        y = fma(y, e.u, c.c0);
+        out[0] = select(abs(e.u) < broadcast(0.25f), (m * e.u) * (e.u * y), far);
+        out[1] = from_q;
+    }
+    template <class F>
+    static F grad_logq(const Element<F>& e, const Constants<F>& c) {
+        return c.a * e.q * (e.lq - log(max(broadcast(smallest_normal), mixture(e, c))));
+    }
+    template <class F>
+    static F grad_logp(const Element<F>& e, const Constants<F>& c) {
+        return c.b * e.p * (e.lp - log(max(broadcast(smallest_normal), mixture(e, c))));
+    }
+    static Finished finish(const RowSums& row, double, double) {
+        return {row.sum[0], row.sum[1], row.sum[0] - row.sum[1]};
+    }
+};
+
+// KL(p || m), m = alpha p + (1 - alpha) q, 0 < alpha <= 1.
+struct SkewKl : Plain {
+    static constexpr int sums = 2;
+    template <class F>
+    struct Constants {
+        F a, b, bb, ab;
+        Constants(double alpha, double, const double*) {
+            a = broadcast(static_cast<float>(alpha));
+            b = broadcast(static_cast<float>(1 - alpha));
+            bb = b * b;
+            ab = a * b;
+        }
+    };
+    template <class F>
+    static F mixture(const Element<F>& e, const Constants<F>& c) {
+        return max(broadcast(smallest_normal), fma(c.a, e.p, c.b * e.q));
+    }
+    // log(p/m) = -log1p((1 - alpha) expm1(-u)); beyond u = -80 the column has no mass in p.
+    template <class F>
+    static F log_p_over_m(const Element<F>& e, const Constants<F>& c) {
+        return -log1p(c.b * expm1(-max(broadcast(-80.0f), e.u)));
+    }
+    template <class F>
+    static void terms(const Element<F>& e, const Constants<F>& c, F* out) {
+        const F m = mixture(e, c);
+        out[0] = kl_term(e.p, fma(c.a, e.p, c.b * e.q), log_p_over_m(e, c));
+        out[1] = c.bb * e.q * ((e.q - e.p) / m);
+    }
+    template <class F>
+    static F grad_logq(const Element<F>& e, const Constants<F>& c) {
+        return c.bb * e.q * ((e.q - e.p) / mixture(e, c));
+    }
+    template <class F>
+    static F grad_logp(const Element<F>& e, const Constants<F>& c) {
+        return fma(e.p, log_p_over_m(e, c), c.ab * e.p * ((e.q - e.p) / mixture(e, c)));
+    }
+    static Finished finish(const RowSums& row, double, double) {
+        return {row.sum[0], row.sum[1], row.sum[0] - row.sum[1]};
+    }
+};
+
+// Squared Hellinger distance, (sqrt p - sqrt q)^2 / 2.
+struct Hellinger : Plain {
+    static constexpr bool roots = true;
+    template <class F>
+    static void terms(const Element<F>& e, const Constants<F>&, F* out) {
+        const F difference = e.root_p - e.root_q;
+        out[0] = broadcast(0.5f) * difference * difference;
+    }
+    template <class F>
+    static F grad_logq(const Element<F>& e, const Constants<F>&) {
+        return broadcast(0.5f) * (e.q - e.root_p * e.root_q);
+    }
+    template <class F>
+    static F grad_logp(const Element<F>& e, const Constants<F>&) {
+        return broadcast(0.5f) * (e.p - e.root_p * e.root_q);
+    }
+    static Finished finish(const RowSums& row, double, double) {
+        return {row.sum[0], 0.5 * row.sum[0], 0.5 * row.sum[0]};
+    }
+};
+
+// Total variation |p - q| / 2, with gradient 0 where p = q.
+struct TotalVariation : Plain {
+    static constexpr int sums = 2;
+    template <class F>
+    static void terms(const Element<F>& e, const Constants<F>& c, F* out) {
+        out[0] = broadcast(0.5f) * abs(e.p - e.q);
+        out[1] = grad_logq(e, c);
+    }
+    template <class F>
+    static F grad_logq(const Element<F>& e, const Constants<F>&) {
+        return broadcast(-0.5f) * e.q * sign(e.u);
+    }
+    template <class F>
+    static F grad_logp(const Element<F>& e, const Constants<F>&) {
+        return broadcast(0.5f) * e.p * sign(e.u);
+    }
+    static Finished finish(const RowSums& row, double, double) {
+        return {row.sum[0], row.sum[1], row.sum[0] - row.sum[1]};
+    }
+};
+
+// (p - q)^2 / q = p^2/q - 2p + q.
+struct ForwardChi2 : Plain {
+    static bool infinite_where_q_is_zero(double) { return true; }
+    // p^2 / q = (p e^(u/2)) e^(u/2): no overflow before the result's own.
+    template <class F>
+    static F p_squared_over_q(const Element<F>& e) {
+        const F half = exp(min(broadcast(88.0f), broadcast(0.5f) * e.u));
+        return (e.p * half) * half;
+    }
+    template <class F>
+    static void terms(const Element<F>& e, const Constants<F>&, F* out) {
+        const F difference = e.p - e.q;
+        const F near = difference * (difference / max(broadcast(smallest_normal), e.q));
+        const F far = p_squared_over_q(e) - e.p + (e.q - e.p);
+        out[0] = select(abs(e.u) < broadcast(1.0f), near, far);
+    }
+    template <class F>
+    static F grad_logq(const Element<F>& e, const Constants<F>&) {
+        return e.q - p_squared_over_q(e);
+    }
+    template <class F>
+    static F grad_logp(const Element<F>& e, const Constants<F>&) {
+        return broadcast(2.0f) * (p_squared_over_q(e) - e.p);
+    }
+    static Finished finish(const RowSums& row, double, double) {
+        return {row.sum[0], -row.sum[0], 2 * row.sum[0]};
+    }
+};
+
+// (p^a q^(1-a) - a p - (1-a) q) / (a (a-1)), a not 0 or 1. Best for a >= 1/2; swap p and q for the others.
+// For small u a term is q u^2 (1/2 + (1+a) u/6 + (1+a+a^2) u^2/24 + ...).
+struct Alpha : Plain {
+    static bool infinite_where_q_is_zero(double alpha) { return alpha >= 1; }
+    static bool infinite_where_p_is_zero(double alpha) { return alpha <= 0; }
+    template <class F>
+    struct Constants {
+        F c, over_a, over_c, near, c3, c4, c5, c6;
+        Constants(double alpha, double, const double*) {
+            c = broadcast(static_cast<float>(alpha - 1));
+            over_a = broadcast(static_cast<float>(1 / alpha));
+            over_c = broadcast(static_cast<float>(1 / (alpha - 1)));
+            near = broadcast(static_cast<float>(0.25 / std::max(1.0, std::fabs(alpha))));
+            double power = 1 + alpha;
+            c3 = broadcast(static_cast<float>(power / 6));
+            power = 1 + alpha * power;
+            c4 = broadcast(static_cast<float>(power / 24));
+            power = 1 + alpha * power;
+            c5 = broadcast(static_cast<float>(power / 120));
+            power = 1 + alpha * power;
+            c6 = broadcast(static_cast<float>(power / 720));
+        }
+    };
+    // p^a q^(1-a) - p = p expm1((a-1) u), through one exponential where that would overflow.
+    template <class F>
+    static F power_minus_p(const Element<F>& e, const Constants<F>& c) {
+        const F x = c.c * e.u;
+        return select(x < broadcast(60.0f), e.p * expm1(x), exp(e.lp + x) - e.p);
+    }
+    template <class F>
+    static void terms(const Element<F>& e, const Constants<F>& c, F* out) {
+        const F far = fma(power_minus_p(e, c), c.over_c, e.q - e.p) * c.over_a;
+        F y = fma(c.c6, e.u, c.c5);
+        y = fma(y, e.u, c.c4);
+        y = fma(y, e.u, c.c3);
+        y = fma(y, e.u, broadcast(0.5f));
+        out[0] = select(abs(e.u) < c.near, (e.q * e.u) * (e.u * y), far);
+    }
+    template <class F>
+    static F grad_logq(const Element<F>& e, const Constants<F>& c) {
+        return ((e.q - e.p) - power_minus_p(e, c)) * c.over_a;
+    }
+    template <class F>
+    static F grad_logp(const Element<F>& e, const Constants<F>& c) {
+        return power_minus_p(e, c) * c.over_c;
+    }
+    static Finished finish(const RowSums& row, double alpha, double) {
+        return {row.sum[0], (1 - alpha) * row.sum[0], alpha * row.sum[0]};
+    }
+};
+
+// log(sum p^a q^(1-a)) / (a-1), a above 0 and not 1. Its gradient is a softmax of a lp + (1-a) lq.
+struct Renyi : Alpha {
+    static constexpr bool log_sum = true;
+    template <class F>
+    struct Constants : Alpha::Constants<F> {
+        F log_total, slope_p;
+        Constants(double alpha, double beta, const double* k) : Alpha::Constants<F>(alpha, beta, k) {
+            log_total = broadcast(static_cast<float>(k[0]));
+            slope_p = broadcast(static_cast<float>(alpha / (alpha - 1)));
+        }
+    };
+    template <class F>
+    static F log_weight(const Element<F>& e, const Constants<F>& c) {
+        return fma(c.c, e.u, e.lp);
+    }
+    template <class F>
+    static F grad_logq(const Element<F>& e, const Constants<F>& c) {
+        return -exp(log_weight(e, c) - c.log_total);
+    }
+    template <class F>
+    static F grad_logp(const Element<F>& e, const Constants<F>& c) {
+        return c.slope_p * exp(log_weight(e, c) - c.log_total);
+    }
+    static Finished finish(const RowSums& row, double alpha, double) {
+        const double log_sum = row.log_sum < -1e20 ? -infinity : row.log_sum;
+        const double excess = alpha * (alpha - 1) * row.sum[0];
+        const bool near = std::fabs(log_sum) < 0.5 && std::fabs(excess) < 0.5;
+        return {(near ? std::log1p(excess) : log_sum) / (alpha - 1), -1, alpha / (alpha - 1), {log_sum, 0, 0}};
+    }
+};
+
+// -1/(ab) sum (p^a q^b - a/(a+b) p^(a+b) - b/(a+b) q^(a+b)), a, b, a+b not 0.
+// For small u a term is q^(a+b) u^2 (1/2 + (a+l) u/6 + (a^2+al+l^2) u^2/24 + ...), l = a+b.
+struct AlphaBeta : Plain {
+    static constexpr int sums = 2;
+    static bool infinite_where_p_is_zero(double alpha) { return alpha < 0; }
+    template <class F>
+    struct Constants {
+        F a, b, l, over_a, over_b, weight_cross, weight_p, weight_q, near, c3, c4, c5, c6;
+        Constants(double alpha, double beta, const double*) {
+            const double lambda = alpha + beta;
+            a = broadcast(static_cast<float>(alpha));
+            b = broadcast(static_cast<float>(beta));
+            l = broadcast(static_cast<float>(lambda));
+            over_a = broadcast(static_cast<float>(1 / alpha));
+            over_b = broadcast(static_cast<float>(1 / beta));
+            weight_cross = broadcast(static_cast<float>(-1 / (alpha * beta)));
+            weight_p = broadcast(static_cast<float>(1 / (beta * lambda)));
+            weight_q = broadcast(static_cast<float>(1 / (alpha * lambda)));
+            const double widest = std::max({1.0, std::fabs(alpha), std::fabs(lambda)});
+            near = broadcast(static_cast<float>(0.25 / widest));
+            // (lambda^n - alpha^n) / beta by recurrence, which has no pole at beta = 0
+            double power = lambda + alpha, alpha_power = alpha * alpha;
+            c3 = broadcast(static_cast<float>(power / 6));
+            power = power * lambda + alpha_power;
+            c4 = broadcast(static_cast<float>(power / 24));
+            alpha_power *= alpha;
+            power = power * lambda + alpha_power;
+            c5 = broadcast(static_cast<float>(power / 120));
+            alpha_power *= alpha;
+            power = power * lambda + alpha_power;
+            c6 = broadcast(static_cast<float>(power / 720));
+        }
+    };
+    // e^x, and 0 in a column without mass in either row, where a negative exponent would give infinity.
+    template <class F>
+    static F power(F x, const Element<F>& e) {
+        const Mask nowhere = (e.lp < broadcast(-1e29f)) & (e.lq < broadcast(-1e29f));
+        return select(nowhere, broadcast(0.0f), exp(x));
+    }
+    template <class F>
+    static void terms(const Element<F>& e, const Constants<F>& c, F* out) {
+        const F cross = power(fma(c.a, e.lp, c.b * e.lq), e);
+        const F q_power = power(c.l * e.lq, e);
+        const F far = fma(cross, c.weight_cross, fma(power(c.l * e.lp, e), c.weight_p, q_power * c.weight_q));
+        F y = fma(c.c6, e.u, c.c5);
+        y = fma(y, e.u, c.c4);
+        y = fma(y, e.u, c.c3);
+        y = fma(y, e.u, broadcast(0.5f));
+        out[0] = select(abs(e.u) < c.near, (q_power * e.u) * (e.u * y), far);
+        out[1] = (q_power - cross) * c.over_a;
+    }
+    template <class F>
+    static F grad_logq(const Element<F>& e, const Constants<F>& c) {
+        return (power(c.l * e.lq, e) - power(fma(c.a, e.lp, c.b * e.lq), e)) * c.over_a;
+    }
+    template <class F>
+    static F grad_logp(const Element<F>& e, const Constants<F>& c) {
+        return (power(c.l * e.lp, e) - power(fma(c.a, e.lp, c.b * e.lq), e)) * c.over_b;
+    }
+    static Finished finish(const RowSums& row, double alpha, double beta) {
+        return {row.sum[0], row.sum[1], (alpha + beta) * row.sum[0] - row.sum[1]};
+    }
+};
+
+// (p - q)^2 / (p + q) through r = (p - q) / (p + q).
+struct Triangular : Plain {
+    static constexpr int sums = 2;
+    template <class F>
+    static F ratio(const Element<F>& e) {
+        return (e.p - e.q) / max(broadcast(smallest_normal), e.p + e.q);
+    }
+    template <class F>
+    static void terms(const Element<F>& e, const Constants<F>& c, F* out) {
+        out[0] = (e.p - e.q) * ratio(e);
+        out[1] = grad_logq(e, c);
+    }
+    template <class F>
+    static F grad_logq(const Element<F>& e, const Constants<F>&) {
+        const F r = ratio(e);
+        return -(e.q * r) * (broadcast(2.0f) + r);
+    }
+    template <class F>
+    static F grad_logp(const Element<F>& e, const Constants<F>&) {
+        const F r = ratio(e);
+        return (e.p * r) * (broadcast(2.0f) - r);
+    }
+    static Finished finish(const RowSums& row, double, double) {
+        return {row.sum[0], row.sum[1], row.sum[0] - row.sum[1]};
+    }
+};
+
+// log sum q^2.
+struct Collision : Plain {
+    static constexpr bool needs_p = false;
+    template <class F>
+    struct Constants {
+        F scale;
+        Constants(double, double, const double* k) : scale(broadcast(static_cast<float>(2 * k[0]))) {}
+    };
+    template <class F>
+    static void terms(const Element<F>& e, const Constants<F>&, F* out) {
+        out[0] = e.q * e.q;
+    }
+    template <class F>
+    static F grad_logq(const Element<F>& e, const Constants<F>& c) {
+        return c.scale * e.q * e.q;
+    }
+    template <class F>
+    static F grad_logp(const Element<F>&, const Constants<F>&) {
+        return broadcast(0.0f);
+    }
+    static Finished finish(const RowSums& row, double, double) {
+        return {std::log(row.sum[0]), 2, 0, {1 / row.sum[0], 0, 0}};
+    }
+};
+
+// -log((sum pq)^2 / (sum p^2 sum q^2)). With d = p - q the quotient is 1 - (A C - B^2) / (A P), where A = sum q^2,
+// P = sum p^2, B = sum q d, C = sum d^2: exact where p and q are close.
+struct CauchySchwarz : Plain {
+    static constexpr int sums = 4;
+    static constexpr bool log_sum = true;
+    template <class F>
+    struct Constants {
+        F log_pq, over_qq, over_pp;
+        Constants(double, double, const double* k) {
+            log_pq = broadcast(static_cast<float>(k[0]));
+            over_qq = broadcast(static_cast<float>(k[1]));
+            over_pp = broadcast(static_cast<float>(k[2]));
+        }
+    };
+    template <class F>
+    static F log_weight(const Element<F>& e, const Constants<F>&) {
+        return e.lp + e.lq;
+    }
+    template <class F>
+    static void terms(const Element<F>& e, const Constants<F>&, F* out) {
+        const F difference = e.p - e.q;
+        out[0] = e.q * e.q;
+        out[1] = e.p * e.p;
+        out[2] = e.q * difference;
+        out[3] = difference * difference;
+    }
+    template <class F>
+    static F grad_logq(const Element<F>& e, const Constants<F>& c) {
+        const F both = exp(e.lp + e.lq - c.log_pq);
+        return broadcast(2.0f) * fma(e.q * e.q, c.over_qq, -both);
+    }
+    template <class F>
+    static F grad_logp(const Element<F>& e, const Constants<F>& c) {
+        const F both = exp(e.lp + e.lq - c.log_pq);
+        return broadcast(2.0f) * fma(e.p * e.p, c.over_pp, -both);
+    }
+    static Finished finish(const RowSums& row, double, double) {
+        const double qq = row.sum[0], pp = row.sum[1], qd = row.sum[2], dd = row.sum[3];
+        const double log_pq = row.log_sum < -1e20 ? -infinity : row.log_sum;
+        const double missing = std::max(0.0, (qq * dd - qd * qd) / (qq * pp));
+        const double far = std::log(qq) + std::log(pp) - 2 * log_pq;
+        return {missing < 0.5 ? -std::log1p(-missing) : far, 0, 0, {log_pq, 1 / qq, 1 / pp}};
+    }
+};
+
+// name in Python, struct. alpha_below_half is not a name in Python: `alpha` uses it where alpha < 1/2.
+#define KLDIV_DIVERGENCES(X)                 \
+    X(entropy, Entropy)                      \
+    X(reference_entropy, Swap<Entropy>)      \
+    X(cross_entropy, CrossEntropy)           \
+    X(forward_kl, ForwardKl)                 \
+    X(reverse_kl, ReverseKl)                 \
+    X(jeffreys, Jeffreys)                    \
+    X(js, JensenShannon)                     \
+    X(skew_kl, SkewKl)                       \
+    X(skew_reverse_kl, Swap<SkewKl>)         \
+    X(hellinger, Hellinger)                  \
+    X(tvd, TotalVariation)                   \
+    X(forward_chi2, ForwardChi2)             \
+    X(reverse_chi2, Swap<ForwardChi2>)       \
+    X(renyi, Renyi)                          \
+    X(alpha, Alpha)                          \
+    X(alpha_below_half, Swap<Alpha>)         \
+    X(alpha_beta, AlphaBeta)                 \
+    X(triangular, Triangular)                \
+    X(collision, Collision)                  \
+    X(cauchy_schwarz, CauchySchwarz)
