@@ -112,7 +112,8 @@ def training_arguments(
         logging_steps=log_every,
         eval_strategy="steps",
         eval_steps=eval_every,
-        eval_on_start=True,
+        # A resumed run has the evaluations of its first part.
+        eval_on_start=last_checkpoint(folder) is None,
         save_steps=save_every,
         # The last one and, should the machine stop while that is being written, the one before.
         save_total_limit=2,

@@ -1,0 +1,143 @@
+"""`kldiv train` from option to file, on local folders, without the network."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import tiny
+import torch
+import typer
+from transformers import AutoModelForCausalLM, AutoTokenizer
+from typer.testing import CliRunner
+
+from kldiv_kernels.trainer.command import train
+
+STEPS = 4
+
+
+@pytest.fixture(autouse=True)
+def _offline(monkeypatch: pytest.MonkeyPatch) -> None:
+    # The variable is read at import; what it sets is set too.
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    monkeypatch.setattr("datasets.config.HF_HUB_OFFLINE", True)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    monkeypatch.setenv("COLUMNS", "400")
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("models")
+    for name, seed, hidden in (("student", 1, 16), ("teacher", 2, 24)):
+        tiny.llama(seed, hidden=hidden).save_pretrained(folder / name)
+        tiny.word_tokenizer().save_pretrained(folder / name)
+    (folder / "text.txt").write_text(tiny.words(2000))
+    return folder
+
+
+def options(models: Path, output: Path) -> dict[str, str]:
+    return {
+        "--student": str(models / "student"), "--teacher": str(models / "teacher"), "--data": str(models / "text.txt"),
+        "--output": str(output), "--steps": str(STEPS), "--batch-size": "2", "--block-size": "16", "--lr": "1e-2",
+        "--log-every": "1", "--eval-every": "2", "--save-every": "2",
+    }  # fmt: skip
+
+
+def kldiv_train(given: dict[str, str], *flags: str) -> tuple[int, str]:
+    app = typer.Typer(rich_markup_mode="rich")
+    app.command()(train)
+    result = CliRunner().invoke(app, [word for pair in given.items() for word in pair] + list(flags))
+    if result.exception is not None and not isinstance(result.exception, SystemExit):
+        raise result.exception
+    return result.exit_code, " ".join(result.output.replace("│", " ").split())
+
+
+def test_a_run_leaves_a_model_metrics_a_summary_and_a_plot(models: Path, tmp_path: Path) -> None:
+    output = tmp_path / "run"
+    given = options(models, output) | {"--kind": "js", "--beta": "0.2", "--ce-weight": "0.25"}
+    code, printed = kldiv_train(given)
+    assert code == 0, printed
+    metrics = [json.loads(line) for line in (output / "metrics.jsonl").read_text().splitlines()]
+    assert [entry["step"] for entry in metrics if "loss" in entry] == list(range(1, STEPS + 1))
+    assert [entry["step"] for entry in metrics if "eval_kl" in entry] == [0, 2, 4]
+    summary = json.loads((output / "summary.json").read_text())
+    assert summary["loss"]["kind"] == "js"
+    assert (summary["loss"]["beta"], summary["loss"]["ce_weight"]) == (0.2, 0.25)
+    assert summary["tokens"] == STEPS * 2 * 16
+    assert summary["teacher_student_kl"] == [e["eval_kl"] for e in metrics if "eval_kl" in e][-1]
+    assert f"{summary['teacher_student_kl']:.4f}" in printed
+    assert (output / "loss.png").read_bytes().startswith(b"\x89PNG")
+    trained = AutoModelForCausalLM.from_pretrained(output)
+    start = AutoModelForCausalLM.from_pretrained(models / "student")
+    assert not torch.equal(trained.get_input_embeddings().weight, start.get_input_embeddings().weight)
+    assert AutoTokenizer.from_pretrained(output)("w3 w5")["input_ids"] == [4, 6]
+
+    assert kldiv_train(given, "--resume")[0] == 0, "a finished run resumes to its summary"
+    code, printed = kldiv_train(given)
+    assert (code, "holds a run; pass --resume to continue it" in printed) == (2, True)
+    code, printed = kldiv_train(given | {"--lr": "0.5"}, "--resume")
+    assert (code, "--resume: --lr is 0.5, but the run" in printed) == (2, True)
+
+
+def test_cross_entropy_alone_runs_without_a_teacher(models: Path, tmp_path: Path) -> None:
+    given = options(models, tmp_path / "run") | {"--ce-weight": "1"}
+    del given["--teacher"]
+    code, printed = kldiv_train(given)
+    assert code == 0, printed
+    assert json.loads((tmp_path / "run" / "summary.json").read_text())["teacher_student_kl"] is None
+
+
+@pytest.mark.parametrize(
+    ("wrong", "message"),
+    [
+        ({"--kind": "forwrd_kl"}, "for --kind: unknown statistic 'forwrd_kl'; did you mean forward_kl"),
+        ({"--kind": "js", "--beta": "2"}, "for --beta: 2.0 is not between 0 and 1, for js"),
+        ({"--kind": "renyi", "--alpha": "1"}, "for --alpha: 1.0 is not above 0, finite and not 1"),
+        ({"--ce-weight": "-1"}, "for --ce-weight: -1.0 is not between 0 and 1"),
+        ({"--temperature": "0"}, "for --temperature: 0.0 is not above 0"),
+        ({"--lr": "0"}, "for --lr: 0.0 is not above 0"),
+        ({"--held-out": "1"}, "for --held-out: 1.0 is not between 0 and 1"),
+        ({"--steps": "0"}, "for '--steps': "),
+        ({"--backend": "gpu"}, "for --backend: unknown 'gpu'; expected one of auto"),
+        ({"--student": "./nowhere"}, "for --student: ./nowhere does not exist"),
+        ({"--teacher": "nobody/nothing"}, "for --teacher: nobody/nothing: "),
+        ({"--data": "missing.txt"}, "for --data: missing.txt does not exist"),
+        ({"--data": "nobody/nothing"}, "for --data: data: 'nobody/nothing' is no local file or folder"),
+        ({"--block-size": "4096"}, "for --data: data: the text makes 0 block(s)"),
+        ({"--text-column": "body"}, "has no column 'body'; it has text"),
+        ({"--vocab-size": "65"}, "for --vocab-size: vocab_size is 65; expected 1 to 64"),
+        ({"--vocab-size": "32"}, "for --vocab-size: 32 is below the tokenizer's 64 tokens"),
+        ({"--kind": "alpha_beta", "--alpha": "0.5", "--beta": "-0.5"}, "alpha + beta is 0.0; expected not 0"),
+    ],
+    ids=str,
+)
+def test_a_wrong_option_is_named_and_nothing_is_written(
+    wrong: dict[str, str], message: str, models: Path, tmp_path: Path
+) -> None:
+    code, printed = kldiv_train(options(models, tmp_path / "run") | wrong)
+    assert (code, message in printed) == (2, True), printed
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_missing_teacher_and_another_vocabulary_are_named(models: Path, tmp_path: Path) -> None:
+    given = options(models, tmp_path / "run")
+    code, printed = kldiv_train({name: value for name, value in given.items() if name != "--teacher"})
+    assert (code, "for --teacher: missing; only --ce-weight 1 trains without one" in printed) == (2, True), printed
+    other = tmp_path / "other"
+    AutoModelForCausalLM.from_pretrained(models / "teacher").save_pretrained(other)
+    tokenizer = tiny.word_tokenizer()
+    content = json.loads(tokenizer.backend_tokenizer.to_str())
+    vocab = content["model"]["vocab"]
+    vocab["w7"], vocab["w8"] = vocab["w8"], vocab["w7"]
+    tokenizer.save_pretrained(other)
+    (other / "tokenizer.json").write_text(json.dumps(content))
+    code, printed = kldiv_train(given | {"--teacher": str(other)})
+    assert (code, "expected one vocabulary" in printed) == (2, True), printed
+
+
+def test_a_folder_that_is_not_a_run_is_left_alone(models: Path, tmp_path: Path) -> None:
+    (tmp_path / "notes.txt").write_text("mine")
+    code, printed = kldiv_train(options(models, tmp_path))
+    assert (code, "is not empty, or choose another folder" in printed) == (2, True), printed
+    assert [path.name for path in tmp_path.iterdir()] == ["notes.txt"]

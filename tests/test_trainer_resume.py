@@ -1,0 +1,132 @@
+"""A run that is killed and resumed ends with the parameters and metrics of one that was not."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import signal
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import tiny
+import torch
+from datasets import Dataset
+from transformers import TrainerCallback
+
+from kldiv_kernels.trainer import run
+from kldiv_kernels.trainer.data import Blocks
+
+STEPS, SAVE_EVERY, KILLED_AT = 12, 3, 8
+
+
+class _Kill(TrainerCallback):
+    def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        if state.global_step == KILLED_AT:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+
+def fit(folder: Path, *callbacks: TrainerCallback) -> dict[str, Any]:
+    """Dropout and shuffling on, an epoch that ends between checkpoints: what a resumed run can get wrong."""
+    rows = Dataset.from_list(tiny.ragged(19))
+    return run.fit(
+        tiny.llama(1, dropout=0.2),
+        tiny.llama(2, hidden=24),
+        Blocks(rows, rows.select(range(5))),
+        run.training_arguments(
+            folder, steps=STEPS, batch_size=2, learning_rate=1e-2, seed=3, log_every=1, eval_every=4,
+            save_every=SAVE_EVERY, gradient_accumulation_steps=2, ce_weight=0.5,
+        ),
+        tokenizer=tiny.word_tokenizer(),
+        callbacks=callbacks,
+    )  # fmt: skip
+
+
+def _killed(_: int, folder: Path) -> None:
+    torch.set_num_threads(1)
+    fit(folder, _Kill())
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _one_thread() -> Iterator[None]:
+    """Two runs are compared bit by bit: matrix products round by the number of threads."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(_one_thread: None, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("uninterrupted")
+    fit(folder)
+    return folder
+
+
+def parameters(folder: Path) -> dict[str, torch.Tensor]:
+    from transformers import LlamaForCausalLM
+
+    return dict(LlamaForCausalLM.from_pretrained(folder).state_dict())
+
+
+def metrics(folder: Path) -> list[dict[str, Any]]:
+    """Without what depends on the clock."""
+    entries = [json.loads(line) for line in (folder / run.METRICS).read_text().splitlines()]
+    return [
+        {name: value for name, value in entry.items() if name in ("step", "loss", "eval_loss", "eval_kl", "grad_norm")}
+        for entry in entries
+        if "loss" in entry or "eval_loss" in entry
+    ]
+
+
+def assert_same_run(found: Path, expected: Path) -> None:
+    assert metrics(found) == metrics(expected)
+    assert parameters(found).keys() == parameters(expected).keys()
+    for name, value in parameters(expected).items():
+        assert torch.equal(parameters(found)[name], value), name
+
+
+def test_killed_and_resumed_equals_uninterrupted(uninterrupted: Path, tmp_path: Path) -> None:
+    with pytest.raises(torch.multiprocessing.ProcessExitedException, match="SIGKILL"):
+        torch.multiprocessing.spawn(_killed, args=(tmp_path,), nprocs=1)
+    assert run.last_checkpoint(tmp_path) == tmp_path / f"checkpoint-{KILLED_AT - KILLED_AT % SAVE_EVERY}"
+    assert metrics(tmp_path)[-1]["step"] > KILLED_AT - KILLED_AT % SAVE_EVERY, "nothing to take back"
+    assert not run.is_finished(tmp_path)
+    fit(tmp_path)
+    assert_same_run(tmp_path, uninterrupted)
+
+
+def test_a_checkpoint_cut_off_while_it_was_written_is_passed_over(uninterrupted: Path, tmp_path: Path) -> None:
+    shutil.copytree(uninterrupted, tmp_path, dirs_exist_ok=True)
+    newest, before = (tmp_path / f"checkpoint-{STEPS - back}" for back in (0, SAVE_EVERY))
+    state = newest / "trainer_state.json"
+    state.write_text(state.read_text()[:100])
+    (tmp_path / "model.safetensors").unlink()
+    assert run.last_checkpoint(tmp_path) == before
+    fit(tmp_path)
+    assert_same_run(tmp_path, uninterrupted)
+
+
+def test_killed_after_the_last_step_takes_no_step_more(uninterrupted: Path, tmp_path: Path) -> None:
+    shutil.copytree(uninterrupted, tmp_path, dirs_exist_ok=True)
+    for name in ("model.safetensors", run.SUMMARY, run.PLOT):
+        (tmp_path / name).unlink()
+    summary = fit(tmp_path)
+    assert_same_run(tmp_path, uninterrupted)
+    assert summary == run.read_json(uninterrupted / run.SUMMARY)
+    assert (tmp_path / run.PLOT).exists()
+
+
+def test_a_run_keeps_its_options(tmp_path: Path) -> None:
+    folder = tmp_path / "run"
+    with pytest.raises(ValueError, match=r"--resume: .* holds no run"):
+        run.check_run(folder, {"lr": 0.1}, resume=True)
+    run.check_run(folder, {"lr": 0.1, "batch_size": 2}, resume=False)
+    run.begin_run(folder, {"lr": 0.1, "batch_size": 2})
+    run.check_run(folder, {"lr": 0.1, "batch_size": 2}, resume=True)
+    with pytest.raises(ValueError, match=r"--resume: --batch-size is 4, but the run in .* began with 2"):
+        run.check_run(folder, {"lr": 0.1, "batch_size": 4}, resume=True)
+    with pytest.raises(ValueError, match=r"--output: .* holds a run; pass --resume"):
+        run.check_run(folder, {"lr": 0.1, "batch_size": 2}, resume=False)
