@@ -32,11 +32,13 @@ def usable_cores() -> int:
 
 
 def last_level_cache_bytes() -> int:
-    """Size of the L3 cache, or 0 where the C library does not tell."""
-    try:
-        return max(0, os.sysconf("SC_LEVEL3_CACHE_SIZE"))
-    except (ValueError, OSError, AttributeError):
-        return 0
+    """Size of the largest cache that Linux tells of, or 0. (The C library's SC_LEVEL3_CACHE_SIZE is 0 on AMD.)"""
+    found = [0]
+    for path in Path("/sys/devices/system/cpu/cpu0/cache").glob("index*/size"):
+        size = path.read_text().strip()
+        if size.endswith("K") and size[:-1].isdigit():
+            found.append(int(size[:-1]) * 1024)
+    return max(found)
 
 
 def describe() -> dict[str, str | int | float]:
