@@ -13,6 +13,7 @@
 //   log_sum         whether it takes a log-sum-exp of log_weight as well
 //   needs_p         false for a statistic of the student alone
 //   roots           whether it uses sqrt p and sqrt q
+//   grad_needs_row  whether its gradient uses constants of the finished row
 //   Constants<F>    what its loops use of alpha, beta and the finished row (k: see Finished)
 //   infinite_where_q_is_zero(alpha), infinite_where_p_is_zero(alpha)
 // Columns without mass in either row come with lp = lq about -1e30 and p = q = 0, and contribute nothing.
@@ -65,7 +66,7 @@ struct RowSums {
 
 struct Plain {
     static constexpr int sums = 1;
-    static constexpr bool log_sum = false, needs_p = true, roots = false;
+    static constexpr bool log_sum = false, needs_p = true, roots = false, grad_needs_row = false;
     static bool infinite_where_q_is_zero(double) { return false; }
     static bool infinite_where_p_is_zero(double) { return false; }
     template <class F>
@@ -95,7 +96,7 @@ struct ForwardKl : Plain {
 template <class D>
 struct Swap {
     static constexpr int sums = D::sums;
-    static constexpr bool log_sum = D::log_sum, needs_p = true, roots = D::roots;
+    static constexpr bool log_sum = D::log_sum, needs_p = true, roots = D::roots, grad_needs_row = D::grad_needs_row;
     static bool infinite_where_q_is_zero(double alpha) { return D::infinite_where_p_is_zero(alpha); }
     static bool infinite_where_p_is_zero(double alpha) { return D::infinite_where_q_is_zero(alpha); }
     template <class F>
@@ -335,9 +336,7 @@ struct ForwardChi2 : Plain {
     static F grad_logp(const Element<F>& e, const Constants<F>&) {
         return broadcast(2.0f) * (p_squared_over_q(e) - e.p);
     }
-    static Finished finish(const RowSums& row, double, double) {
-        return {row.sum[0], -row.sum[0], 2 * row.sum[0]};
-    }
+    static Finished finish(const RowSums& row, double, double) { return {row.sum[0], -row.sum[0], 2 * row.sum[0]}; }
 };
 
 // (p^a q^(1-a) - a p - (1-a) q) / (a (a-1)), a not 0 or 1. Best for a >= 1/2; swap p and q for the others.
@@ -393,7 +392,7 @@ struct Alpha : Plain {
 
 // log(sum p^a q^(1-a)) / (a-1), a above 0 and not 1. Its gradient is a softmax of a lp + (1-a) lq.
 struct Renyi : Alpha {
-    static constexpr bool log_sum = true;
+    static constexpr bool log_sum = true, grad_needs_row = true;
     template <class F>
     struct Constants : Alpha::Constants<F> {
         F log_total, slope_p;
@@ -515,7 +514,7 @@ struct Triangular : Plain {
 
 // log sum q^2.
 struct Collision : Plain {
-    static constexpr bool needs_p = false;
+    static constexpr bool needs_p = false, grad_needs_row = true;
     template <class F>
     struct Constants {
         F scale;
@@ -542,7 +541,7 @@ struct Collision : Plain {
 // P = sum p^2, B = sum q d, C = sum d^2: exact where p and q are close.
 struct CauchySchwarz : Plain {
     static constexpr int sums = 4;
-    static constexpr bool log_sum = true;
+    static constexpr bool log_sum = true, grad_needs_row = true;
     template <class F>
     struct Constants {
         F log_pq, over_qq, over_pp;
@@ -584,24 +583,24 @@ struct CauchySchwarz : Plain {
 };
 
 // name in Python, struct. alpha_below_half is not a name in Python: `alpha` uses it where alpha < 1/2.
-#define KLDIV_DIVERGENCES(X)                 \
-    X(entropy, Entropy)                      \
-    X(reference_entropy, Swap<Entropy>)      \
-    X(cross_entropy, CrossEntropy)           \
-    X(forward_kl, ForwardKl)                 \
-    X(reverse_kl, ReverseKl)                 \
-    X(jeffreys, Jeffreys)                    \
-    X(js, JensenShannon)                     \
-    X(skew_kl, SkewKl)                       \
-    X(skew_reverse_kl, Swap<SkewKl>)         \
-    X(hellinger, Hellinger)                  \
-    X(tvd, TotalVariation)                   \
-    X(forward_chi2, ForwardChi2)             \
-    X(reverse_chi2, Swap<ForwardChi2>)       \
-    X(renyi, Renyi)                          \
-    X(alpha, Alpha)                          \
-    X(alpha_below_half, Swap<Alpha>)         \
-    X(alpha_beta, AlphaBeta)                 \
-    X(triangular, Triangular)                \
-    X(collision, Collision)                  \
+#define KLDIV_DIVERGENCES(X)            \
+    X(entropy, Entropy)                 \
+    X(reference_entropy, Swap<Entropy>) \
+    X(cross_entropy, CrossEntropy)      \
+    X(forward_kl, ForwardKl)            \
+    X(reverse_kl, ReverseKl)            \
+    X(jeffreys, Jeffreys)               \
+    X(js, JensenShannon)                \
+    X(skew_kl, SkewKl)                  \
+    X(skew_reverse_kl, Swap<SkewKl>)    \
+    X(hellinger, Hellinger)             \
+    X(tvd, TotalVariation)              \
+    X(forward_chi2, ForwardChi2)        \
+    X(reverse_chi2, Swap<ForwardChi2>)  \
+    X(renyi, Renyi)                     \
+    X(alpha, Alpha)                     \
+    X(alpha_below_half, Swap<Alpha>)    \
+    X(alpha_beta, AlphaBeta)            \
+    X(triangular, Triangular)           \
+    X(collision, Collision)             \
     X(cauchy_schwarz, CauchySchwarz)

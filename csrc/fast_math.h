@@ -2,7 +2,8 @@
 // Floats and its operations.
 //
 // Coefficients are near-minimax fits (iteratively reweighted least squares in float64) on the stated interval;
-// the errors beside them are those of the polynomial, before rounding to float32.
+// the errors beside them are those of the polynomial, before rounding to float32. The two hot ones are summed in
+// pairs (Estrin): the loops wait on chains of dependent operations more than on their number.
 
 // 2^x, relative error 7.5e-8 on [-1/2, 1/2]; 0 below the normal range, NaN for NaN.
 inline Floats exp2(Floats x) {
@@ -27,14 +28,13 @@ inline Floats exp(Floats x) {
 
 // log(1 + f) for f in [-1/3, 1/3]: f - f^2/2 + ..., the polynomial's error is 1.6e-7 f^2.
 inline Floats log1p_near(Floats f) {
-    Floats y = fma(broadcast(1.40957017953e-1f), f, broadcast(-1.50495129243e-1f));
-    y = fma(y, f, broadcast(1.39882716018e-1f));
-    y = fma(y, f, broadcast(-1.64815656551e-1f));
-    y = fma(y, f, broadcast(2.00109856439e-1f));
-    y = fma(y, f, broadcast(-2.50042062599e-1f));
-    y = fma(y, f, broadcast(3.33332205275e-1f));
-    y = fma(y, f, broadcast(-4.99999851958e-1f));
-    return fma(y * f, f, f);
+    const Floats square = f * f, fourth = square * square;
+    const Floats c0 = fma(broadcast(3.33332205275e-1f), f, broadcast(-4.99999851958e-1f));
+    const Floats c2 = fma(broadcast(2.00109856439e-1f), f, broadcast(-2.50042062599e-1f));
+    const Floats c4 = fma(broadcast(1.39882716018e-1f), f, broadcast(-1.64815656551e-1f));
+    const Floats c6 = fma(broadcast(1.40957017953e-1f), f, broadcast(-1.50495129243e-1f));
+    const Floats y = fma(fma(c6, square, c4), fourth, fma(c2, square, c0));
+    return fma(y, square, f);
 }
 
 inline Floats log(Floats x) {

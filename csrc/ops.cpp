@@ -19,16 +19,20 @@
 
 namespace {
 
+using kldiv::Dtype;
 using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
-using kldiv::Dtype;
 
 Dtype dtype_of(const Tensor& tensor, const char* name) {
     switch (tensor.scalar_type()) {
-        case ScalarType::Float: return Dtype::float32;
-        case ScalarType::BFloat16: return Dtype::bfloat16;
-        case ScalarType::Half: return Dtype::float16;
-        default: break;
+        case ScalarType::Float:
+            return Dtype::float32;
+        case ScalarType::BFloat16:
+            return Dtype::bfloat16;
+        case ScalarType::Half:
+            return Dtype::float16;
+        default:
+            break;
     }
     STD_TORCH_CHECK(false, name, " must be float32, bfloat16 or float16");
 }
@@ -36,9 +40,9 @@ Dtype dtype_of(const Tensor& tensor, const char* name) {
 template <class T>
 const T* per_token(const std::optional<Tensor>& tensor, int64_t count, ScalarType type, const char* name) {
     if (!tensor) return nullptr;
-    STD_TORCH_CHECK(tensor->is_cpu() && tensor->is_contiguous() && tensor->scalar_type() == type &&
-                        tensor->numel() == count,
-                    name, " must be a contiguous CPU tensor of its type with ", count, " elements");
+    STD_TORCH_CHECK(
+        tensor->is_cpu() && tensor->is_contiguous() && tensor->scalar_type() == type && tensor->numel() == count, name,
+        " must be a contiguous CPU tensor of its type with ", count, " elements");
     return static_cast<const T*>(tensor->data_ptr());
 }
 
@@ -109,8 +113,8 @@ kldiv::Job make_job(const Tensor& logits, const std::optional<Tensor>& reference
         const kldiv::Request& request = job.stats.back();
         const bool labelled = request.kind == kldiv::Kind::logprob || request.kind == kldiv::Kind::reference_logprob;
         STD_TORCH_CHECK(job.labels || !labelled, name, " needs labels");
-        const bool two_rows = request.kind == kldiv::Kind::reference_logprob ||
-                              (request.divergence && request.divergence->needs_p);
+        const bool two_rows =
+            request.kind == kldiv::Kind::reference_logprob || (request.divergence && request.divergence->needs_p);
         STD_TORCH_CHECK(job.teacher || !two_rows, name, " needs reference");
     }
     job.threads = torch::stable::get_num_threads();
@@ -118,10 +122,10 @@ kldiv::Job make_job(const Tensor& logits, const std::optional<Tensor>& reference
 }
 
 void use_plan(kldiv::Job& job, const std::vector<std::string>& stats, bool gradient, bool one_read) {
-    const kldiv::CpuPlan plan = kldiv::plan_cpu({job.rows, job.columns, job.student.element_bytes(),
-                                                 job.teacher ? job.teacher.element_bytes() : 0,
-                                                 kldiv::needs_normalised_sums(stats), gradient, one_read},
-                                                job.threads);
+    const kldiv::CpuPlan plan = kldiv::plan_cpu(
+        {job.rows, job.columns, job.student.element_bytes(), job.teacher ? job.teacher.element_bytes() : 0,
+         kldiv::needs_normalised_sums(stats), gradient, one_read},
+        job.threads);
     job.threads = plan.threads;
     job.split_rows = plan.split_rows;
 }
@@ -130,11 +134,13 @@ Tensor floats(const Tensor& like, int64_t rows, int64_t columns) {
     return torch::stable::new_empty(like, {rows, columns}, ScalarType::Float);
 }
 
-std::tuple<Tensor, Tensor, Tensor, Tensor> forward(
-    const Tensor& logits, std::optional<Tensor> reference, std::optional<Tensor> labels, std::optional<Tensor> mask,
-    std::optional<Tensor> exclude, std::optional<Tensor> token_parameters, std::vector<double> parameters,
-    std::vector<std::string> stats, int64_t vocab_size, std::optional<Tensor> coefficients, bool with_state,
-    bool student, bool teacher) {
+std::tuple<Tensor, Tensor, Tensor, Tensor> forward(const Tensor& logits, std::optional<Tensor> reference,
+                                                   std::optional<Tensor> labels, std::optional<Tensor> mask,
+                                                   std::optional<Tensor> exclude,
+                                                   std::optional<Tensor> token_parameters,
+                                                   std::vector<double> parameters, std::vector<std::string> stats,
+                                                   int64_t vocab_size, std::optional<Tensor> coefficients,
+                                                   bool with_state, bool student, bool teacher) {
     kldiv::Job job =
         make_job(logits, reference, labels, mask, exclude, token_parameters, parameters, stats, vocab_size);
     use_plan(job, stats, coefficients.has_value(), true);
@@ -143,8 +149,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> forward(
     const Tensor state = floats(logits, with_state ? state_rows : 0, job.rows);
     job.values = static_cast<float*>(values.data_ptr());
     job.state = with_state ? static_cast<float*>(state.data_ptr()) : nullptr;
-    job.coefficients =
-        per_token<float>(coefficients, job.value_rows() * job.rows, ScalarType::Float, "coefficients");
+    job.coefficients = per_token<float>(coefficients, job.value_rows() * job.rows, ScalarType::Float, "coefficients");
     const Tensor none = torch::stable::new_empty(logits, {0});
     const Tensor dlogits = student ? new_gradient(logits, &job.d_student, "logits") : none;
     const Tensor dreference = teacher && reference ? new_gradient(*reference, &job.d_teacher, "reference") : none;
@@ -152,19 +157,17 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> forward(
     return {values, state, dlogits, dreference};
 }
 
-std::tuple<Tensor, Tensor> backward(const Tensor& logits, std::optional<Tensor> reference,
-                                    std::optional<Tensor> labels, std::optional<Tensor> mask,
-                                    std::optional<Tensor> exclude, std::optional<Tensor> token_parameters,
-                                    std::vector<double> parameters, std::vector<std::string> stats,
-                                    int64_t vocab_size, const Tensor& state, const Tensor& coefficients, bool student,
-                                    bool teacher) {
+std::tuple<Tensor, Tensor> backward(const Tensor& logits, std::optional<Tensor> reference, std::optional<Tensor> labels,
+                                    std::optional<Tensor> mask, std::optional<Tensor> exclude,
+                                    std::optional<Tensor> token_parameters, std::vector<double> parameters,
+                                    std::vector<std::string> stats, int64_t vocab_size, const Tensor& state,
+                                    const Tensor& coefficients, bool student, bool teacher) {
     kldiv::Job job =
         make_job(logits, reference, labels, mask, exclude, token_parameters, parameters, stats, vocab_size);
     use_plan(job, stats, true, false);
     const int64_t state_rows = kldiv::kStateOfRow + kldiv::kStateOfStatistic * static_cast<int64_t>(stats.size());
     job.state = const_cast<float*>(per_token<float>(state, state_rows * job.rows, ScalarType::Float, "state"));
-    job.coefficients =
-        per_token<float>(coefficients, job.value_rows() * job.rows, ScalarType::Float, "coefficients");
+    job.coefficients = per_token<float>(coefficients, job.value_rows() * job.rows, ScalarType::Float, "coefficients");
     const Tensor none = torch::stable::new_empty(logits, {0});
     const Tensor dlogits = student ? new_gradient(logits, &job.d_student, "logits") : none;
     const Tensor dreference = teacher && reference ? new_gradient(*reference, &job.d_teacher, "reference") : none;
@@ -185,7 +188,7 @@ std::string isa() { return kldiv::best_kernels().isa; }
 
 }  // namespace
 
-#define KLDIV_CALL                                                                                                 \
+#define KLDIV_CALL                                                                                                \
     "Tensor logits, Tensor? reference, Tensor? labels, Tensor? mask, Tensor? exclude, Tensor? token_parameters, " \
     "float[] parameters, str[] stats, int vocab_size"
 

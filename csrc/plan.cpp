@@ -7,8 +7,8 @@ namespace kldiv {
 
 bool needs_normalised_sums(const std::vector<std::string>& stats) {
     static const std::array<const char*, 10> first_sweep = {
-        "logprob",    "reference_logprob", "logsumexp",  "max_logprob", "argmax",
-        "entropy",    "reference_entropy", "forward_kl", "reverse_kl",  "hellinger"};
+        "logprob", "reference_logprob", "logsumexp",  "max_logprob", "argmax",
+        "entropy", "reference_entropy", "forward_kl", "reverse_kl",  "hellinger"};
     return std::any_of(stats.begin(), stats.end(), [](const std::string& name) {
         return std::find(first_sweep.begin(), first_sweep.end(), name) == first_sweep.end();
     });

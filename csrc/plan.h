@@ -13,9 +13,9 @@ constexpr int64_t kBlock = 8192;
 
 struct CpuPlan {
     std::string kernel;
-    int sweeps = 0;         // over a row: the first from main memory, the others from cache
+    int sweeps = 0;  // over a row: the first from main memory, the others from cache
     int64_t threads = 1;
-    int64_t bytes = 0;      // through main memory
+    int64_t bytes = 0;        // through main memory
     bool split_rows = false;  // threads share rows by blocks
     std::string reason;
 };

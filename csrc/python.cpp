@@ -20,9 +20,9 @@ std::map<std::string, std::string> build_info() {
 
 kldiv::CpuPlan plan_cpu(int64_t rows, int64_t columns, const std::vector<std::string>& stats, int64_t student_bytes,
                         int64_t teacher_bytes, bool gradient, bool one_read, int64_t threads) {
-    return kldiv::plan_cpu({rows, columns, student_bytes, teacher_bytes, kldiv::needs_normalised_sums(stats), gradient,
-                            one_read},
-                           threads);
+    return kldiv::plan_cpu(
+        {rows, columns, student_bytes, teacher_bytes, kldiv::needs_normalised_sums(stats), gradient, one_read},
+        threads);
 }
 
 }  // namespace

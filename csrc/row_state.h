@@ -64,9 +64,7 @@ struct OnlineState {
     void move(OnlineKind kind, double to, const SoftmaxState& first, const SoftmaxState& second) {
         const double eta = to - delta;
         if (eta == 0) return;
-        const double q = second.has_mass()
-                             ? second.z * std::exp(delta + (second.m - m) * kExponentToLog)
-                             : 0.0;
+        const double q = second.has_mass() ? second.z * std::exp(delta + (second.m - m) * kExponentToLog) : 0.0;
         const double p = first.has_mass() ? first.z * std::exp2(first.m - m) : 0.0;
         if (kind == OnlineKind::kl) {
             g += q * (std::expm1(eta) - eta) + (q - p) * eta;

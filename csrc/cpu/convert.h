@@ -63,8 +63,7 @@ inline __m256i round_to_bfloat16(__m512 x) {
     const __m512i odd = _mm512_and_si512(_mm512_srli_epi32(bits, 16), _mm512_set1_epi32(1));
     const __m512i rounded = _mm512_add_epi32(_mm512_add_epi32(bits, _mm512_set1_epi32(0x7fff)), odd);
     const __mmask16 nan = _mm512_cmp_ps_mask(x, x, _CMP_UNORD_Q);
-    return _mm512_cvtepi32_epi16(
-        _mm512_mask_mov_epi32(_mm512_srli_epi32(rounded, 16), nan, _mm512_set1_epi32(0x7fc0)));
+    return _mm512_cvtepi32_epi16(_mm512_mask_mov_epi32(_mm512_srli_epi32(rounded, 16), nan, _mm512_set1_epi32(0x7fc0)));
 }
 
 template <Dtype dtype, bool streaming>
@@ -150,3 +149,18 @@ void store_tile(const float* from, int columns, bool streaming, void* to) {
     }
     for (int i = whole; i < columns; ++i) store_one<dtype>(from[i], i, to);
 }
+
+#ifdef KLDIV_AVX512
+// The same through the processor's own conversion, which takes denormals as 0.
+__attribute__((target("avx512f,avx512bw,avx512dq,avx512vl,avx512bf16"))) inline void store_bfloat16_tile(
+    const float* from, int columns, bool streaming, void* to) {
+    const int whole = columns - columns % kStoreRun;
+    const bool stream = streaming && reinterpret_cast<uintptr_t>(to) % 64 == 0;
+    for (int i = 0; i < whole; i += kStoreRun) {
+        const __m512i both = (__m512i)_mm512_cvtne2ps_pbh(_mm512_loadu_ps(from + i + 16), _mm512_loadu_ps(from + i));
+        __m512i* out = reinterpret_cast<__m512i*>(static_cast<uint16_t*>(to) + i);
+        stream ? _mm512_stream_si512(out, both) : _mm512_storeu_si512(out, both);
+    }
+    for (int i = whole; i < columns; ++i) store_one<Dtype::bfloat16>(from[i], i, to);
+}
+#endif

@@ -39,7 +39,7 @@ struct NormalisedRow {
     // below 4096 is exact.
     float delta_high, delta_low;
     double alpha, beta;
-    const double* k;  // the row's constants, from Finished; null before they are known
+    const double* k;  // the row's constants, from Finished; not for the second sweep
 };
 
 // A log-sum-exp under way: log_sum = log(sum) + max.
@@ -47,7 +47,6 @@ struct LogSum {
     double max = -std::numeric_limits<double>::infinity();
     double sum = 0;
 };
-
 
 struct DivergenceKernels {
     const char* name;
@@ -58,7 +57,10 @@ struct DivergenceKernels {
     void (*finish)(const double* sums, double log_sum, bool q_is_zero, bool p_is_zero, double alpha, double beta,
                    double* value_and_sums, double* k);
     // Adds the tile's terms to sums[0 .. sums) and, if the struct takes one, to the log-sum.
-    void (*terms)(const float* s, const float* t, int columns, const NormalisedRow&, double* sums, LogSum*);
+    void (*terms)(const float* s, const float* t, int columns, const NormalisedRow&, double* sums, LogSum*, float*);
+    // The same, and stores grad_logq; null where that needs the finished row.
+    void (*terms_and_park)(const float* s, const float* t, int columns, const NormalisedRow&, double* sums, LogSum*,
+                           float* grad_logq);
     // to = (first ? share * softmax : to) + weight * grad_logq (grad_logp)
     void (*grad_q)(const float* s, const float* t, int columns, const NormalisedRow&, float weight, float share,
                    bool first, float* to);
@@ -68,6 +70,8 @@ struct DivergenceKernels {
 
 struct Kernels {
     const char* isa;
+    // to = x * scale - offset as float32; `load` leaves what it returns undefined
+    Loaded (*measured_load[kDtypes])(const void* from, int columns, float scale, float offset, float* to);
     Loaded (*load[kDtypes])(const void* from, int columns, float scale, float offset, float* to);
     void (*store[kDtypes])(const float* from, int columns, bool streaming, void* to);
     void (*scale[kDtypes])(void* data, int columns, float factor);
@@ -81,6 +85,9 @@ struct Kernels {
     // the same with G = sum (sqrt p - sqrt q)^2 / 2
     void (*online_hellinger)(const float* s, const float* t, int columns, float m_s, float m_t, float delta,
                              float kappa, double* z_s, double* z_t, double* g);
+    // to = (first ? share * softmax : to) + weight * parked
+    void (*parked_gradient)(const float* x, const float* parked, int columns, const Softmax&, float weight, float share,
+                            bool first, float* to);
     void (*fence)();  // orders streaming stores before what follows
     // to = share * softmax
     void (*softmax)(const float* x, int columns, const Softmax&, float share, float* to);

@@ -72,16 +72,31 @@ void Row::resolve() {
         if (r.online >= 0) online_[r.online] = true;
         entropy_s_ |= r.entropy_s;
         entropy_t_ |= r.entropy_t;
-        second_sweep_ |= r.online < 0 && !r.entropy_s && !r.entropy_t;
+        if (r.online < 0 && !r.entropy_s && !r.entropy_t) {
+            parked_ = second_sweep_ || !r.divergence->terms_and_park ? -1 : static_cast<int>(i);
+            second_sweep_ = true;
+        }
     }
+    // One float a column of one row, instead of the exponentials and the logarithm once more: only in the one-read
+    // form, and only where there is one such gradient to park.
+    if (!job_.values || !job_.coefficients || !job_.d_student || job_.d_teacher) parked_ = -1;
+    if (parked_ >= 0) park_.reset(new float[(job_.columns + kPad - 1) / kPad * kPad]);
 }
 
 int64_t Row::blocks() const { return (job_.columns + kBlock - 1) / kBlock; }
 
-Loaded Row::load(bool student, int64_t start, int count, float* to) const {
+void Row::load(bool student, int64_t start, int count, float* to) const {
     const Rows& rows = student ? job_.student : job_.teacher;
     const char* from = (student ? s_ : t_) + start * rows.element_bytes();
-    Loaded loaded = job_.kernels->load[static_cast<int>(rows.dtype)](
+    job_.kernels->load[static_cast<int>(rows.dtype)](from, count, student ? scale_s_ : scale_t_,
+                                                     student ? offset_s_ : offset_t_, to);
+    if (exclude_ >= start && exclude_ < start + count) to[exclude_ - start] = kNoMass;
+}
+
+Loaded Row::measured_load(bool student, int64_t start, int count, float* to) const {
+    const Rows& rows = student ? job_.student : job_.teacher;
+    const char* from = (student ? s_ : t_) + start * rows.element_bytes();
+    Loaded loaded = job_.kernels->measured_load[static_cast<int>(rows.dtype)](
         from, count, student ? scale_s_ : scale_t_, student ? offset_s_ : offset_t_, to);
     if (exclude_ >= start && exclude_ < start + count) {
         to[exclude_ - start] = kNoMass;
@@ -103,8 +118,8 @@ FirstSweep Row::first_sweep(int64_t block) const {
     for (int64_t start = block * kBlock; start < end; start += kTile) {
         const int count = static_cast<int>(std::min<int64_t>(kTile, end - start));
         const int padded = (count + kPad - 1) / kPad * kPad;
-        const Loaded ls = load(true, start, count, b.s);
-        const Loaded lt = teacher ? load(false, start, count, b.t) : Loaded{-INFINITY, false};
+        const Loaded ls = measured_load(true, start, count, b.s);
+        const Loaded lt = teacher ? measured_load(false, start, count, b.t) : Loaded{-INFINITY, false};
         FirstSweep tile;
         tile.largest_s = ls.largest;
         tile.largest_t = lt.largest;
@@ -215,8 +230,13 @@ void Row::normalise(const SoftmaxState& s, const SoftmaxState& t) {
     lse_s_ = s.has_mass() ? s.lse() : kNaN;
     lse_t_ = t_ ? (t.has_mass() ? t.lse() : kNaN) : 0;
     const double delta = lse_t_ - lse_s_, high = t_ ? round_to_grid(delta) : 0;
-    normalised_ = {finish(s), t_ ? finish(t) : Softmax{0, 0, 0}, static_cast<float>(high),
-                   static_cast<float>(t_ ? delta - high : 0), alpha_, beta_, nullptr};
+    normalised_ = {finish(s),
+                   t_ ? finish(t) : Softmax{0, 0, 0},
+                   static_cast<float>(high),
+                   static_cast<float>(t_ ? delta - high : 0),
+                   alpha_,
+                   beta_,
+                   nullptr};
 }
 
 void Row::finish_first(FirstSweep whole) {
@@ -278,7 +298,9 @@ void Row::second_sweep(int64_t block, std::vector<NormalisedSums>& sums) const {
             NormalisedRow row = normalised_;
             row.alpha = r.alpha;
             row.beta = r.beta;
-            r.divergence->terms(b.s, b.t, padded, row, sums[i].sums, &sums[i].log_sum);
+            const bool park = parked_ == static_cast<int>(i);
+            (park ? r.divergence->terms_and_park : r.divergence->terms)(
+                b.s, b.t, padded, row, sums[i].sums, &sums[i].log_sum, park ? park_.get() + start : nullptr);
         }
     }
 }
@@ -309,8 +331,8 @@ double Row::logprob(bool student, int64_t label) const {
     // The tile loader converts one column; it pads its output.
     alignas(64) float buffer[kPad];
     job_.kernels->load[static_cast<int>(rows.dtype)]((student ? s_ : t_) + label * rows.element_bytes(), 1,
-                                                     student ? scale_s_ : scale_t_,
-                                                     student ? offset_s_ : offset_t_, buffer);
+                                                     student ? scale_s_ : scale_t_, student ? offset_s_ : offset_t_,
+                                                     buffer);
     x = buffer[0];
     const double lse = student ? lse_s_ : lse_t_;
     if (std::isnan(lse)) return kNaN;
@@ -329,10 +351,18 @@ void Row::write_values() const {
                     put(label < 0 ? 0.0 : logprob(job_.stats[i].kind == Kind::logprob, label));
                 }
                 break;
-            case Kind::logsumexp: put(lse_s_ + offset_s_); break;
-            case Kind::max_logprob: put(largest_s_ - lse_s_); break;
-            case Kind::argmax: put(std::isnan(lse_s_) ? -1.0 : static_cast<double>(argmax_index_)); break;
-            case Kind::divergence: put(finished_[i].value); break;
+            case Kind::logsumexp:
+                put(lse_s_ + offset_s_);
+                break;
+            case Kind::max_logprob:
+                put(largest_s_ - lse_s_);
+                break;
+            case Kind::argmax:
+                put(std::isnan(lse_s_) ? -1.0 : static_cast<double>(argmax_index_));
+                break;
+            case Kind::divergence:
+                put(finished_[i].value);
+                break;
         }
     }
 }
@@ -438,6 +468,13 @@ void Row::gradient_of(bool student, int64_t block) const {
         for (size_t i = 0; i < resolved_.size(); ++i) {
             const Resolved& r = resolved_[i];
             if (!r.divergence || weight_[i] == 0) continue;
+            if (parked_ == static_cast<int>(i)) {
+                need(true);
+                kernels.parked_gradient(b.s, park_.get() + start, padded, softmax,
+                                        static_cast<float>(weight_[i] * inverse), kernel_share, first, b.out);
+                first = false;
+                continue;
+            }
             const auto kernel = student ? r.divergence->grad_q : r.divergence->grad_p;
             if (!kernel) continue;
             need(true);
@@ -470,8 +507,7 @@ void Row::gradient_of(bool student, int64_t block) const {
         kernels.store[static_cast<int>(to.dtype)](b.out, count, streaming, row + start * to.element_bytes());
     }
     if (streaming) kernels.fence();
-    if (end == job_.columns)
-        std::memset(row + end * to.element_bytes(), 0, (to.width - end) * to.element_bytes());
+    if (end == job_.columns) std::memset(row + end * to.element_bytes(), 0, (to.width - end) * to.element_bytes());
 }
 
 void Row::zero_gradient() const {

@@ -1,6 +1,7 @@
 // One row: what is known of it as its sweeps go by.
 #pragma once
 
+#include <memory>
 #include <vector>
 
 #include "../row_state.h"
@@ -17,7 +18,7 @@ inline OnlineKind online_kind(int online) { return online == kHellinger ? Online
 struct Resolved {
     const DivergenceKernels* divergence = nullptr;
     double alpha = 0, beta = 0;
-    int online = -1;                          // an Online, when its value comes out of the first sweep
+    int online = -1;  // an Online, when its value comes out of the first sweep
     bool entropy_s = false, entropy_t = false;
 };
 
@@ -42,7 +43,7 @@ struct FinishedStatistic {
 };
 
 class Row {
-public:
+  public:
     Row(const Job& job, int64_t index);
 
     int64_t blocks() const;
@@ -68,9 +69,10 @@ public:
 
     static void merge(std::vector<NormalisedSums>& into, const std::vector<NormalisedSums>& from);
 
-private:
+  private:
     struct Buffers;
-    Loaded load(bool student, int64_t start, int count, float* to) const;
+    Loaded measured_load(bool student, int64_t start, int count, float* to) const;
+    void load(bool student, int64_t start, int count, float* to) const;
     void normalise(const SoftmaxState& s, const SoftmaxState& t);
     void resolve();
     void finish(size_t i, const double* sums, double log_sum);
@@ -83,6 +85,9 @@ private:
     float scale_s_, scale_t_, offset_s_ = 0, offset_t_ = 0;
     double alpha_, beta_;
     int64_t exclude_;
+    // The statistic whose grad_logq the second sweep parks for the gradient, [columns] floats, or -1.
+    int parked_ = -1;
+    std::unique_ptr<float[]> park_;
     std::vector<Resolved> resolved_;  // one a statistic; empty divergence for the others
     bool online_[kOnlineCount] = {false, false, false};
     bool entropy_s_ = false, entropy_t_ = false, second_sweep_ = false, argmax_ = false;

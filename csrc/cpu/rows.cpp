@@ -119,10 +119,10 @@ void forward_row(const Job& job, int64_t index) {
 }
 
 // The same row by row, with every sweep's blocks shared among the threads. Blocks are merged in their order.
-void forward_split(const Job& job, const std::vector<int64_t>& active) {
+void forward_split(const Job& job, const int64_t* active, int64_t active_count) {
     std::vector<Row> rows;
-    for (int64_t index : active) rows.emplace_back(job, index);
-    if (rows.empty()) return;
+    rows.reserve(active_count);
+    for (int64_t i = 0; i < active_count; ++i) rows.emplace_back(job, active[i]);
     const int64_t blocks = rows[0].blocks(), count = static_cast<int64_t>(rows.size());
     std::vector<FirstSweep> first(count * blocks);
     const auto sweep_first = [&](int64_t i) { first[i] = rows[i / blocks].first_sweep(i % blocks); };
@@ -185,11 +185,14 @@ Request find_statistic(const std::string& name) {
 void run_forward(const Job& job) {
     leave_out_masked(job);
     const std::vector<int64_t> active = active_rows(job);
-    if (job.split_rows)
-        forward_split(job, active);
-    else
-        for_each(job.threads, static_cast<int64_t>(active.size()),
-                 [&](int64_t i) { forward_row(job, active[i]); });
+    const int64_t count = static_cast<int64_t>(active.size());
+    if (!job.split_rows) {
+        for_each(job.threads, count, [&](int64_t i) { forward_row(job, active[i]); });
+        return;
+    }
+    // Just enough rows at a time to keep the threads busy: a row may park V floats.
+    const int64_t blocks = (job.columns + kBlock - 1) / kBlock, group = (4 * job.threads + blocks - 1) / blocks;
+    for (int64_t i = 0; i < count; i += group) forward_split(job, &active[i], std::min(group, count - i));
 }
 
 void run_backward(const Job& job) {

@@ -44,7 +44,7 @@ constexpr int kStateOfRow = 6, kStateOfStatistic = 5;
 struct Job {
     const Kernels* kernels;
     Rows student, teacher;
-    int64_t rows = 0, columns = 0;  // columns: without padding
+    int64_t rows = 0, columns = 0;    // columns: without padding
     const int64_t* labels = nullptr;  // [N, labels_per_row], -1: none
     int64_t labels_per_row = 1;
     const bool* mask = nullptr;

@@ -33,9 +33,7 @@ inline Floats select(Mask m, Floats yes, Floats no) { return {m.v ? yes.v : no.v
 inline Floats max(Floats a, Floats b) { return {a.v > b.v ? a.v : b.v}; }
 inline Floats min(Floats a, Floats b) { return {a.v < b.v ? a.v : b.v}; }
 inline Floats fma(Floats a, Floats b, Floats c) { return {a.v * b.v + c.v}; }
-inline Floats abs(Floats a) {
-    return {(float_lanes)((int_lanes)a.v & (int_lanes{} + 0x7fffffff))};
-}
+inline Floats abs(Floats a) { return {(float_lanes)((int_lanes)a.v & (int_lanes{} + 0x7fffffff))}; }
 inline Floats sign(Floats a) {
     const float_lanes zero{}, one = zero + 1.0f;
     return {a.v > zero ? one : (a.v < zero ? -one : zero)};
@@ -56,9 +54,7 @@ inline Floats round_off(Floats x, Floats* n) {
     *n = x + magic;
     return x - (*n - magic);
 }
-inline Floats times_power_of_two(Floats x, Floats n) {
-    return {x.v * (float_lanes)(((int_lanes)n.v + 127) << 23)};
-}
+inline Floats times_power_of_two(Floats x, Floats n) { return {x.v * (float_lanes)(((int_lanes)n.v + 127) << 23)}; }
 
 inline float sum(Floats a) {
     float partial[KLDIV_LANES];

@@ -2,25 +2,31 @@
 // and divergences.h.
 
 // --- conversions ------------------------------------------------------------------------------------------------
-template <Dtype dtype>
-inline void load_run(const void* from, int start, int columns, Floats scale, Floats offset, bool plain, float* to,
-                     Floats* largest, Floats* smallest) {
-    for (int i = start; i < columns; i += Floats::lanes) {
+template <Dtype dtype, bool measured>
+inline void load_run(const void* from, int columns, Floats scale, Floats offset, bool plain, float* to, Floats* largest,
+                     Floats* smallest) {
+    for (int i = 0; i < columns; i += Floats::lanes) {
         Floats x = convert<dtype>(from, i);
         if (!plain) x = fma(x, scale, offset);
-        *largest = max(x, *largest);
-        *smallest = min(x, *smallest);
+        if constexpr (measured) {
+            *largest = max(x, *largest);
+            *smallest = min(x, *smallest);
+        }
         store(to + i, max(broadcast(kNoMass), x));
     }
 }
 
-template <Dtype dtype>
+// The first sweep also measures the tile; the later ones only convert it.
+template <Dtype dtype, bool measured>
 Loaded load_tile(const void* from, int columns, float scale, float offset, float* to) {
     constexpr float inf = std::numeric_limits<float>::infinity();
     const bool plain = scale == 1.0f && offset == 0.0f;
     const int whole = columns - columns % Floats::lanes;
     Floats largest = broadcast(-inf), smallest = broadcast(inf);
-    load_run<dtype>(from, 0, whole, broadcast(scale), broadcast(-offset), plain, to, &largest, &smallest);
+    if (plain)
+        load_run<dtype, measured>(from, whole, largest, smallest, true, to, &largest, &smallest);
+    else
+        load_run<dtype, measured>(from, whole, broadcast(scale), broadcast(-offset), false, to, &largest, &smallest);
     Loaded out{kldiv::KLDIV_ISA::largest(largest), -kldiv::KLDIV_ISA::largest(-smallest) <= kNoMass};
     for (int i = whole; i < columns; ++i) {
         const float raw = convert_one<dtype>(from, i);
@@ -83,8 +89,8 @@ inline void online_kl(const float* s, const float* t, int columns, float m_s, fl
     *g_out = sum(g);
 }
 
-inline void online_hellinger(const float* s, const float* t, int columns, float m_s, float m_t, float,
-                             float kappa, double* z_s, double* z_t, double* g_out) {
+inline void online_hellinger(const float* s, const float* t, int columns, float m_s, float m_t, float, float kappa,
+                             double* z_s, double* z_t, double* g_out) {
     const Floats ms = broadcast(0.5f * m_s), mt = broadcast(0.5f * m_t), half = broadcast(0.5f * kLog2e);
     const Floats k = broadcast(std::sqrt(kappa));
     Floats zs = broadcast(0.0f), zt = broadcast(0.0f), g = broadcast(0.0f);
@@ -135,15 +141,18 @@ struct Normaliser {
     }
 };
 
-template <class D>
-void terms(const float* s, const float* t, int columns, const NormalisedRow& row, double* sums, LogSum* log_sum) {
+template <class D, bool park>
+void terms(const float* s, const float* t, int columns, const NormalisedRow& row, double* sums, LogSum* log_sum,
+           float* grad_logq) {
     const Normaliser<D> normaliser(row);
     const double unknown[3] = {0, 0, 0};
-    const typename D::template Constants<Floats> constants(row.alpha, row.beta, row.k ? row.k : unknown);
+    const typename D::template Constants<Floats> constants(row.alpha, row.beta, unknown);
     Floats totals[D::sums], out[D::sums];
     for (Floats& total : totals) total = broadcast(0.0f);
     for (int i = 0; i < columns; i += Floats::lanes) {
-        D::terms(normaliser.element(s, t, i), constants, out);
+        const Element<Floats> e = normaliser.element(s, t, i);
+        D::terms(e, constants, out);
+        if constexpr (park) store(grad_logq + i, D::grad_logq(e, constants));
         for (int j = 0; j < D::sums; ++j) totals[j] = totals[j] + out[j];
     }
     for (int j = 0; j < D::sums; ++j) sums[j] += sum(totals[j]);
@@ -185,6 +194,16 @@ inline void softmax(const float* x, int columns, const Softmax& row, float share
     for (int i = 0; i < columns; i += Floats::lanes) store(to + i, exp2(exponent(load(x + i), m)) * scale);
 }
 
+// to = share * softmax + weight * g, g parked by the sweep before; or to += weight * g.
+inline void parked_gradient(const float* x, const float* g, int columns, const Softmax& row, float weight, float share,
+                            bool first, float* to) {
+    const Floats m = broadcast(row.m), scale = broadcast(row.inverse_z * share), w = broadcast(weight);
+    for (int i = 0; i < columns; i += Floats::lanes) {
+        const Floats base = first ? exp2(exponent(load(x + i), m)) * scale : load(to + i);
+        store(to + i, fma(w, load(g + i), base));
+    }
+}
+
 // --- the table ----------------------------------------------------------------------------------------------------
 template <class D>
 void finish(const double* sums, double log_sum, bool q_is_zero, bool p_is_zero, double alpha, double beta,
@@ -211,6 +230,12 @@ constexpr DivergenceKernels divergence(const char* name) {
         else
             return static_cast<decltype(&gradient<D, true>)>(nullptr);
     }();
+    constexpr auto park = [] {
+        if constexpr (D::grad_needs_row)
+            return static_cast<decltype(&terms<D, false>)>(nullptr);
+        else
+            return &terms<D, true>;
+    }();
     return {name,
             D::sums,
             D::log_sum,
@@ -218,7 +243,8 @@ constexpr DivergenceKernels divergence(const char* name) {
             D::infinite_where_q_is_zero,
             D::infinite_where_p_is_zero,
             finish<D>,
-            terms<D>,
+            terms<D, false>,
+            park,
             gradient<D, true>,
             grad_p};
 }
@@ -230,11 +256,17 @@ const DivergenceKernels table_of_divergences[] = {KLDIV_DIVERGENCES(KLDIV_ROW)};
 inline Kernels make_kernels(const char* isa) {
     Kernels kernels{};
     kernels.isa = isa;
-    kernels.load[0] = load_tile<Dtype::float32>;
-    kernels.load[1] = load_tile<Dtype::bfloat16>;
-    kernels.load[2] = load_tile<Dtype::float16>;
+    kernels.measured_load[0] = load_tile<Dtype::float32, true>;
+    kernels.measured_load[1] = load_tile<Dtype::bfloat16, true>;
+    kernels.measured_load[2] = load_tile<Dtype::float16, true>;
+    kernels.load[0] = load_tile<Dtype::float32, false>;
+    kernels.load[1] = load_tile<Dtype::bfloat16, false>;
+    kernels.load[2] = load_tile<Dtype::float16, false>;
     kernels.store[0] = store_tile<Dtype::float32>;
     kernels.store[1] = store_tile<Dtype::bfloat16>;
+#ifdef KLDIV_AVX512
+    if (__builtin_cpu_supports("avx512bf16")) kernels.store[1] = store_bfloat16_tile;
+#endif
     kernels.store[2] = store_tile<Dtype::float16>;
     kernels.scale[0] = scale_tile<Dtype::float32>;
     kernels.scale[1] = scale_tile<Dtype::bfloat16>;
@@ -244,6 +276,7 @@ inline Kernels make_kernels(const char* isa) {
     kernels.online_kl = online_kl;
     kernels.online_hellinger = online_hellinger;
     kernels.softmax = softmax;
+    kernels.parked_gradient = parked_gradient;
     kernels.fence = fence;
     kernels.divergences = table_of_divergences;
     kernels.divergence_count = sizeof table_of_divergences / sizeof table_of_divergences[0];
