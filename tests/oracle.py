@@ -165,14 +165,14 @@ def evaluate(
     per_token = given.shape[-1] if given.dim() > len(leading) else 1
     table = torch.where(given == ignore_index, -1, given).reshape(leading.numel(), per_token)
 
-    s, t = (x.detach().double().reshape(-1, columns).clone().requires_grad_() for x in (logits, reference))
-
     def rows(x: Tensor, scale: Tensor) -> Tensor:
-        scaled = torch.where(read & ~left_out, x / scale, torch.where(read, -torch.inf, 0.0))
-        lowest = scaled.detach().amax(-1, keepdim=True) - floor
-        return torch.where(scaled == -torch.inf, lowest, scaled)
+        flat = x.detach().double().reshape(-1, columns)
+        flat = torch.where(read & ~left_out, flat, torch.where(read, -torch.inf, 0.0))
+        lowest = flat.amax(-1, keepdim=True) - floor * scale
+        return torch.where(flat == -torch.inf, lowest, flat).requires_grad_()
 
-    student, teacher = rows(s, tau), rows(t, tau_p)
+    s, t = rows(logits, tau), rows(reference, tau_p)
+    student, teacher = s / tau, t / tau_p
     logq, logp = student.log_softmax(-1), teacher.log_softmax(-1)
     value = FORMULAS[name](Rows(student, logp, logq, per_row(alpha), per_row(beta), table))
     value = torch.where(read if value.dim() == 2 else read[:, 0], value, 0.0)
@@ -180,6 +180,7 @@ def evaluate(
     ds, dt, dlogq, dlogp = torch.zeros_like(s), torch.zeros_like(t), torch.zeros_like(s), torch.zeros_like(t)
     if value.requires_grad:
         ds, dt, dlogq, dlogp = torch.autograd.grad((weight * value).sum(), [s, t, logq, logp], materialize_grads=True)
+    ds, dt = ds.masked_fill(left_out, 0.0), dt.masked_fill(left_out, 0.0)
     coefficient = (weight.abs() if value.dim() == 2 else weight.abs()[:, None]).sum(-1, keepdim=True)
 
     def gradient_floor(logs: Tensor, g: Tensor, scale: Tensor) -> Tensor:

@@ -1,0 +1,123 @@
+"""Rows that nearly agree: a divergence of 1e-7 is right to 1 %, never negative, and 0 where the rows are the same."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import oracle
+import pytest
+import torch
+from checks import BACKENDS, DIVERGENCES, check_gradient, with_parameters
+from torch import Tensor
+
+import kldiv_kernels as kk
+
+
+# log p − log q of a column carries the roundings of both rows' log-sum-exp, and its gradient inherits them.
+TWO_LOG_SUMS = 2
+
+
+def _vanishes_for_equal_rows(name: str) -> bool:
+    logits = torch.tensor([[0.0, 1.0, 2.0]])
+    return abs(oracle.evaluate(name, logits, logits).value.item()) < 1e-12
+
+
+VANISHING = [name for name in DIVERGENCES if _vanishes_for_equal_rows(name)]
+
+
+def _near(student: Tensor, size: float = 9e-4) -> tuple[Tensor, Tensor]:
+    return student, student + size * torch.randn(student.shape)
+
+
+def _one_ulp_of_bfloat16() -> tuple[Tensor, Tensor]:
+    """Few columns differ, each by the last bit of its bfloat16."""
+    student = torch.randn(3, 1031).to(torch.bfloat16)
+    teacher = student.clone()
+    bits = teacher.view(torch.int16)
+    bits[:, ::150] += 1
+    return student, teacher
+
+
+def _massless_head() -> tuple[Tensor, Tensor]:
+    """The first 6,000 columns carry no mass and disagree: a sweep that starts there must not believe them."""
+    student, teacher = _near(torch.randn(2, 9000))
+    student[:, :6000], teacher[:, :6000] = -60 + student[:, :6000], -55 + 3 * teacher[:, :6000]
+    return student, teacher
+
+
+def _minus_infinite_head() -> tuple[Tensor, Tensor]:
+    student, teacher = _near(torch.randn(2, 9000))
+    student[:, :6000] = teacher[:, :6000] = -torch.inf
+    return student, teacher
+
+
+SCENARIOS: dict[str, Callable[[], tuple[Tensor, Tensor]]] = {
+    "scale 1": lambda: _near(torch.randn(4, 1031)),
+    "scale 5": lambda: _near(5 * torch.randn(4, 1031)),
+    "offset 50": lambda: _near(50 + torch.randn(4, 1031)),
+    "offset -50": lambda: _near(torch.randn(4, 1031) - 50),
+    "bfloat16 ulps": _one_ulp_of_bfloat16,
+    "massless head": _massless_head,
+    "head at -inf": _minus_infinite_head,
+}
+
+
+@pytest.mark.parametrize("scenario", SCENARIOS)
+@pytest.mark.parametrize(("name", "alpha", "beta"), with_parameters(VANISHING))
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_right_to_one_percent(name: str, alpha: float, beta: float, scenario: str, backend: str) -> None:
+    _check(name, *SCENARIOS[scenario](), alpha, beta, backend)
+
+
+@pytest.mark.parametrize("offset", [0, 50])
+@pytest.mark.parametrize("name", VANISHING)
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_right_to_one_percent_over_a_large_vocabulary(name: str, offset: int, backend: str) -> None:
+    _check(name, *_near(offset + torch.randn(1, 151_936)), 0.5, 0.5, backend)
+
+
+def _check(name: str, logits: Tensor, reference: Tensor, alpha: float, beta: float, backend: str) -> None:
+    logits.requires_grad_()
+    value = kk.token_stats(logits, reference, stats=[name], alpha=alpha, beta=beta, backend=backend)[name]
+    expected = oracle.evaluate(name, logits, reference, alpha=alpha, beta=beta)
+    kl = oracle.evaluate("forward_kl", logits, reference).value
+    assert ((kl > 1e-8) & (kl < 1e-5)).all(), "the scenario is not about small divergences"
+    assert (value >= 0).all()
+    error = (value.detach().double() - expected.value).abs()
+    # 1e-8: a statistic may be far smaller than the KL of the same rows (p^1.4 over 151,936 columns).
+    assert (error <= 0.01 * expected.value.clamp_min(1e-8)).all(), f"got {value}, expected {expected.value}"
+    if name != "tvd":  # its gradient jumps where p = q
+        value.sum().backward()
+        check_gradient(logits.grad, expected.student, TWO_LOG_SUMS * expected.student_floor)
+
+
+@pytest.mark.parametrize(("name", "alpha", "beta"), with_parameters(VANISHING))
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_equal_rows_give_zero(name: str, alpha: float, beta: float, dtype: torch.dtype, backend: str) -> None:
+    logits = (4 * torch.randn(3, 1031)).to(dtype)
+    logits[1, 40:90] = -torch.inf
+    logits[2] += 50
+    student, teacher = logits.clone().requires_grad_(), logits.clone().requires_grad_()
+    value = kk.token_stats(
+        student, teacher, stats=[name], alpha=alpha, beta=beta, temperature=0.8, backend=backend
+    )[name]  # fmt: skip
+    assert (value == 0).all(), f"got {value}"
+    value.sum().backward()
+    expected = oracle.evaluate(name, logits, logits, alpha=alpha, beta=beta, temperature=0.8)
+    check_gradient(student.grad, torch.zeros_like(expected.student), TWO_LOG_SUMS * expected.student_floor)
+    check_gradient(teacher.grad, torch.zeros_like(expected.teacher), TWO_LOG_SUMS * expected.teacher_floor)
+
+
+@pytest.mark.parametrize("name", VANISHING)
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_peaked_rows_that_agree(name: str, backend: str) -> None:
+    """Nearly all mass on one column of both rows: 1 − q_max is far below the rounding of q_max."""
+    logits = torch.full((1, 600), -30.0).add_(torch.randn(1, 600))
+    logits[0, 77] = 0
+    reference = logits + 0.5 * torch.randn(1, 600)
+    reference[0, 77] = 0
+    value = kk.token_stats(logits, reference, stats=[name], backend=backend)[name]
+    expected = oracle.evaluate(name, logits, reference).value
+    assert (value >= 0).all()
+    assert (value.double() - expected).abs() <= 0.01 * expected.clamp_min(1e-8)
