@@ -75,9 +75,9 @@ def expm1_over(c: Tensor, u: Tensor) -> Tensor:
     return torch.where(c == 0, u, torch.expm1(c * u) / torch.where(c == 0, torch.ones_like(c), c))
 
 
-def safe(x: Tensor) -> Tensor:
-    """A denominator that may underflow: 0 / safe(0) = 0."""
-    return x.clamp_min(torch.finfo(x.dtype).tiny)
+def difference(e: Elements) -> Tensor:
+    """p - q, relative to itself exact where the two are close."""
+    return torch.where(e.u.abs() < 1, e.q * torch.expm1(e.u), e.p - e.q)
 
 
 # --- forward KL: q (e^u u - e^u + 1) ---------------------------------------------------------------------
@@ -87,7 +87,7 @@ def kl_value(e: Elements) -> Tensor:
 
 
 def kl_grad_logq(e: Elements) -> Tensor:
-    return e.q - e.p
+    return -difference(e)
 
 
 def kl_grad_logp(e: Elements) -> Tensor:
@@ -101,7 +101,7 @@ def jeffreys_value(e: Elements) -> Tensor:
 
 
 def jeffreys_grad_logq(e: Elements) -> Tensor:
-    return e.q - e.p - e.q_times(e.u)
+    return -difference(e) - e.q_times(e.u)
 
 
 # --- generalised Jensen-Shannon: m = beta p + (1 - beta) q, TRL's convention ------------------------------
@@ -120,14 +120,19 @@ def js_value(e: Elements) -> Tensor:
     return torch.where(b <= 0, kl_value(e), torch.where(b >= 1, kl_value(e.swapped()), inside))
 
 
+def _log_q_over_mixture(e: Elements, weight_of_p: Tensor) -> Tensor:
+    near = -torch.log1p(weight_of_p * torch.expm1(e.u))
+    return torch.where(e.u.abs() < 1, near, e.logq - _log_mixture(e, weight_of_p))
+
+
 def js_grad_logq(e: Elements) -> Tensor:
-    inside = (1 - e.beta) * e.q_times(e.logq - _log_mixture(e, e.beta))
+    inside = (1 - e.beta) * e.q_times(_log_q_over_mixture(e, e.beta))
     ends = torch.where(e.beta <= 0, kl_grad_logq(e), kl_grad_logp(e.swapped()))
     return torch.where((e.beta > 0) & (e.beta < 1), inside, ends)
 
 
 def js_grad_logp(e: Elements) -> Tensor:
-    inside = e.beta * e.p_times(e.logp - _log_mixture(e, e.beta))
+    inside = e.beta * e.p_times(_log_q_over_mixture(e.swapped(), 1 - e.beta))
     ends = torch.where(e.beta <= 0, kl_grad_logp(e), kl_grad_logq(e.swapped()))
     return torch.where((e.beta > 0) & (e.beta < 1), inside, ends)
 
@@ -141,14 +146,20 @@ def skew_value(e: Elements) -> Tensor:
     return torch.where(e.u.abs() < 1, near, far)
 
 
+def _share_of_mixture(e: Elements) -> Tensor:
+    """(1 - alpha) q / m, which no underflow of q and m can spoil; 0 for a column without mass."""
+    odds = (1 - e.alpha).log() - e.alpha.log()
+    share = torch.sigmoid(torch.where(odds.isinf(), odds, odds - e.u))
+    return torch.where((e.logp <= LOG_ZERO) & (e.logq <= LOG_ZERO), torch.zeros_like(share), share)
+
+
 def skew_grad_logq(e: Elements) -> Tensor:
-    m = e.alpha * e.p + (1 - e.alpha) * e.q
-    return (1 - e.alpha) ** 2 * e.q * ((e.q - e.p) / safe(m))
+    return -(1 - e.alpha) * _share_of_mixture(e) * difference(e)
 
 
 def skew_grad_logp(e: Elements) -> Tensor:
-    m = e.alpha * e.p + (1 - e.alpha) * e.q
-    return e.p_times(e.logp - _log_mixture(e, e.alpha)) + e.alpha * (1 - e.alpha) * e.p * ((e.q - e.p) / safe(m))
+    log_p_over_m = _log_q_over_mixture(e.swapped(), 1 - e.alpha)
+    return e.p_times(log_p_over_m) - (1 - e.alpha) * (1 - _share_of_mixture(e)) * difference(e)
 
 
 # --- squared Hellinger: (sqrt p - sqrt q)^2 / 2 ----------------------------------------------------------
@@ -158,7 +169,8 @@ def hellinger_value(e: Elements) -> Tensor:
 
 
 def hellinger_grad_logq(e: Elements) -> Tensor:
-    return 0.5 * (e.q - (0.5 * (e.logp + e.logq)).exp())
+    near = -0.5 * e.q * torch.expm1(0.5 * e.u)
+    return torch.where(e.u.abs() < 1, near, 0.5 * (e.q - (0.5 * (e.logp + e.logq)).exp()))
 
 
 # --- total variation: |p - q| / 2, gradient 0 where p = q -------------------------------------------------
@@ -182,11 +194,13 @@ def _p_squared_over_q(e: Elements) -> Tensor:
 
 
 def chi2_grad_logq(e: Elements) -> Tensor:
-    return e.q - _p_squared_over_q(e)
+    near = -e.q * torch.expm1(2 * e.u)
+    return torch.where(e.u.abs() < 1, near, e.q - _p_squared_over_q(e))
 
 
 def chi2_grad_logp(e: Elements) -> Tensor:
-    return 2 * (_p_squared_over_q(e) - e.p)
+    near = 2 * e.p * torch.expm1(e.u)
+    return torch.where(e.u.abs() < 1, near, 2 * (_p_squared_over_q(e) - e.p))
 
 
 # --- alpha divergence: (p^a q^(1-a) - a p - (1-a) q) / (a (a-1)) -----------------------------------------
@@ -201,8 +215,14 @@ def _p_expm1_over(e: Elements, c: Tensor) -> Tensor:
     """p expm1(c u) / c without overflow where p is small, and without 0 * inf."""
     x = c * e.u
     small = e.p_times(expm1_over(c, e.u))
-    large = ((e.logp + x).exp() - e.p) / c
-    return torch.where(x < 1, small, torch.where(e.logp <= LOG_ZERO, torch.where(c > 0, -e.p, large), large))
+    # p e^(c u) where p or q is 0; a power of 0 is 1 when its exponent is 0.
+    power = (_scaled_log(1 + c, e.logp) - _scaled_log(c, e.logq)).exp()
+    large = (torch.where(e.u.isinf(), power, (e.logp + x).exp()) - e.p) / c
+    return torch.where((c == 0) | (x < 1), small, large)
+
+
+def _scaled_log(c: Tensor, log_weight: Tensor) -> Tensor:
+    return torch.where(c == 0, torch.zeros_like(log_weight), c * log_weight)
 
 
 def alpha_value(e: Elements) -> Tensor:
@@ -256,8 +276,8 @@ def collision_grad_logq(e: Elements) -> Tensor:
 
 # --- Cauchy-Schwarz: -log((sum pq)^2 / (sum p^2 sum q^2)) -------------------------------------------------
 def cauchy_schwarz_sums(e: Elements) -> tuple[Tensor, ...]:
-    difference = torch.where(e.u.abs() < 1, e.q * torch.expm1(e.u), e.p - e.q)
-    return e.q * e.q, e.p * e.p, e.q * difference, difference * difference
+    d = difference(e)
+    return e.q * e.q, e.p * e.p, e.q * d, d * d
 
 
 def cauchy_schwarz_combine(
@@ -270,18 +290,22 @@ def cauchy_schwarz_combine(
 
 
 def cauchy_schwarz_grad_logq(e: Elements) -> Tensor:
-    return 2 * e.q * e.q / e.sums[0] - 2 * _share_of_log_sum(e, e.logp + e.logq)
+    """2 q (q / sum q^2 - p / sum pq); near: through d = p - q, where the two fractions agree."""
+    qq, _, qd, _ = e.sums
+    near = -2 * e.q * (difference(e) - e.q * (qd / qq)) / (qq + qd)
+    far = 2 * e.q * e.q / qq - 2 * _share_of_log_sum(e, e.logp + e.logq)
+    return torch.where(qd.abs() < 0.5 * qq, near, far)
 
 
 def cauchy_schwarz_grad_logp(e: Elements) -> Tensor:
-    return 2 * e.p * e.p / e.sums[1] - 2 * _share_of_log_sum(e, e.logp + e.logq)
+    _, pp, qd, dd = e.sums
+    pd = qd + dd
+    near = 2 * e.p * (difference(e) - e.p * (pd / pp)) / (pp - pd)
+    far = 2 * e.p * e.p / pp - 2 * _share_of_log_sum(e, e.logp + e.logq)
+    return torch.where(pd.abs() < 0.5 * pp, near, far)
 
 
 # --- alpha-beta divergence (Cichocki) ---------------------------------------------------------------------
-def _power(weight: Tensor, log_weight: Tensor) -> Tensor:
-    return torch.where(log_weight <= LOG_ZERO, torch.zeros_like(weight), (weight * log_weight).exp())
-
-
 def _alpha_beta_powers(e: Elements) -> tuple[Tensor, Tensor, Tensor]:
     """p^a q^b, p^(a+b), q^(a+b); a column that is -inf in both rows contributes nothing."""
     a, b = e.alpha, e.beta
@@ -302,12 +326,14 @@ def alpha_beta_value(e: Elements) -> Tensor:
 
 def alpha_beta_grad_logq(e: Elements) -> Tensor:
     cross, _, q_power = _alpha_beta_powers(e)
-    return (q_power - cross) / e.alpha
+    near = -q_power * torch.expm1(e.alpha * e.u)
+    return torch.where(e.u.abs() < 1, near, q_power - cross) / e.alpha
 
 
 def alpha_beta_grad_logp(e: Elements) -> Tensor:
     cross, p_power, _ = _alpha_beta_powers(e)
-    return (p_power - cross) / e.beta
+    near = -p_power * torch.expm1(-e.beta * e.u)
+    return torch.where(e.u.abs() < 1, near, p_power - cross) / e.beta
 
 
 # --- triangular discrimination: (p - q)^2 / (p + q) ------------------------------------------------------

@@ -117,11 +117,14 @@ class _Rows:
         exclude = None if call.exclude is None else call.exclude[index][:, None]
         s = _read(call.logits, index, call.vocab_size, exclude, dtype)
         t = s if call.reference is None else _read(call.reference, index, call.vocab_size, exclude, dtype)
-        logq, lse_s = _log_softmax(s, temperature)
-        logp, lse_t = _log_softmax(t, reference_temperature)
+        logq, max_s, sum_s = _log_softmax(s, temperature)
+        logp, max_t, sum_t = _log_softmax(t, reference_temperature)
+        s, t = s / temperature, t / reference_temperature
         nowhere = (s == -torch.inf) & (t == -torch.inf)
-        difference = t / reference_temperature - s / temperature  # nearly exact where the rows are close
-        log_ratio = torch.where(nowhere, torch.zeros_like(s), difference - (lse_t - lse_s))
+        # Each difference is nearly exact where the rows are close; a difference of two logsumexp would not be.
+        shift = (max_t - max_s) + (sum_t / sum_s).log()
+        log_ratio = torch.where(nowhere, torch.zeros_like(s), (t - s) - shift)
+        lse_s, lse_t = max_s + sum_s.log(), max_t + sum_t.log()
         return _Rows(
             tuple(STATISTICS[name] for name in call.stats),
             lse_s, lse_t,
@@ -160,7 +163,8 @@ class _Rows:
         terms = terms if isinstance(terms, tuple) else (terms,)
         log_sum = None if statistic.log_sum is None else statistic.log_sum(self.elements).logsumexp(1, keepdim=True)
         # A row with NaN stays NaN even where a formula ignores the NaN.
-        bad = 0 * (self.lse_s + self.lse_t)
+        reads = [self.lse_s] * statistic.student + [self.lse_t] * statistic.reference
+        bad = sum(0 * lse for lse in reads)
         return tuple(term.sum(dim=1, keepdim=True) + bad for term in terms), log_sum
 
     def gradient(self, coefficients: Tensor, of_student: bool) -> Tensor:
@@ -199,7 +203,7 @@ class _Rows:
         g = term(elements)
         assert isinstance(g, Tensor)
         # 0 * inf: a column without mass takes no share of an infinite sum.
-        taken = torch.where(share > 0, share * g.sum(dim=1, keepdim=True), torch.zeros_like(share))
+        taken = torch.where(share == 0, torch.zeros_like(share), share * g.sum(dim=1, keepdim=True))
         return c * (g - taken)
 
 
@@ -211,13 +215,13 @@ def _read(logits: Tensor, index: Tensor, columns: int, exclude: Tensor | None, d
     return rows
 
 
-def _log_softmax(rows: Tensor, temperature: Tensor) -> tuple[Tensor, Tensor]:
-    """log softmax and logsumexp of rows / temperature.
+def _log_softmax(rows: Tensor, temperature: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """log softmax of rows / temperature, its maximum, and the sum of exponentials below that maximum.
 
     The maximum goes first, before the division: the error of a probability is then relative to its own logarithm, not
     to the logit. NaN for a row that is -inf everywhere or holds +inf or NaN.
     """
     maximum = rows.amax(dim=1, keepdim=True)
     below = (rows - maximum) / temperature
-    log_sum = below.logsumexp(dim=1, keepdim=True)
-    return below - log_sum, maximum / temperature + log_sum
+    total = below.exp().sum(dim=1, keepdim=True)
+    return below - total.log(), maximum / temperature, total
