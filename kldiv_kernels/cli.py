@@ -118,7 +118,7 @@ def plan(
     table = Table(show_header=False)
     for name, value in dataclasses.asdict(chosen).items():
         if name == "bytes":
-            table.add_row(name, f"{value:,} ({value / 1e6:,.1f} MB)")
+            table.add_row(name, f"{value:,}" + (f" ({value / 1e6:,.1f} MB)" if value >= 1e6 else ""))
         elif value is not None:
             table.add_row(name, escape(str(value)))
     Console().print(table)

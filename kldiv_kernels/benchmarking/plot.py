@@ -18,8 +18,9 @@ _LABELS = {"compile": "torch.compile", "eager": "PyTorch eager", "trl": "TRL"}
 
 def save(results: list[CaseResult], path: Path) -> None:
     names = list(dict.fromkeys(one.name for result in results for one in result.results))
+    width_inches = max(8.0, 1.3 * len(results) + 2)
     # Figure without pyplot: no display, no global state.
-    figure = Figure(figsize=(max(6.0, 1.3 * len(results) + 2), 5), layout="constrained")
+    figure = Figure(figsize=(width_inches, 5), layout="constrained")
     axes = figure.add_subplot()
     width = 0.8 / len(names)
     for index, name in enumerate(names):
@@ -45,7 +46,7 @@ def save(results: list[CaseResult], path: Path) -> None:
         fontsize=9,
     )
     axes.margins(y=0.15)
-    axes.legend(fontsize=8, ncols=len(names) + 1, loc="lower center", bbox_to_anchor=(0.5, 1.06))
+    figure.legend(fontsize=8, ncols=len(names) + 1, loc="outside upper center")
     partial = path.with_name(f".{path.name}.partial")
     figure.savefig(partial, dpi=150, format="png")
     os.replace(partial, path)
