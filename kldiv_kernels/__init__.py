@@ -28,7 +28,6 @@ from kldiv_kernels.registry import register_statistic, unregister_statistic
 from kldiv_kernels.stats import TokenStats, entropy, selective_log_softmax, token_stats
 from kldiv_kernels.version import __version__
 
-
 __all__ = [
     "Plan",
     "TokenStats",

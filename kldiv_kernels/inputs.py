@@ -143,9 +143,7 @@ def _columns(where: str, logits: Tensor, reference: Tensor | None, vocab_size: i
     _same_device(where, "reference_logits", reference, logits)
     expected = [*logits.shape[:-1], logits.shape[-1]]
     if reference.shape[:-1] != logits.shape[:-1]:
-        raise ValueError(
-            f"{where}: reference_logits has shape {_shape(reference)}; expected {expected} like logits"
-        )
+        raise ValueError(f"{where}: reference_logits has shape {_shape(reference)}; expected {expected} like logits")
     if vocab_size is None and reference.shape[-1] != logits.shape[-1]:
         raise ValueError(
             f"{where}: reference_logits has shape {_shape(reference)}; expected {expected} like logits "
@@ -199,9 +197,7 @@ def _labels(
     return torch.where(ignored, -1, table)
 
 
-def _exclude(
-    where: str, exclude: Tensor | None, logits: Tensor, leading: torch.Size, columns: int
-) -> Tensor | None:
+def _exclude(where: str, exclude: Tensor | None, logits: Tensor, leading: torch.Size, columns: int) -> Tensor | None:
     if exclude is None:
         return None
     _integers(where, "exclude", exclude)

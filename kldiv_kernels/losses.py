@@ -93,7 +93,7 @@ def divergence_loss(
     teacher = torch.is_grad_enabled() and reference_logits.requires_grad
     arguments = inputs.operator_arguments(call, chosen)
     if reduction != "none" and (student or teacher) and not scale.requires_grad:
-        loss, *_ = torch.ops.kldiv_kernels.loss(*arguments, scale[None], student, teacher)
+        loss: Tensor = torch.ops.kldiv_kernels.loss(*arguments, scale[None], student, teacher)[0]
         return loss
     values, _ = torch.ops.kldiv_kernels.statistics(*arguments, student or teacher)
     terms = torch.where(scale == 0, torch.zeros_like(scale), scale * values[0])
@@ -103,9 +103,7 @@ def divergence_loss(
 def _token_weight(rows: int, logits: Tensor, weight: Tensor | None, temperature: Parameter | None) -> Tensor:
     """[N] in the dtype of the values."""
     dtype = torch.float64 if logits.dtype == torch.float64 else torch.float32
-    scale = (
-        torch.ones(rows, dtype=dtype, device=logits.device) if weight is None else weight.reshape(-1).to(dtype)
-    )
+    scale = torch.ones(rows, dtype=dtype, device=logits.device) if weight is None else weight.reshape(-1).to(dtype)
     if temperature is None:
         return scale
     return scale * (temperature.reshape(-1).to(dtype) if isinstance(temperature, Tensor) else temperature) ** 2

@@ -16,13 +16,13 @@ _PER_CALL = ("weight", "labels", "mask", "normalizer", "exclude")
 class DivergenceLoss(Module):
     """`divergence_loss` with its options fixed.
 
-    Args: `kind` and the keyword arguments of `divergence_loss`. weight, labels, mask, normalizer and exclude belong to a
-    batch and are given to `forward`.
+    Args: `kind` and the keyword arguments of `divergence_loss`. weight, labels, mask, normalizer and exclude belong to
+    a batch and are given to `forward`.
 
     >>> import torch, kldiv_kernels as kk
     >>> criterion = kk.nn.DivergenceLoss("js", beta=0.9)
-    >>> criterion(torch.zeros(2, 8), torch.ones(2, 8), mask=torch.tensor([True, False])).item()
-    0.0
+    >>> criterion(torch.zeros(2, 4), torch.eye(2, 4), mask=torch.tensor([True, False])).item() > 0
+    True
     """
 
     def __init__(self, kind: str = "forward_kl", **options: Any) -> None:

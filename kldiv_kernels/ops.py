@@ -21,7 +21,7 @@ _CALL_SCHEMA = (
 )
 _CALL_ARGUMENTS = 10
 
-_library = torch.library.Library("kldiv_kernels", "DEF")
+_library: Any = torch.library.Library("kldiv_kernels", "DEF")  # type: ignore[no-untyped-call]
 _library.define(f"statistics({_CALL_SCHEMA}, bool with_state) -> (Tensor, Tensor)")
 _library.define(
     f"statistics_backward({_CALL_SCHEMA}, Tensor state, Tensor coefficients, bool student, bool teacher)"
@@ -180,10 +180,6 @@ def _no_double_backward(ctx: Any, *gradients: Any) -> None:
     raise RuntimeError(_DOUBLE_BACKWARD)
 
 
-torch.library.register_autograd(
-    "kldiv_kernels::statistics", _statistics_gradient, setup_context=_save_statistics
-)
+torch.library.register_autograd("kldiv_kernels::statistics", _statistics_gradient, setup_context=_save_statistics)
 torch.library.register_autograd("kldiv_kernels::loss", _loss_gradient, setup_context=_save_loss)
-torch.library.register_autograd(
-    "kldiv_kernels::statistics_backward", _no_double_backward, setup_context=_save_nothing
-)
+torch.library.register_autograd("kldiv_kernels::statistics_backward", _no_double_backward, setup_context=_save_nothing)

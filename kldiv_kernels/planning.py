@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -72,9 +73,7 @@ def plan(
     if refusal is not None:
         moved = table * (tensors + gradient)
         return Plan("reference", "PyTorch", 1 + gradient, torch.get_num_threads(), moved, f"reference: {refusal}")
-    from kldiv_kernels import _C
-
-    chosen = _C.plan_cpu(
+    chosen = importlib.import_module("kldiv_kernels._C").plan_cpu(
         rows, vocab, [s.name for s in wanted], element, element if tensors == 2 else 0,
         gradient, stats is None and gradient, torch.get_num_threads(),
     )  # fmt: skip

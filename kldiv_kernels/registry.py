@@ -77,17 +77,38 @@ def _swap(term: Term) -> Term:
     return lambda e: term(e.swapped())
 
 
-def _sum(name: str, formula: str, value: Term, grad_logq: Term, grad_logp: Term, **more: object) -> Statistic:
+def _sum(
+    name: str,
+    formula: str,
+    value: Term,
+    grad_logq: Term,
+    grad_logp: Term,
+    *,
+    alpha: Bound | None = None,
+    beta: Bound | None = None,
+    combine: Combine | None = None,
+    log_sum: Callable[[Elements], Tensor] | None = None,
+) -> Statistic:
     return Statistic(
-        name, formula, True, True, value=value, grad_logq=grad_logq, grad_logp=grad_logp, **more
-    )  # type: ignore[arg-type]
+        name,
+        formula,
+        student=True,
+        reference=True,
+        value=value,
+        grad_logq=grad_logq,
+        grad_logp=grad_logp,
+        alpha=alpha,
+        beta=beta,
+        combine=combine,
+        log_sum=log_sum,
+    )
 
 
 def _swapped(name: str, formula: str, of: Statistic) -> Statistic:
-    assert of.value and of.grad_logq and of.grad_logp
-    return _sum(
-        name, formula, _swap(of.value), _swap(of.grad_logp), _swap(of.grad_logq), alpha=of.alpha, beta=of.beta
-    )
+    assert of.value is not None
+    assert of.grad_logq is not None
+    assert of.grad_logp is not None
+    return _sum(name, formula, _swap(of.value), _swap(of.grad_logp), _swap(of.grad_logq), alpha=of.alpha)
 
 
 def _zero(e: Elements) -> Tensor:
@@ -95,9 +116,7 @@ def _zero(e: Elements) -> Tensor:
 
 
 _FORWARD_KL = _sum("forward_kl", "KL(p||q) = Σ p (log p − log q)", d.kl_value, d.kl_grad_logq, d.kl_grad_logp)
-_SKEW_KL = _sum(
-    "skew_kl", "KL(p || αp + (1−α)q)", d.skew_value, d.skew_grad_logq, d.skew_grad_logp, alpha=_UNIT
-)
+_SKEW_KL = _sum("skew_kl", "KL(p || αp + (1−α)q)", d.skew_value, d.skew_grad_logq, d.skew_grad_logp, alpha=_UNIT)
 _FORWARD_CHI2 = _sum("forward_chi2", "Σ (p−q)²/q", d.chi2_value, d.chi2_grad_logq, d.chi2_grad_logp)
 
 STATISTICS: dict[str, Statistic] = {}
@@ -112,57 +131,99 @@ for _statistic in (
     Statistic("reference_logprob", "log p_y", False, True, "label"),
     Statistic("logsumexp", "logsumexp(s/τ)", True, False, "logsumexp"),
     Statistic(
-        "entropy", "H(q) = −Σ q log q", True, False,
-        value=d.entropy_value, grad_logq=d.entropy_grad_logq, grad_logp=_zero,
+        "entropy",
+        "H(q) = −Σ q log q",
+        True,
+        False,
+        value=d.entropy_value,
+        grad_logq=d.entropy_grad_logq,
+        grad_logp=_zero,
     ),
     Statistic(
-        "reference_entropy", "H(p) = −Σ p log p", False, True,
-        value=_swap(d.entropy_value), grad_logq=_zero, grad_logp=_swap(d.entropy_grad_logq),
+        "reference_entropy",
+        "H(p) = −Σ p log p",
+        False,
+        True,
+        value=_swap(d.entropy_value),
+        grad_logq=_zero,
+        grad_logp=_swap(d.entropy_grad_logq),
     ),
     _sum("cross_entropy", "−Σ p log q", d.cross_entropy_value, d.cross_entropy_grad_logq, d.cross_entropy_value),
     _FORWARD_KL,
     _swapped("reverse_kl", "KL(q||p) = Σ q (log q − log p)", _FORWARD_KL),
+    _sum("jeffreys", "KL(p||q) + KL(q||p)", d.jeffreys_value, d.jeffreys_grad_logq, _swap(d.jeffreys_grad_logq)),
     _sum(
-        "jeffreys", "KL(p||q) + KL(q||p)", d.jeffreys_value, d.jeffreys_grad_logq, _swap(d.jeffreys_grad_logq)
-    ),
-    _sum(
-        "js", "β·KL(p||m) + (1−β)·KL(q||m), m = βp + (1−β)q; β=0: KL(p||q), β=1: KL(q||p)",
-        d.js_value, d.js_grad_logq, d.js_grad_logp, beta=_UNIT,
+        "js",
+        "β·KL(p||m) + (1−β)·KL(q||m), m = βp + (1−β)q; β=0: KL(p||q), β=1: KL(q||p)",
+        d.js_value,
+        d.js_grad_logq,
+        d.js_grad_logp,
+        beta=_UNIT,
     ),
     _SKEW_KL,
     _swapped("skew_reverse_kl", "KL(q || (1−α)p + αq)", _SKEW_KL),
     _sum(
-        "hellinger", "1 − Σ√(pq)  (squared Hellinger distance)",
-        d.hellinger_value, d.hellinger_grad_logq, _swap(d.hellinger_grad_logq),
+        "hellinger",
+        "1 − Σ√(pq)  (squared Hellinger distance)",
+        d.hellinger_value,
+        d.hellinger_grad_logq,
+        _swap(d.hellinger_grad_logq),
     ),
     _sum("tvd", "½ Σ|p−q|", d.tvd_value, d.tvd_grad_logq, _swap(d.tvd_grad_logq)),
     _FORWARD_CHI2,
     _swapped("reverse_chi2", "Σ (p−q)²/p", _FORWARD_CHI2),
     _sum(
-        "renyi", "log(Σ p^α q^(1−α)) / (α−1)", d.alpha_value, d.renyi_grad_logq, d.renyi_grad_logp,
-        alpha=_RENYI, combine=d.renyi_combine, log_sum=d.renyi_log_sum,
+        "renyi",
+        "log(Σ p^α q^(1−α)) / (α−1)",
+        d.alpha_value,
+        d.renyi_grad_logq,
+        d.renyi_grad_logp,
+        alpha=_RENYI,
+        combine=d.renyi_combine,
+        log_sum=d.renyi_log_sum,
     ),
     _sum(
-        "alpha", "(Σ p^α q^(1−α) − 1) / (α(α−1)); α→1: KL(p||q), α→0: KL(q||p)",
-        d.alpha_value, d.alpha_grad_logq, d.alpha_grad_logp, alpha=_FINITE,
+        "alpha",
+        "(Σ p^α q^(1−α) − 1) / (α(α−1)); α→1: KL(p||q), α→0: KL(q||p)",
+        d.alpha_value,
+        d.alpha_grad_logq,
+        d.alpha_grad_logp,
+        alpha=_FINITE,
     ),
     _sum(
-        "alpha_beta", "−1/(αβ) Σ (p^α q^β − α/(α+β) p^(α+β) − β/(α+β) q^(α+β))",
-        d.alpha_beta_value, d.alpha_beta_grad_logq, d.alpha_beta_grad_logp,
-        alpha=_NOT_ZERO, beta=_NOT_ZERO,
+        "alpha_beta",
+        "−1/(αβ) Σ (p^α q^β − α/(α+β) p^(α+β) − β/(α+β) q^(α+β))",
+        d.alpha_beta_value,
+        d.alpha_beta_grad_logq,
+        d.alpha_beta_grad_logp,
+        alpha=_NOT_ZERO,
+        beta=_NOT_ZERO,
     ),
     _sum(
-        "triangular", "Σ (p−q)²/(p+q)",
-        d.triangular_value, d.triangular_grad_logq, _swap(d.triangular_grad_logq),
+        "triangular",
+        "Σ (p−q)²/(p+q)",
+        d.triangular_value,
+        d.triangular_grad_logq,
+        _swap(d.triangular_grad_logq),
     ),
     Statistic(
-        "collision", "log Σ q²", True, False,
-        value=d.collision_value, grad_logq=d.collision_grad_logq, grad_logp=_zero, combine=d.collision_combine,
+        "collision",
+        "log Σ q²",
+        True,
+        False,
+        value=d.collision_value,
+        grad_logq=d.collision_grad_logq,
+        grad_logp=_zero,
+        combine=d.collision_combine,
     ),
     _sum(
-        "cauchy_schwarz", "−log((Σ pq)² / (Σ p² Σ q²))",
-        d.cauchy_schwarz_sums, d.cauchy_schwarz_grad_logq, d.cauchy_schwarz_grad_logp,
-        combine=d.cauchy_schwarz_combine, log_sum=lambda e: e.logp + e.logq,
+        "cauchy_schwarz",
+        "−log((Σ pq)² / (Σ p² Σ q²))",
+        d.cauchy_schwarz_sums,
+        d.cauchy_schwarz_grad_logq,
+        d.cauchy_schwarz_grad_logp,
+        combine=d.cauchy_schwarz_combine,
+        log_sum=lambda e: e.logp + e.logq,
     ),
     Statistic("max_logprob", "max_j log q_j (no gradient)", True, False, "max_logprob"),
     Statistic("argmax", "argmax_j q_j, the first of ties, int64 (no gradient)", True, False, "argmax"),

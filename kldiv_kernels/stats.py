@@ -121,8 +121,8 @@ def entropy(
     Args and errors: see `token_stats`. Returns [*] float32.
 
     >>> import torch, kldiv_kernels as kk
-    >>> kk.entropy(torch.zeros(2, 8)) / torch.tensor(8.0).log()
-    tensor([1., 1.])
+    >>> torch.allclose(kk.entropy(torch.zeros(2, 8)), torch.tensor(8.0).log())
+    True
     """
     return token_stats(
         logits, stats=("entropy",), temperature=temperature, mask=mask,

@@ -127,7 +127,7 @@ def _refusal(backend: Backend, call: Call) -> str | None:
 
 def scale_in_place(gradient: Tensor, upstream: Tensor) -> Tensor:
     """gradient *= upstream; where the compiled part runs, a scalar of 1 costs no pass over the gradient."""
-    if gradient.device.type == "cpu" and get("cpu").unavailable() is None:
+    if gradient.device.type == "cpu" and upstream.dtype == torch.float32 and get("cpu").unavailable() is None:
         torch.ops.kldiv_kernels_native.scale_(gradient, upstream)
         return gradient
     return gradient.mul_(upstream)

@@ -26,7 +26,7 @@ def load() -> str | None:
             "run: pip install --no-build-isolation ."
         )
     try:
-        torch.ops.load_library(str(LIBRARY))
+        torch.ops.load_library(str(LIBRARY))  # type: ignore[no-untyped-call]
     except OSError as error:
         return f"{LIBRARY.name} does not load: {error}"
     return None
@@ -62,9 +62,7 @@ class NativeCpuBackend:
         return _STATE_OF_ROW + _STATE_OF_STATISTIC * len(stats)
 
     def forward(self, call: Call, with_state: bool) -> tuple[Tensor, Tensor]:
-        values, state, _, _ = torch.ops.kldiv_kernels_native.forward(
-            *_arguments(call), None, with_state, False, False
-        )
+        values, state, _, _ = torch.ops.kldiv_kernels_native.forward(*_arguments(call), None, with_state, False, False)
         return values, state
 
     def backward(

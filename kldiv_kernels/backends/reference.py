@@ -218,10 +218,10 @@ def _read(logits: Tensor, index: Tensor, columns: int, exclude: Tensor | None, d
 def _log_softmax(rows: Tensor, temperature: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """log softmax of rows / temperature, its maximum, and the sum of exponentials below that maximum.
 
-    The maximum goes first, before the division: the error of a probability is then relative to its own logarithm, not
-    to the logit. NaN for a row that is -inf everywhere or holds +inf or NaN.
+    The maximum goes first, before the division, and the logarithm of the sum is not rounded by itself: the error of a
+    probability is then relative to its own logarithm, not to the logit or the vocabulary. NaN for a row that is -inf everywhere or holds +inf or NaN.
     """
     maximum = rows.amax(dim=1, keepdim=True)
     below = (rows - maximum) / temperature
     total = below.exp().sum(dim=1, keepdim=True)
-    return below - total.log(), maximum / temperature, total
+    return (below.double() - total.double().log()).to(rows.dtype), maximum / temperature, total

@@ -34,7 +34,9 @@ def train(
     kind: Annotated[str, typer.Option(help=f"Divergence: {_KINDS}.", metavar="NAME")] = "forward_kl",
     ce_weight: Annotated[float, typer.Option(help="w in (1 − w)·divergence + w·cross-entropy.")] = 0.0,
     temperature: Annotated[float, typer.Option(help="Divides both logits in the divergence.")] = 1.0,
-    temperature_squared: Annotated[bool, typer.Option(help="Multiply the divergence by temperature².")] = False,
+    temperature_squared: Annotated[
+        bool, typer.Option("--temperature-squared", help="Multiply the divergence by temperature².")
+    ] = False,
     alpha: Annotated[
         float, typer.Option(help="Parameter of skew_kl, skew_reverse_kl, renyi, alpha, alpha_beta.")
     ] = 0.5,
@@ -48,7 +50,7 @@ def train(
     accumulation: Annotated[int, typer.Option(min=1, help="Micro-batches a step.")] = 1,
     block_size: Annotated[int, typer.Option(min=2, help="Tokens a block.")] = 512,
     lr: Annotated[float, typer.Option(help="Peak learning rate (linear warm-up over 5 %, then cosine).")] = 5e-5,
-    bf16: Annotated[bool, typer.Option(help="Mixed precision: autocast to bfloat16.")] = False,
+    bf16: Annotated[bool, typer.Option("--bf16", help="Mixed precision: autocast to bfloat16.")] = False,
     seed: Annotated[int, typer.Option(min=0, help="Of data order and held-out split.")] = 0,
     held_out: Annotated[
         float, typer.Option(help="Share of the blocks kept for evaluation, where the data has no validation split.")
@@ -62,17 +64,20 @@ def train(
 ) -> None:
     """Distil a teacher into a student on text.
 
-    Leaves in --output: the student and its tokenizer, metrics.jsonl, summary.json, loss.png and the last two
-    checkpoints. A killed run continues with the same command and --resume, as if it had not stopped.
+    Leaves in --output: the student and its tokenizer, metrics.jsonl,
+    summary.json, loss.png and the last two checkpoints. A killed run
+    continues with the same command and --resume, as if it had not stopped.
 
     [bold]Examples[/bold]
 
-      $ kldiv train --student Qwen/Qwen3-0.6B-Base --teacher Qwen/Qwen3-4B-Base --data notes/ --output runs/notes
+      $ kldiv train --student Qwen/Qwen3-0.6B-Base --teacher Qwen/Qwen3-4B-Base
+        --data notes/ --output runs/notes
 
-      $ kldiv train --student runs/demo/student --teacher runs/demo/teacher --data book.txt --kind js --beta 0.9
-      --output runs/js --steps 200 --block-size 128
+      $ kldiv train --student runs/demo/student_ce --teacher runs/demo/teacher
+        --data book.txt --kind js --beta 0.9 --block-size 128 --output runs/js
 
-      $ torchrun --nproc-per-node 8 -m kldiv_kernels.cli train --student … --teacher … --data … --output … --bf16
+      $ torchrun --nproc-per-node 8 -m kldiv_kernels.cli train --bf16
+        --student … --teacher … --data … --output …
     """
     # Every option of this function but where it writes: a resumed run must have the same.
     options = {name: value for name, value in locals().items() if name not in ("output", "resume")}
@@ -94,8 +99,7 @@ def train(
             kind=kind, ce_weight=ce_weight, temperature=temperature, temperature_squared=temperature_squared,
             alpha=alpha, beta=beta, vocab_size=vocab_size, backend=backend,
         )  # fmt: skip
-        if arguments.process_index == 0:
-            run.check_run(output, options, resume=resume)
+        run.check_run(output, options, resume=resume)
     if not run.is_finished(output):
         tokenizer = _tokenizer(student, "--student")
         if teacher is not None:
@@ -110,6 +114,7 @@ def train(
                 data, tokenizer, block_size=block_size, held_out=held_out, seed=seed,
                 config=data_config, column=text_column,
             )  # fmt: skip
+        # The other ranks have passed their check: main_process_first holds all of them together.
         if arguments.process_index == 0:
             run.begin_run(output, options)
         run.fit(student_model, teacher_model, blocks, arguments, tokenizer=tokenizer)
@@ -123,9 +128,11 @@ def demo(
     seed: Annotated[int, typer.Option(min=0, help="Of the models' weights and the data order.")] = 0,
     resume: Annotated[bool, typer.Option("--resume", help="Continue: finished stages are skipped.")] = False,
 ) -> None:
-    """Train a small teacher on the standard library's text, distil a student, and compare it with cross-entropy alone.
+    """Train a small teacher on the standard library's text, distil a student,
+    and compare it with the same student trained by cross-entropy alone.
 
-    Without --resume an earlier demo in --output is replaced; a folder that holds anything else is left alone.
+    Without --resume an earlier demo in --output is replaced; a folder that
+    holds anything else is left alone.
 
     [bold]Examples[/bold]
 
