@@ -42,6 +42,13 @@ struct FinishedStatistic {
     double k[3] = {0, 0, 0};
 };
 
+// The scratch of one tile.
+struct Buffers {
+    alignas(64) float s[kTile], t[kTile], out[kTile];
+};
+
+inline int padded_to_lanes(int64_t columns) { return static_cast<int>((columns + kPad - 1) / kPad * kPad); }
+
 class Row {
   public:
     Row(const Job& job, int64_t index);
@@ -70,7 +77,6 @@ class Row {
     static void merge(std::vector<NormalisedSums>& into, const std::vector<NormalisedSums>& from);
 
   private:
-    struct Buffers;
     Loaded measured_load(bool student, int64_t start, int count, float* to) const;
     void load(bool student, int64_t start, int count, float* to) const;
     void normalise(const SoftmaxState& s, const SoftmaxState& t);

@@ -1,0 +1,128 @@
+// From coefficients to gradients.
+#include <algorithm>
+#include <cmath>
+#include <cstring>
+
+#include "../plan.h"
+#include "row.h"
+
+namespace kldiv {
+
+bool Row::load_coefficients() {
+    bool any = false;
+    int64_t at = 0;
+    share_s_ = share_t_ = 0;
+    const double inverse_s = scale_s_, inverse_t = scale_t_;
+    const auto take = [&] {
+        const double c = job_.coefficients[at++ * job_.rows + index_];
+        any |= c != 0;
+        return c;
+    };
+    // 0 * inf: a coefficient of 0 takes no part.
+    const auto times = [](double c, double x) { return c == 0 ? 0.0 : c * x; };
+    for (size_t i = 0; i < job_.stats.size(); ++i) {
+        const Kind kind = job_.stats[i].kind;
+        if (kind == Kind::logprob || kind == Kind::reference_logprob) {
+            const bool student = kind == Kind::logprob;
+            std::vector<double>& weights = student ? label_weight_s_ : label_weight_t_;
+            weights.resize(job_.labels_per_row);
+            for (int64_t j = 0; j < job_.labels_per_row; ++j) {
+                const double c = take();
+                const bool present = job_.labels[index_ * job_.labels_per_row + j] >= 0;
+                weights[j] = present ? c * (student ? inverse_s : inverse_t) : 0.0;
+                (student ? share_s_ : share_t_) -= weights[j];
+            }
+            continue;
+        }
+        const double c = take();
+        if (kind == Kind::logsumexp) share_s_ += c * inverse_s;
+        if (kind != Kind::divergence) continue;
+        weight_[i] = c;
+        share_s_ -= times(c, finished_[i].sum_q) * inverse_s;
+        share_t_ -= times(c, finished_[i].sum_p) * inverse_t;
+    }
+    return any;
+}
+
+void Row::gradient(int64_t block) const {
+    if (job_.d_student) gradient_of(true, block);
+    if (job_.d_teacher) gradient_of(false, block);
+}
+
+void Row::gradient_of(bool student, int64_t block) const {
+    Buffers b;
+    const Kernels& kernels = *job_.kernels;
+    const Gradient& to = student ? job_.d_student : job_.d_teacher;
+    char* row = to.data + index_ * to.width * to.element_bytes();
+    const double share = student ? share_s_ : share_t_;
+    // An infinite sum (an infinite divergence) times a softmax of 0 must stay 0; see below.
+    const bool plain = std::isfinite(share);
+    const float kernel_share = plain ? static_cast<float>(share) : 0.0f;
+    const Softmax& softmax = student ? normalised_.s : normalised_.t;
+    const double inverse = student ? scale_s_ : scale_t_;
+    const std::vector<double>& label_weight = student ? label_weight_s_ : label_weight_t_;
+    const bool streaming = job_.rows * to.width * to.element_bytes() > (int64_t{1} << 25);
+    const int64_t end = std::min(job_.columns, (block + 1) * kBlock);
+    for (int64_t start = block * kBlock; start < end; start += kTile) {
+        const int count = static_cast<int>(std::min<int64_t>(kTile, end - start));
+        const int padded = padded_to_lanes(count);
+        bool loaded_s = false, loaded_t = false, first = true;
+        const auto need = [&](bool of_student) {
+            bool& done = of_student ? loaded_s : loaded_t;
+            if (!done) load(of_student, start, count, of_student ? b.s : b.t);
+            done = true;
+        };
+        for (size_t i = 0; i < resolved_.size(); ++i) {
+            const Resolved& r = resolved_[i];
+            if (!r.divergence || weight_[i] == 0) continue;
+            if (parked_ == static_cast<int>(i)) {
+                need(true);
+                kernels.parked_gradient(b.s, park_.get() + start, padded, softmax,
+                                        static_cast<float>(weight_[i] * inverse), kernel_share, first, b.out);
+                first = false;
+                continue;
+            }
+            const auto kernel = student ? r.divergence->grad_q : r.divergence->grad_p;
+            if (!kernel) continue;
+            need(true);
+            if (r.divergence->needs_p) need(false);
+            NormalisedRow normalised = normalised_;
+            normalised.alpha = r.alpha;
+            normalised.beta = r.beta;
+            normalised.k = finished_[i].k;
+            kernel(b.s, b.t, padded, normalised, static_cast<float>(weight_[i] * inverse), kernel_share, first, b.out);
+            first = false;
+        }
+        const float* x = student ? b.s : b.t;
+        if (first) {
+            need(student);
+            kernels.softmax(x, padded, softmax, kernel_share, b.out);
+        }
+        if (!plain) {
+            need(student);
+            for (int i = 0; i < count; ++i) {
+                const double exponent = double(x[i]) * kLog2e - softmax.m;
+                const double q = std::exp2(exponent) * softmax.inverse_z;
+                if (!(q <= 0)) b.out[i] += static_cast<float>(q * share);
+            }
+        }
+        for (size_t j = 0; j < label_weight.size(); ++j) {
+            const int64_t at = job_.labels[index_ * job_.labels_per_row + j] - start;
+            if (at >= 0 && at < count) b.out[at] += static_cast<float>(label_weight[j]);
+        }
+        if (exclude_ >= start && exclude_ < start + count) b.out[exclude_ - start] = 0;
+        kernels.store[static_cast<int>(to.dtype)](b.out, count, streaming, row + start * to.element_bytes());
+    }
+    if (streaming) kernels.fence();
+    if (end == job_.columns) std::memset(row + end * to.element_bytes(), 0, (to.width - end) * to.element_bytes());
+}
+
+void Row::zero_gradient() const {
+    for (const Gradient* to : {&job_.d_student, &job_.d_teacher})
+        if (*to) {
+            const int64_t bytes = to->width * to->element_bytes();
+            std::memset(to->data + index_ * bytes, 0, bytes);
+        }
+}
+
+}  // namespace kldiv

@@ -1,0 +1,240 @@
+// The sweeps that take a row's sums, and what follows from them.
+#include <algorithm>
+#include <cmath>
+#include <cstring>
+
+#include "../plan.h"
+#include "row.h"
+
+namespace kldiv {
+
+namespace {
+
+constexpr double kNaN = std::numeric_limits<double>::quiet_NaN();
+constexpr double kInfinity = std::numeric_limits<double>::infinity();
+// A float64 softmax underflows below this log-probability: such a column counts as having no mass.
+constexpr double kLogZero = -745.0;
+// Estimates of Delta are rounded to this grid (kernels.h, NormalisedRow).
+constexpr double kDeltaGrid = 4096.0;
+// Beyond this, x kLog2e as a float is no longer known to a fraction of 1, and rows are shifted by their maximum.
+constexpr float kLargestPlain = 1 << 20;
+double round_to_grid(double x) { return std::nearbyint(x * kDeltaGrid) / kDeltaGrid; }
+
+}  // namespace
+
+FirstSweep Row::first_sweep(int64_t block) const {
+    Buffers b;
+    FirstSweep out;
+    const Kernels& kernels = *job_.kernels;
+    const bool teacher = t_ != nullptr;
+    const int64_t end = std::min(job_.columns, (block + 1) * kBlock);
+    for (int64_t start = block * kBlock; start < end; start += kTile) {
+        const int count = static_cast<int>(std::min<int64_t>(kTile, end - start));
+        const int padded = padded_to_lanes(count);
+        const Loaded ls = measured_load(true, start, count, b.s);
+        const Loaded lt = teacher ? measured_load(false, start, count, b.t) : Loaded{-INFINITY, false};
+        FirstSweep tile;
+        tile.largest_s = ls.largest;
+        tile.largest_t = lt.largest;
+        if (argmax_ && ls.largest > out.largest_s)
+            tile.argmax = start + (std::find(b.s, b.s + count, ls.largest) - b.s);
+        if (teacher && (ls.has_no_mass || lt.has_no_mass))
+            for (int i = 0; i < count; ++i) {
+                if (b.s[i] == kNoMass && b.t[i] > kNoMass) tile.t.blocked = std::max(tile.t.blocked, b.t[i]);
+                if (b.t[i] == kNoMass && b.s[i] > kNoMass) tile.s.blocked = std::max(tile.s.blocked, b.s[i]);
+            }
+        const bool mass_s = ls.largest > -INFINITY, mass_t = lt.largest > -INFINITY;
+        // Without mass the sum is 0, or NaN where the tile is all NaN; any exponent will do.
+        float m_s = std::ceil(ls.largest * kLog2e), m_t = std::ceil(lt.largest * kLog2e);
+        if (!mass_s) m_s = mass_t ? m_t : 0;
+        if (!mass_t) m_t = m_s;
+        tile.s.m = m_s;
+        tile.t.m = m_t;
+        bool have_z = false;
+        for (int i = 0; i < kOnlineCount; ++i) {
+            if (!online_[i]) continue;
+            const bool by_student = first_is_student(i);
+            const float m_first = by_student ? m_s : m_t, m_second = by_student ? m_t : m_s;
+            OnlineState& online = tile.online[i];
+            // The estimate so far, unless this tile is far from it: then its own maxima give one.
+            const double own = round_to_grid((double(m_first) - m_second) * kExponentToLog);
+            const double so_far = out.online[i].delta;
+            online.delta = out.online[i].started && std::fabs(so_far - own) < 20 ? so_far : own;
+            online.m = m_first;
+            online.started = true;
+            const double kappa = std::exp(online.delta + (double(m_second) - m_first) * kExponentToLog);
+            double z_first, z_second;
+            (online_kind(i) == OnlineKind::kl ? kernels.online_kl : kernels.online_hellinger)(
+                by_student ? b.t : b.s, by_student ? b.s : b.t, padded, m_second, m_first,
+                static_cast<float>(online.delta), static_cast<float>(kappa), &z_second, &z_first, &online.g);
+            tile.s.z = by_student ? z_first : z_second;
+            tile.t.z = by_student ? z_second : z_first;
+            have_z = true;
+        }
+        if (entropy_s_)
+            kernels.sum_exp_entropy(b.s, padded, m_s, &tile.s.z, &tile.s.a);
+        else if (!have_z)
+            tile.s.z = kernels.sum_exp(b.s, padded, m_s);
+        if (entropy_t_)
+            kernels.sum_exp_entropy(b.t, padded, m_t, &tile.t.z, &tile.t.a);
+        else if (teacher && !have_z)
+            tile.t.z = kernels.sum_exp(b.t, padded, m_t);
+        out.merge(tile, online_);
+    }
+    return out;
+}
+
+void FirstSweep::merge(const FirstSweep& other, const bool* wanted) {
+    FirstSweep right = other;
+    SoftmaxState both_s = s, both_t = t;
+    both_s.merge(right.s);
+    both_t.merge(right.t);
+    for (int i = 0; i < kOnlineCount; ++i) {
+        if (!wanted[i] || !right.online[i].started) continue;
+        if (!online[i].started) {
+            online[i] = right.online[i];
+            continue;
+        }
+        const bool by_student = first_is_student(i);
+        const SoftmaxState& first = by_student ? both_s : both_t;
+        const SoftmaxState& second = by_student ? both_t : both_s;
+        const double scale = first.has_mass() ? first.m : online[i].m;
+        OnlineState& a = online[i];
+        OnlineState& b = right.online[i];
+        // One estimate for both: the union's once it differs by more than the grid can hold without loss.
+        double delta = a.delta;
+        if (first.has_mass() && second.has_mass()) {
+            const double ratio = second.z / first.z * std::exp(delta + (second.m - first.m) * kExponentToLog);
+            if (!(std::fabs(ratio - 1) < 1e-3)) delta = round_to_grid(first.lse() - second.lse());
+        }
+        if (!std::isfinite(delta)) delta = a.delta;
+        a.move(online_kind(i), delta, by_student ? s : t, by_student ? t : s);
+        b.move(online_kind(i), delta, by_student ? right.s : right.t, by_student ? right.t : right.s);
+        a.rebase(scale);
+        b.rebase(scale);
+        a.g += b.g;
+    }
+    s = both_s;
+    t = both_t;
+    if (right.largest_s > largest_s) {
+        largest_s = right.largest_s;
+        argmax = right.argmax;
+    }
+    largest_t = std::max(largest_t, right.largest_t);
+}
+
+bool Row::needs_offsets(const FirstSweep& whole) {
+    const auto offset = [](float largest, float* to) {
+        const bool wanted = *to == 0 && std::isfinite(largest) && std::fabs(largest) > kLargestPlain;
+        if (wanted) *to = largest;
+        return wanted;
+    };
+    const bool student = offset(whole.largest_s, &offset_s_);
+    const bool teacher = t_ && offset(whole.largest_t, &offset_t_);
+    return student || teacher;
+}
+
+void Row::normalise(const SoftmaxState& s, const SoftmaxState& t) {
+    const auto finish = [](const SoftmaxState& state) {
+        // A row that is -inf everywhere has z = 0: its softmax is 0/0.
+        if (!state.has_mass()) return Softmax{0, static_cast<float>(kNaN), static_cast<float>(kNaN)};
+        return Softmax{static_cast<float>(state.m), static_cast<float>(1 / state.z), static_cast<float>(state.lse())};
+    };
+    lse_s_ = s.has_mass() ? s.lse() : kNaN;
+    lse_t_ = t_ ? (t.has_mass() ? t.lse() : kNaN) : 0;
+    const double delta = lse_t_ - lse_s_, high = t_ ? round_to_grid(delta) : 0;
+    normalised_ = {finish(s),
+                   t_ ? finish(t) : Softmax{0, 0, 0},
+                   static_cast<float>(high),
+                   static_cast<float>(t_ ? delta - high : 0),
+                   alpha_,
+                   beta_,
+                   nullptr};
+}
+
+void Row::finish_first(FirstSweep whole) {
+    largest_s_ = whole.largest_s;
+    argmax_index_ = whole.argmax;
+    q_is_zero_ = t_ && whole.t.has_mass() && whole.t.blocked - whole.t.lse() > kLogZero;
+    p_is_zero_ = t_ && whole.s.has_mass() && whole.s.blocked - whole.s.lse() > kLogZero;
+    normalise(whole.s, whole.t);
+    for (size_t i = 0; i < resolved_.size(); ++i) {
+        const Resolved& r = resolved_[i];
+        if (!r.divergence) continue;
+        double value;
+        if (r.entropy_s || r.entropy_t) {
+            const SoftmaxState& state = r.entropy_s ? whole.s : whole.t;
+            value = state.has_mass() ? std::log2(state.z) * kExponentToLog + state.a / state.z : kNaN;
+        } else if (r.online >= 0) {
+            const bool by_student = first_is_student(r.online);
+            const SoftmaxState& first = by_student ? whole.s : whole.t;
+            const SoftmaxState& second = by_student ? whole.t : whole.s;
+            OnlineState online = whole.online[r.online];
+            online.rebase(first.m);
+            online.move(online_kind(r.online), first.lse() - second.lse(), first, second);
+            value = std::max(0.0, online.g / first.z);
+            if (!first.has_mass() || !second.has_mass() || std::isnan(first.z + second.z)) value = kNaN;
+        } else {
+            continue;
+        }
+        finish(i, &value, 0);
+    }
+    whole.s.normalise();
+    whole.t.normalise();
+    state_s_ = whole.s;
+    state_t_ = whole.t;
+    normalise(state_s_, state_t_);
+}
+
+void Row::finish(size_t i, const double* sums, double log_sum) {
+    const Resolved& r = resolved_[i];
+    FinishedStatistic& f = finished_[i];
+    double out[3];
+    r.divergence->finish(sums, log_sum, q_is_zero_, p_is_zero_, r.alpha, r.beta, out, f.k);
+    const bool bad = std::isnan(lse_s_) || std::isnan(lse_t_);
+    f.value = bad ? kNaN : out[0];
+    f.sum_q = bad ? kNaN : out[1];
+    f.sum_p = bad ? kNaN : out[2];
+}
+
+void Row::second_sweep(int64_t block, std::vector<NormalisedSums>& sums) const {
+    Buffers b;
+    const int64_t end = std::min(job_.columns, (block + 1) * kBlock);
+    for (int64_t start = block * kBlock; start < end; start += kTile) {
+        const int count = static_cast<int>(std::min<int64_t>(kTile, end - start));
+        const int padded = padded_to_lanes(count);
+        load(true, start, count, b.s);
+        if (t_) load(false, start, count, b.t);
+        for (size_t i = 0; i < resolved_.size(); ++i) {
+            const Resolved& r = resolved_[i];
+            if (!r.divergence || r.online >= 0 || r.entropy_s || r.entropy_t) continue;
+            NormalisedRow row = normalised_;
+            row.alpha = r.alpha;
+            row.beta = r.beta;
+            const bool park = parked_ == static_cast<int>(i);
+            (park ? r.divergence->terms_and_park : r.divergence->terms)(
+                b.s, b.t, padded, row, sums[i].sums, &sums[i].log_sum, park ? park_.get() + start : nullptr);
+        }
+    }
+}
+
+void Row::merge(std::vector<NormalisedSums>& into, const std::vector<NormalisedSums>& from) {
+    for (size_t i = 0; i < into.size(); ++i) {
+        for (int j = 0; j < 4; ++j) into[i].sums[j] += from[i].sums[j];
+        LogSum &a = into[i].log_sum, b = from[i].log_sum;
+        const double top = std::max(a.max, b.max);
+        if (top == -kInfinity) continue;
+        a.sum = (a.sum > 0 ? a.sum * std::exp(a.max - top) : 0) + (b.sum > 0 ? b.sum * std::exp(b.max - top) : 0);
+        a.max = top;
+    }
+}
+
+void Row::finish_second(const std::vector<NormalisedSums>& sums) {
+    for (size_t i = 0; i < resolved_.size(); ++i) {
+        const Resolved& r = resolved_[i];
+        if (!r.divergence || r.online >= 0 || r.entropy_s || r.entropy_t) continue;
+        finish(i, sums[i].sums, sums[i].log_sum.max + std::log(sums[i].log_sum.sum));
+    }
+}
+
+}  // namespace kldiv

@@ -1,0 +1,218 @@
+// The divergences through powers of p and q: alpha, Renyi, alpha-beta, collision, Cauchy-Schwarz. The second half of
+// divergences.h, which includes it and says what a struct has. Formulas: Cichocki and Amari (2010).
+
+// (p^a q^(1-a) - a p - (1-a) q) / (a (a-1)), a not 0 or 1. Best for a >= 1/2; swap p and q for the others.
+// For small u a term is q u^2 (1/2 + (1+a) u/6 + (1+a+a^2) u^2/24 + ...).
+struct Alpha : Plain {
+    static bool infinite_where_q_is_zero(double alpha) { return alpha >= 1; }
+    static bool infinite_where_p_is_zero(double alpha) { return alpha <= 0; }
+    template <class F>
+    struct Constants {
+        F c, over_a, over_c, near, c3, c4, c5, c6;
+        Constants(double alpha, double, const double*) {
+            c = broadcast(static_cast<float>(alpha - 1));
+            over_a = broadcast(static_cast<float>(1 / alpha));
+            over_c = broadcast(static_cast<float>(1 / (alpha - 1)));
+            near = broadcast(static_cast<float>(0.25 / std::max(1.0, std::fabs(alpha))));
+            double power = 1 + alpha;
+            c3 = broadcast(static_cast<float>(power / 6));
+            power = 1 + alpha * power;
+            c4 = broadcast(static_cast<float>(power / 24));
+            power = 1 + alpha * power;
+            c5 = broadcast(static_cast<float>(power / 120));
+            power = 1 + alpha * power;
+            c6 = broadcast(static_cast<float>(power / 720));
+        }
+    };
+    // p^a q^(1-a) - p = p expm1((a-1) u), through one exponential where that would overflow.
+    template <class F>
+    static F power_minus_p(const Element<F>& e, const Constants<F>& c) {
+        const F x = c.c * e.u;
+        return select(x < broadcast(60.0f), e.p * expm1(x), exp(e.lp + x) - e.p);
+    }
+    template <class F>
+    static void terms(const Element<F>& e, const Constants<F>& c, F* out) {
+        const F far = fma(power_minus_p(e, c), c.over_c, e.q - e.p) * c.over_a;
+        F y = fma(c.c6, e.u, c.c5);
+        y = fma(y, e.u, c.c4);
+        y = fma(y, e.u, c.c3);
+        y = fma(y, e.u, broadcast(0.5f));
+        out[0] = select(abs(e.u) < c.near, (e.q * e.u) * (e.u * y), far);
+    }
+    template <class F>
+    static F grad_logq(const Element<F>& e, const Constants<F>& c) {
+        return ((e.q - e.p) - power_minus_p(e, c)) * c.over_a;
+    }
+    template <class F>
+    static F grad_logp(const Element<F>& e, const Constants<F>& c) {
+        return power_minus_p(e, c) * c.over_c;
+    }
+    static Finished finish(const RowSums& row, double alpha, double) {
+        return {row.sum[0], (1 - alpha) * row.sum[0], alpha * row.sum[0]};
+    }
+};
+
+// log(sum p^a q^(1-a)) / (a-1), a above 0 and not 1. Its gradient is a softmax of a lp + (1-a) lq.
+struct Renyi : Alpha {
+    static constexpr bool log_sum = true, grad_needs_row = true;
+    template <class F>
+    struct Constants : Alpha::Constants<F> {
+        F log_total, slope_p;
+        Constants(double alpha, double beta, const double* k) : Alpha::Constants<F>(alpha, beta, k) {
+            log_total = broadcast(static_cast<float>(k[0]));
+            slope_p = broadcast(static_cast<float>(alpha / (alpha - 1)));
+        }
+    };
+    template <class F>
+    static F log_weight(const Element<F>& e, const Constants<F>& c) {
+        return fma(c.c, e.u, e.lp);
+    }
+    template <class F>
+    static F grad_logq(const Element<F>& e, const Constants<F>& c) {
+        return -exp(log_weight(e, c) - c.log_total);
+    }
+    template <class F>
+    static F grad_logp(const Element<F>& e, const Constants<F>& c) {
+        return c.slope_p * exp(log_weight(e, c) - c.log_total);
+    }
+    static Finished finish(const RowSums& row, double alpha, double) {
+        const double log_sum = row.log_sum < -1e20 ? -infinity : row.log_sum;
+        const double excess = alpha * (alpha - 1) * row.sum[0];
+        const bool near = std::fabs(log_sum) < 0.5 && std::fabs(excess) < 0.5;
+        return {(near ? std::log1p(excess) : log_sum) / (alpha - 1), -1, alpha / (alpha - 1), {log_sum, 0, 0}};
+    }
+};
+
+// -1/(ab) sum (p^a q^b - a/(a+b) p^(a+b) - b/(a+b) q^(a+b)), a, b, a+b not 0.
+// For small u a term is q^(a+b) u^2 (1/2 + (a+l) u/6 + (a^2+al+l^2) u^2/24 + ...), l = a+b.
+struct AlphaBeta : Plain {
+    static constexpr int sums = 2;
+    static bool infinite_where_p_is_zero(double alpha) { return alpha < 0; }
+    template <class F>
+    struct Constants {
+        F a, b, l, over_a, over_b, weight_cross, weight_p, weight_q, near, c3, c4, c5, c6;
+        Constants(double alpha, double beta, const double*) {
+            const double lambda = alpha + beta;
+            a = broadcast(static_cast<float>(alpha));
+            b = broadcast(static_cast<float>(beta));
+            l = broadcast(static_cast<float>(lambda));
+            over_a = broadcast(static_cast<float>(1 / alpha));
+            over_b = broadcast(static_cast<float>(1 / beta));
+            weight_cross = broadcast(static_cast<float>(-1 / (alpha * beta)));
+            weight_p = broadcast(static_cast<float>(1 / (beta * lambda)));
+            weight_q = broadcast(static_cast<float>(1 / (alpha * lambda)));
+            const double widest = std::max({1.0, std::fabs(alpha), std::fabs(lambda)});
+            near = broadcast(static_cast<float>(0.25 / widest));
+            // (lambda^n - alpha^n) / beta by recurrence, which has no pole at beta = 0
+            double power = lambda + alpha, alpha_power = alpha * alpha;
+            c3 = broadcast(static_cast<float>(power / 6));
+            power = power * lambda + alpha_power;
+            c4 = broadcast(static_cast<float>(power / 24));
+            alpha_power *= alpha;
+            power = power * lambda + alpha_power;
+            c5 = broadcast(static_cast<float>(power / 120));
+            alpha_power *= alpha;
+            power = power * lambda + alpha_power;
+            c6 = broadcast(static_cast<float>(power / 720));
+        }
+    };
+    // e^x, and 0 in a column without mass in either row, where a negative exponent would give infinity.
+    template <class F>
+    static F power(F x, const Element<F>& e) {
+        const Mask nowhere = (e.lp < broadcast(-1e29f)) & (e.lq < broadcast(-1e29f));
+        return select(nowhere, broadcast(0.0f), exp(x));
+    }
+    template <class F>
+    static void terms(const Element<F>& e, const Constants<F>& c, F* out) {
+        const F cross = power(fma(c.a, e.lp, c.b * e.lq), e);
+        const F q_power = power(c.l * e.lq, e);
+        const F far = fma(cross, c.weight_cross, fma(power(c.l * e.lp, e), c.weight_p, q_power * c.weight_q));
+        F y = fma(c.c6, e.u, c.c5);
+        y = fma(y, e.u, c.c4);
+        y = fma(y, e.u, c.c3);
+        y = fma(y, e.u, broadcast(0.5f));
+        out[0] = select(abs(e.u) < c.near, (q_power * e.u) * (e.u * y), far);
+        out[1] = (q_power - cross) * c.over_a;
+    }
+    template <class F>
+    static F grad_logq(const Element<F>& e, const Constants<F>& c) {
+        return (power(c.l * e.lq, e) - power(fma(c.a, e.lp, c.b * e.lq), e)) * c.over_a;
+    }
+    template <class F>
+    static F grad_logp(const Element<F>& e, const Constants<F>& c) {
+        return (power(c.l * e.lp, e) - power(fma(c.a, e.lp, c.b * e.lq), e)) * c.over_b;
+    }
+    static Finished finish(const RowSums& row, double alpha, double beta) {
+        return {row.sum[0], row.sum[1], (alpha + beta) * row.sum[0] - row.sum[1]};
+    }
+};
+
+// log sum q^2.
+struct Collision : Plain {
+    static constexpr bool needs_p = false, grad_needs_row = true;
+    template <class F>
+    struct Constants {
+        F scale;
+        Constants(double, double, const double* k) : scale(broadcast(static_cast<float>(2 * k[0]))) {}
+    };
+    template <class F>
+    static void terms(const Element<F>& e, const Constants<F>&, F* out) {
+        out[0] = e.q * e.q;
+    }
+    template <class F>
+    static F grad_logq(const Element<F>& e, const Constants<F>& c) {
+        return c.scale * e.q * e.q;
+    }
+    template <class F>
+    static F grad_logp(const Element<F>&, const Constants<F>&) {
+        return broadcast(0.0f);
+    }
+    static Finished finish(const RowSums& row, double, double) {
+        return {std::log(row.sum[0]), 2, 0, {1 / row.sum[0], 0, 0}};
+    }
+};
+
+// -log((sum pq)^2 / (sum p^2 sum q^2)). With d = p - q the quotient is 1 - (A C - B^2) / (A P), where A = sum q^2,
+// P = sum p^2, B = sum q d, C = sum d^2: exact where p and q are close.
+struct CauchySchwarz : Plain {
+    static constexpr int sums = 4;
+    static constexpr bool log_sum = true, grad_needs_row = true;
+    template <class F>
+    struct Constants {
+        F log_pq, over_qq, over_pp;
+        Constants(double, double, const double* k) {
+            log_pq = broadcast(static_cast<float>(k[0]));
+            over_qq = broadcast(static_cast<float>(k[1]));
+            over_pp = broadcast(static_cast<float>(k[2]));
+        }
+    };
+    template <class F>
+    static F log_weight(const Element<F>& e, const Constants<F>&) {
+        return e.lp + e.lq;
+    }
+    template <class F>
+    static void terms(const Element<F>& e, const Constants<F>&, F* out) {
+        const F difference = e.p - e.q;
+        out[0] = e.q * e.q;
+        out[1] = e.p * e.p;
+        out[2] = e.q * difference;
+        out[3] = difference * difference;
+    }
+    template <class F>
+    static F grad_logq(const Element<F>& e, const Constants<F>& c) {
+        const F both = exp(e.lp + e.lq - c.log_pq);
+        return broadcast(2.0f) * fma(e.q * e.q, c.over_qq, -both);
+    }
+    template <class F>
+    static F grad_logp(const Element<F>& e, const Constants<F>& c) {
+        const F both = exp(e.lp + e.lq - c.log_pq);
+        return broadcast(2.0f) * fma(e.p * e.p, c.over_pp, -both);
+    }
+    static Finished finish(const RowSums& row, double, double) {
+        const double qq = row.sum[0], pp = row.sum[1], qd = row.sum[2], dd = row.sum[3];
+        const double log_pq = row.log_sum < -1e20 ? -infinity : row.log_sum;
+        const double missing = std::max(0.0, (qq * dd - qd * qd) / (qq * pp));
+        const double far = std::log(qq) + std::log(pp) - 2 * log_pq;
+        return {missing < 0.5 ? -std::log1p(-missing) : far, 0, 0, {log_pq, 1 / qq, 1 / pp}};
+    }
+};
