@@ -168,7 +168,7 @@ def _times_upstream(gradient: Tensor, upstream: Tensor) -> Tensor:
     is freed after this backward. While the graph is kept (retain_graph) or traced by torch.compile, it is copied.
     """
     if type(gradient) is not Tensor or torch._C._autograd._get_current_graph_task_keep_graph():
-        return gradient * upstream.to(gradient.dtype)
+        return gradient * upstream
     return backends.scale_in_place(gradient, upstream)
 
 
