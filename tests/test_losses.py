@@ -1,0 +1,257 @@
+"""Reduced losses and their named forms, modules, per-token helpers, TokenStats and plans."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import oracle
+import pytest
+import torch
+from checks import BACKENDS, DIVERGENCES, check_gradient, check_value
+from torch import Tensor
+
+import kldiv_kernels as kk
+from kldiv_kernels.registry import STATISTICS
+
+SHAPE = (3, 4, 57)
+NAMED: dict[str, Callable[..., Tensor]] = {
+    "forward_kl": kk.forward_kl,
+    "reverse_kl": kk.reverse_kl,
+    "jeffreys": kk.jeffreys,
+    "js": kk.js_divergence,
+    "skew_kl": kk.skew_kl,
+    "skew_reverse_kl": kk.skew_reverse_kl,
+    "hellinger": kk.hellinger,
+    "tvd": kk.tvd,
+    "forward_chi2": kk.forward_chi2,
+    "reverse_chi2": kk.reverse_chi2,
+    "renyi": kk.renyi,
+    "alpha": kk.alpha_divergence,
+    "alpha_beta": kk.alpha_beta_divergence,
+    "triangular": kk.triangular,
+    "cauchy_schwarz": kk.cauchy_schwarz,
+    "cross_entropy": kk.soft_cross_entropy,
+}
+
+
+def _pair(dtype: torch.dtype = torch.float32) -> tuple[Tensor, Tensor]:
+    return (2 * torch.randn(SHAPE)).to(dtype).requires_grad_(), (2 * torch.randn(SHAPE)).to(dtype)
+
+
+def _options(which: str) -> tuple[dict[str, object], Tensor]:
+    """Arguments of a loss, and the coefficient that each token's divergence must take in the sum."""
+    weight, mask, labels = torch.randn(3, 4), torch.rand(3, 4) < 0.6, torch.randint(57, (3, 4))
+    labels[0], labels[2, 1] = -100, -100
+    mask[1, 1], mask[0, 0], labels[1, 1] = True, True, 5
+    given = labels != -100
+    return {
+        "plain": ({}, torch.ones(3, 4) / 12),
+        "weight": ({"weight": weight}, weight / 12),
+        "mask": ({"mask": mask}, mask / mask.sum()),
+        "integer mask": ({"mask": 3 * mask.int()}, mask / mask.sum()),
+        "labels": ({"labels": labels}, given / given.sum()),
+        "labels and mask": ({"labels": labels, "mask": mask}, (given & mask) / (given & mask).sum()),
+        "ignore_index": ({"labels": labels, "ignore_index": 5}, (labels != 5) / (labels != 5).sum()),
+        "normalizer": ({"normalizer": 7.5, "mask": mask}, mask / 7.5),
+        "tensor normalizer": ({"normalizer": torch.tensor([40]), "weight": weight}, weight / 40),
+        "sum": ({"reduction": "sum", "weight": weight, "mask": mask}, weight * mask),
+        "sum ignores normalizer": ({"reduction": "sum", "normalizer": 5.0}, torch.ones(3, 4)),
+        "temperature squared": ({"temperature_squared": True, "temperature": 1.7}, 1.7**2 * torch.ones(3, 4) / 12),
+    }[which]  # type: ignore[return-value]
+
+
+WHICH = ["plain", "weight", "mask", "integer mask", "labels", "labels and mask", "ignore_index", "normalizer",
+         "tensor normalizer", "sum", "sum ignores normalizer", "temperature squared"]  # fmt: skip
+
+
+@pytest.mark.parametrize("which", WHICH)
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_reductions(which: str, backend: str) -> None:
+    logits, reference = _pair()
+    options, coefficient = _options(which)
+    temperature = options.get("temperature", 1.0)
+    expected = oracle.evaluate("reverse_kl", logits, reference, cotangent=coefficient, temperature=temperature)
+    loss = kk.divergence_loss(logits, reference, "reverse_kl", backend=backend, **options)
+    assert loss.dtype == torch.float32
+    assert loss.shape == ()
+    assert loss.item() == pytest.approx((coefficient * expected.value).sum().item(), rel=2e-5, abs=1e-6)
+    loss.backward()
+    check_gradient(logits.grad, expected.student, expected.student_floor)
+
+
+@pytest.mark.parametrize("which", [name for name in WHICH if not name.startswith(("sum", "normalizer", "tensor"))])
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_no_reduction(which: str, backend: str) -> None:
+    """ "none" gives weight·D per token; its gradient is that of the sum times whatever comes from above."""
+    logits, reference = _pair()
+    options, coefficient = _options(which)
+    tokens = (coefficient != 0).sum() if which != "plain" else 12
+    coefficient = coefficient * tokens
+    temperature = options.get("temperature", 1.0)
+    upstream = torch.randn(3, 4)
+    losses = kk.divergence_loss(logits, reference, "js", reduction="none", beta=0.2, backend=backend, **options)
+    assert losses.shape == (3, 4)
+    expected = oracle.evaluate(
+        "js", logits, reference, beta=0.2, temperature=temperature, cotangent=coefficient * upstream
+    )
+    assert torch.allclose(losses.double(), coefficient * expected.value, rtol=2e-5, atol=1e-6)
+    losses.backward(upstream)
+    check_gradient(logits.grad, expected.student, expected.student_floor)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_temperature_squared_per_token(backend: str) -> None:
+    logits, reference = _pair()
+    temperature = torch.rand(3, 4) + 0.5
+    loss = kk.forward_kl(logits, reference, temperature=temperature, temperature_squared=True, backend=backend)
+    expected = oracle.evaluate("forward_kl", logits, reference, temperature=temperature, cotangent=temperature**2 / 12)
+    assert loss.item() == pytest.approx((temperature**2 * expected.value).mean().item(), rel=1e-5)
+    loss.backward()
+    check_gradient(logits.grad, expected.student, expected.student_floor)
+
+
+@pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
+@pytest.mark.parametrize("how", ["mask", "labels", "no tokens"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_no_valid_token(how: str, reduction: str, dtype: torch.dtype, backend: str) -> None:
+    """0 with zero gradient, not NaN, even where the rows that are left out hold NaN."""
+    logits = torch.full((0 if how == "no tokens" else 2, 9), torch.nan, dtype=dtype, requires_grad=True)
+    options: dict[str, Tensor] = {
+        "mask": {"mask": torch.zeros(2)[:, None].bool()[:, 0]},
+        "labels": {"labels": torch.full((2,), -100)},
+        "no tokens": {},
+    }[how]
+    loss = kk.divergence_loss(logits, logits.detach(), "js", reduction=reduction, backend=backend, **options)
+    assert not loss.any()
+    loss.sum().backward()
+    assert logits.grad.shape == logits.shape
+    assert not logits.grad.any()
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
+def test_weight_zero_leaves_an_infinite_value_out(reduction: str, backend: str) -> None:
+    logits, reference = torch.randn(3, 8), torch.randn(3, 8)
+    logits[1, 2] = -torch.inf
+    logits.requires_grad_()
+    weight = torch.tensor([1.0, 0.0, 2.0])
+    loss = kk.forward_kl(logits, reference, weight=weight, reduction=reduction, backend=backend)
+    assert loss.isfinite().all()
+    loss.sum().backward()
+    assert logits.grad[[0, 2]].any(dim=1).all()
+    assert not logits.grad[1].any()
+    heavy = kk.forward_kl(logits, reference, weight=torch.ones(3), reduction="none", backend=backend)
+    assert heavy[1] == torch.inf
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_padding_columns(backend: str) -> None:
+    """Columns from vocab_size on are never read, and the two rows may have different widths."""
+    logits, reference = _pair()
+    plain = kk.js_divergence(logits, reference, backend=backend)
+    (wanted,) = torch.autograd.grad(plain, logits)
+    wide = torch.cat([logits.detach(), torch.full((3, 4, 7), torch.nan)], -1).requires_grad_()
+    wider = torch.cat([reference, torch.full((3, 4, 20), torch.inf)], -1).requires_grad_()
+    loss = kk.js_divergence(wide, wider, vocab_size=57, backend=backend)
+    loss.backward()
+    assert torch.equal(loss, plain)
+    assert torch.equal(wide.grad[..., :57], wanted)
+    for gradient in (wide.grad, wider.grad):
+        assert gradient[..., :57].any()
+        assert not gradient[..., 57:].any()
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_excluded_column(backend: str) -> None:
+    """Both softmaxes leave the column out: the same as −inf there in both rows."""
+    logits, reference = _pair()
+    exclude = torch.randint(57, (3, 4))
+    exclude[0, 0] = -1
+    out = torch.arange(57) == exclude[..., None]
+    loss = kk.jeffreys(logits, reference, exclude=exclude, backend=backend)
+    loss.backward()
+    x = logits.detach().masked_fill(out, -torch.inf).requires_grad_()
+    same = kk.jeffreys(x, reference.masked_fill(out, -torch.inf), backend=backend)
+    same.backward()
+    assert torch.allclose(loss, same, rtol=1e-6)
+    assert torch.allclose(logits.grad, x.grad, atol=1e-7)
+    assert not logits.grad[out].any()
+    assert not torch.allclose(loss, kk.jeffreys(logits, reference, backend=backend), rtol=1e-3)
+
+
+def test_every_divergence_has_a_named_form() -> None:
+    assert set(NAMED) == {name for name in DIVERGENCES if STATISTICS[name].builtin}
+    for function in NAMED.values():
+        assert getattr(kk, function.__name__) is function
+        assert function.__doc__
+
+
+@pytest.mark.parametrize("kind", NAMED)
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_named_forms(kind: str, backend: str) -> None:
+    logits, reference = _pair()
+    options = {"temperature": 1.4, "alpha": 0.3, "beta": 0.8, "mask": torch.rand(3, 4) < 0.7, "backend": backend}
+    named, general = NAMED[kind](logits, reference, **options), kk.divergence_loss(logits, reference, kind, **options)
+    assert torch.equal(named, general)
+    # Not another divergence's form, nor one with student and teacher exchanged.
+    others = [kk.divergence_loss(logits, reference, other, **options) for other in NAMED if other != kind]
+    assert not any(torch.allclose(named, other, rtol=1e-4) for other in others)
+
+
+@pytest.mark.parametrize(
+    ("module", "kind", "options"),
+    [
+        (kk.nn.DivergenceLoss("renyi", alpha=0.3), "renyi", {"alpha": 0.3}),
+        (kk.nn.KLDivLoss(temperature=2.0), "forward_kl", {"temperature": 2.0}),
+        (kk.nn.KLDivLoss(reverse=True), "reverse_kl", {}),
+        (kk.nn.JSDivLoss(0.9), "js", {"beta": 0.9}),
+        (kk.nn.JSDivLoss(), "js", {"beta": 0.5}),
+        (kk.nn.HellingerLoss(reduction="sum"), "hellinger", {"reduction": "sum"}),
+    ],
+    ids=repr,
+)
+def test_modules(module: kk.nn.DivergenceLoss, kind: str, options: dict[str, object]) -> None:
+    logits, reference = _pair()
+    mask = torch.rand(3, 4) < 0.7
+    assert torch.equal(
+        module(logits, reference, mask=mask), kk.divergence_loss(logits, reference, kind, mask=mask, **options)
+    )
+    assert kind in repr(module)
+
+
+@pytest.mark.parametrize("labels_shape", [(3, 4), (3, 4, 6)], ids=str)
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_selective_log_softmax(labels_shape: tuple[int, ...], backend: str) -> None:
+    logits, _ = _pair()
+    labels = torch.randint(57, labels_shape)
+    got = kk.selective_log_softmax(logits, labels, temperature=0.7, backend=backend)
+    index = labels if len(labels_shape) == 3 else labels[..., None]
+    exact = logits.detach().double().requires_grad_()
+    wanted = (exact / 0.7).log_softmax(-1).gather(-1, index).reshape(labels_shape)
+    check_value(got, wanted.detach())
+    upstream = torch.randn(labels_shape)
+    got.backward(upstream)
+    wanted.backward(upstream.double())
+    check_gradient(logits.grad, exact.grad, torch.full((3, 4, 1), 10.0))
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_entropy(backend: str) -> None:
+    logits, _ = _pair(torch.bfloat16)
+    mask = torch.rand(3, 4) < 0.5
+    expected = oracle.evaluate("entropy", logits, temperature=1.9, mask=mask)
+    got = kk.entropy(logits, temperature=1.9, mask=mask, backend=backend)
+    check_value(got, expected.value)
+    got.sum().backward()
+    check_gradient(logits.grad, expected.student, expected.student_floor)
+
+
+def test_token_stats_is_a_mapping_with_attributes() -> None:
+    logits, reference = _pair()
+    stats = kk.token_stats(logits, reference, stats=("js", "argmax", "entropy"))
+    assert list(stats) == ["js", "argmax", "entropy"]
+    assert dict(stats.items())["js"] is stats.js is stats["js"]
+    assert stats.argmax.dtype == torch.int64
+    with pytest.raises(AttributeError, match=r"no statistic 'logprob'; it has js, argmax, entropy"):
+        _ = stats.logprob
