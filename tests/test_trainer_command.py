@@ -88,6 +88,17 @@ def test_cross_entropy_alone_runs_without_a_teacher(models: Path, tmp_path: Path
     assert json.loads((tmp_path / "run" / "summary.json").read_text())["teacher_student_kl"] is None
 
 
+def test_mixed_precision_keeps_the_students_weights_in_float32(models: Path, tmp_path: Path) -> None:
+    given = options(models, tmp_path / "run")
+    code, printed = kldiv_train(given, "--bf16")
+    assert code == 0, printed
+    assert kldiv_train(given | {"--output": str(tmp_path / "float32")})[0] == 0
+    rounded, exact = (json.loads((tmp_path / name / "summary.json").read_text()) for name in ("run", "float32"))
+    assert rounded["teacher_student_kl"] == pytest.approx(exact["teacher_student_kl"], rel=0.05)
+    assert rounded["teacher_student_kl"] != exact["teacher_student_kl"]
+    assert AutoModelForCausalLM.from_pretrained(tmp_path / "run").dtype == torch.float32
+
+
 @pytest.mark.parametrize(
     ("wrong", "message"),
     [

@@ -105,7 +105,8 @@ def train(
         if teacher is not None:
             _check_same_tokens(tokenizer, _tokenizer(teacher, "--teacher"))
         student_model = _model(student, "--student")
-        teacher_model = None if teacher is None else _model(teacher, "--teacher")
+        # Autocast needs the student's weights in float32 for the optimiser; the teacher's are only read.
+        teacher_model = None if teacher is None else _model(teacher, "--teacher", "bfloat16" if bf16 else "float32")
         with _option_errors("--vocab-size"):
             width = shared_vocab_size(student_model, teacher_model, vocab_size)
         _require(len(tokenizer) <= width, "--vocab-size", f"{width} is below the tokenizer's {len(tokenizer)} tokens")
@@ -196,11 +197,10 @@ def _tokenizer(source: str, option: str) -> PreTrainedTokenizerBase:
     return tokenizer
 
 
-def _model(source: str, option: str) -> PreTrainedModel:
-    import torch
+def _model(source: str, option: str, dtype: str = "float32") -> PreTrainedModel:
     from transformers import AutoModelForCausalLM
 
-    model: PreTrainedModel = _loaded(AutoModelForCausalLM, source, option, dtype=torch.float32)
+    model: PreTrainedModel = _loaded(AutoModelForCausalLM, source, option, dtype=dtype)
     return model
 
 

@@ -11,6 +11,7 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
 History = Sequence[Mapping[str, Any]]
+_KL = "held-out KL(teacher ∥ student)"
 
 
 def curve(history: History, name: str) -> tuple[list[int], list[float]]:
@@ -20,29 +21,28 @@ def curve(history: History, name: str) -> tuple[list[int], list[float]]:
 
 
 def plot_run(path: Path, history: History, *, title: str) -> None:
-    """Training loss, held-out cross-entropy and, where there is a teacher, the divergence from it."""
-    has_teacher = any("eval_kl" in entry for entry in history)
-    figure = Figure(figsize=(11 if has_teacher else 6, 4), layout="constrained")
-    axes = figure.subplots(1, 2 if has_teacher else 1, squeeze=False)[0]
-    axes[0].plot(*curve(history, "loss"), label="training loss", linewidth=1)
-    axes[0].plot(*curve(history, "eval_loss"), label="held-out cross-entropy", marker="o", markersize=3)
-    _label(axes[0], title)
-    if has_teacher:
-        axes[1].plot(*curve(history, "eval_kl"), marker="o", markersize=3, label="held-out KL(teacher ∥ student)")
-        _label(axes[1], title)
+    """Training loss, held-out cross-entropy and, where there is a teacher, the held-out divergence from it."""
+    panels = {"loss": "training loss", "eval_loss": "held-out cross-entropy", "eval_kl": _KL}
+    shown = [name for name in panels if any(name in entry for entry in history)]
+    figure = Figure(figsize=(4.5 * len(shown), 3.6), layout="constrained")
+    for axis, name in zip(figure.subplots(1, len(shown), squeeze=False)[0], shown, strict=True):
+        axis.plot(*curve(history, name), marker="" if name == "loss" else "o", markersize=3)
+        _label(axis, panels[name])
+    figure.suptitle(title)
     save(figure, path)
 
 
 def plot_comparison(path: Path, histories: Mapping[str, History]) -> None:
     """Held-out curves of several runs side by side: cross-entropy, and KL to the teacher where it was measured."""
     figure = Figure(figsize=(11, 4), layout="constrained")
-    left, right = figure.subplots(1, 2)
-    for name, history in histories.items():
-        left.plot(*curve(history, "eval_loss"), marker="o", markersize=3, label=name)
-        if any("eval_kl" in entry for entry in history):
-            right.plot(*curve(history, "eval_kl"), marker="o", markersize=3, label=name)
-    _label(left, "held-out cross-entropy")
-    _label(right, "held-out KL(teacher ∥ student)")
+    panels = {"eval_loss": "held-out cross-entropy", "eval_kl": _KL}
+    for axis, (quantity, title) in zip(figure.subplots(1, 2), panels.items(), strict=True):
+        for number, (name, history) in enumerate(histories.items()):
+            steps, values = curve(history, quantity)
+            if steps:
+                axis.plot(steps, values, marker="o", markersize=3, label=name, color=f"C{number}")
+        _label(axis, title)
+        axis.legend()
     save(figure, path)
 
 
@@ -71,4 +71,3 @@ def _label(axis: Any, title: str) -> None:
     axis.set_xlabel("step")
     axis.set_ylabel("nats per token")
     axis.grid(alpha=0.3)
-    axis.legend()
