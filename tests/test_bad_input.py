@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 import kldiv_kernels as kk
-from kldiv_kernels import backends
+from kldiv_kernels.backends import get, names
 
 ROWS = torch.zeros(2, 3, 8)
 LABELS = torch.zeros(2, 3, dtype=torch.int64)
@@ -29,9 +29,9 @@ def _nothing_is_computed(monkeypatch: pytest.MonkeyPatch) -> None:
     def computed(*arguments: object) -> None:
         pytest.fail("computed before the arguments were checked")
 
-    for name in backends.names():
+    for name in names():
         for method in ("forward", "backward", "one_read"):
-            monkeypatch.setattr(type(backends.get(name)), method, computed)
+            monkeypatch.setattr(type(get(name)), method, computed)
 
 
 Case = tuple[Callable[[], object], type[Exception], str]

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-
 import pytest
 import torch
 from checks import BACKENDS, DIVERGENCES, STATISTIC_NAMES
@@ -13,13 +11,6 @@ import kldiv_kernels as kk
 
 # The reference backend sums with PyTorch, whose order depends on shape and threads; it is exact, not reproducible.
 KERNELS = [name for name in BACKENDS if name != "reference"]
-
-
-@pytest.fixture
-def _threads() -> Iterator[None]:
-    before = torch.get_num_threads()
-    yield
-    torch.set_num_threads(before)
 
 
 def _rows(rows: int, columns: int, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
@@ -58,6 +49,7 @@ def _equal(got: list[Tensor], wanted: list[Tensor]) -> bool:
 @pytest.mark.parametrize("backend", KERNELS)
 def test_alone_or_in_a_batch(backend: str, columns: int, dtype: torch.dtype) -> None:
     """One row alone takes the path that splits the row; sixteen take the path that splits the rows."""
+    torch.set_num_threads(2)
     rows = _rows(16, columns, dtype)
     batch = _bits(*rows, backend)
     for picked in ([0], [15], [3, 4], [7, 1, 9, 2, 8]):
@@ -73,7 +65,6 @@ def test_any_strides(backend: str) -> None:
     assert _equal(_bits(holed[:, 3:2051], reference, labels, backend), _bits(logits, reference, labels, backend))
 
 
-@pytest.mark.usefixtures("_threads")
 @pytest.mark.parametrize(("rows", "columns"), [(1, 151_936), (2, 70_001), (3, 5003), (33, 1031)])
 @pytest.mark.parametrize("backend", KERNELS)
 def test_threads(backend: str, rows: int, columns: int) -> None:
@@ -88,6 +79,7 @@ def test_threads(backend: str, rows: int, columns: int) -> None:
 
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_run_to_run(backend: str) -> None:
+    torch.set_num_threads(2)
     inputs = _rows(4, 3001, torch.float32)
     first = _bits(*inputs, backend)
     for _ in range(3):

@@ -12,7 +12,6 @@ from torch import Tensor
 
 import kldiv_kernels as kk
 
-
 # log p − log q of a column carries the roundings of both rows' log-sum-exp, and its gradient inherits them.
 TWO_LOG_SUMS = 2
 
