@@ -77,7 +77,7 @@ def test_threads(backend: str, rows: int, columns: int) -> None:
     assert _equal(results[2], results[0])
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("backend", KERNELS)
 def test_run_to_run(backend: str) -> None:
     torch.set_num_threads(2)
     inputs = _rows(4, 3001, torch.float32)

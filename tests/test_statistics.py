@@ -61,7 +61,7 @@ def test_every_statistic_has_an_oracle() -> None:
 @pytest.mark.parametrize(("backend", "dtype"), BACKEND_DTYPES, ids=str)
 @pytest.mark.parametrize("name", STATISTIC_NAMES)
 def test_layouts(name: str, backend: str, dtype: torch.dtype, layout: str) -> None:
-    torch.set_num_threads(2 if "151936" in layout else 1)
+    torch.set_num_threads(2 if "151936" in layout and backend != "reference" else 1)
     logits, reference = LAYOUTS[layout](dtype), LAYOUTS[layout](dtype)
     check_statistic(name, logits, reference, _labels(logits), backend=backend)
 
