@@ -52,10 +52,10 @@ F kl_term(F a, F b, F x) {
     return select(abs(x) < broadcast(0.25f), near, far);
 }
 
-// The value, the sums of grad_logq and grad_logp, and up to three constants of the row that the gradients use.
+// The value, the sums of grad_logq and grad_logp, and constants of the row that the gradients use.
 struct Finished {
     double value, sum_q, sum_p;
-    double k[3] = {0, 0, 0};
+    double k[kRowConstants] = {};
 };
 
 struct RowSums {
@@ -158,12 +158,12 @@ struct CrossEntropy : Plain {
 };
 
 struct Jeffreys : Plain {
-    static constexpr int sums = 2;  // the second one is KL(q || p), the sum of grad_logq
+    static constexpr int sums = 2;  // KL(p || q), the sum of grad_logp, and KL(q || p), the sum of grad_logq
     static bool infinite_where_q_is_zero(double) { return true; }
     static bool infinite_where_p_is_zero(double) { return true; }
     template <class F>
     static void terms(const Element<F>& e, const Constants<F>&, F* out) {
-        out[0] = (e.p - e.q) * e.u;
+        out[0] = kl_term(e.p, e.q, e.u);
         out[1] = kl_term(e.q, e.p, -e.u);
     }
     template <class F>
@@ -175,8 +175,8 @@ struct Jeffreys : Plain {
         return (e.p - e.q) + e.p * e.u;
     }
     static Finished finish(const RowSums& row, double, double) {
-        const double reverse = row.p_is_zero ? infinity : row.sum[1];
-        return {row.sum[0], reverse, row.q_is_zero ? infinity : row.sum[0] - reverse};
+        const double forward = row.q_is_zero ? infinity : row.sum[0], reverse = row.p_is_zero ? infinity : row.sum[1];
+        return {forward + reverse, reverse, forward};
     }
 };
 
@@ -206,9 +206,9 @@ struct JensenShannon : Plain {
     template <class F>
     static void terms(const Element<F>& e, const Constants<F>& c, F* out) {
         const F m = mixture(e, c);
-        const F log_q_over_m = e.lq - log(max(broadcast(smallest_normal), m));
-        const F from_q = c.a * e.q * log_q_over_m;
-        const F far = fma(c.b * e.p, log_q_over_m + e.u, from_q);
+        const F log_m = log(max(broadcast(smallest_normal), m));
+        const F from_q = c.a * e.q * (e.lq - log_m);
+        const F far = fma(c.b * e.p, e.lp - log_m, from_q);
         F y = fma(c.c4, e.u, c.c3);
         y = fma(y, e.u, c.c2);
         y = fma(y, e.u, c.c1);

@@ -52,7 +52,8 @@ kldiv::Rows rows_of(const Tensor& tensor, int64_t columns, const char* name) {
     STD_TORCH_CHECK(columns >= 1 && columns <= tensor.size(last), "vocab_size must be 1 to the width of ", name);
     STD_TORCH_CHECK(tensor.size(last) == 1 || tensor.stride(last) == 1, name, " must have unit stride in its columns");
     kldiv::Rows rows;
-    rows.data = static_cast<const char*>(tensor.data_ptr());
+    static const char empty = 0;  // an empty tensor may have no address
+    rows.data = tensor.numel() == 0 ? &empty : static_cast<const char*>(tensor.data_ptr());
     rows.dtype = dtype_of(tensor, name);
     for (int64_t i = 0; i < last; ++i) {
         rows.sizes.push_back(tensor.size(i));

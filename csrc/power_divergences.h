@@ -79,7 +79,7 @@ struct Renyi : Alpha {
         const double log_sum = row.log_sum < -1e20 ? -infinity : row.log_sum;
         const double excess = alpha * (alpha - 1) * row.sum[0];
         const bool near = std::fabs(log_sum) < 0.5 && std::fabs(excess) < 0.5;
-        return {(near ? std::log1p(excess) : log_sum) / (alpha - 1), -1, alpha / (alpha - 1), {log_sum, 0, 0}};
+        return {(near ? std::log1p(excess) : log_sum) / (alpha - 1), -1, alpha / (alpha - 1), {log_sum}};
     }
 };
 
@@ -122,6 +122,12 @@ struct AlphaBeta : Plain {
         const Mask nowhere = (e.lp < broadcast(-1e29f)) & (e.lq < broadcast(-1e29f));
         return select(nowhere, broadcast(0.0f), exp(x));
     }
+    // q^l - p^a q^b = -q^l expm1(a u), and p^l - p^a q^b = -p^l expm1(-b u): for small u they would cancel.
+    template <class F>
+    static F grad_logq(const Element<F>& e, const Constants<F>& c, F q_power, F cross) {
+        const F near = -(q_power * expm1(c.a * e.u));
+        return select(abs(e.u) < c.near, near, q_power - cross) * c.over_a;
+    }
     template <class F>
     static void terms(const Element<F>& e, const Constants<F>& c, F* out) {
         const F cross = power(fma(c.a, e.lp, c.b * e.lq), e);
@@ -132,15 +138,18 @@ struct AlphaBeta : Plain {
         y = fma(y, e.u, c.c3);
         y = fma(y, e.u, broadcast(0.5f));
         out[0] = select(abs(e.u) < c.near, (q_power * e.u) * (e.u * y), far);
-        out[1] = (q_power - cross) * c.over_a;
+        out[1] = grad_logq(e, c, q_power, cross);
     }
     template <class F>
     static F grad_logq(const Element<F>& e, const Constants<F>& c) {
-        return (power(c.l * e.lq, e) - power(fma(c.a, e.lp, c.b * e.lq), e)) * c.over_a;
+        return grad_logq(e, c, power(c.l * e.lq, e), power(fma(c.a, e.lp, c.b * e.lq), e));
     }
     template <class F>
     static F grad_logp(const Element<F>& e, const Constants<F>& c) {
-        return (power(c.l * e.lp, e) - power(fma(c.a, e.lp, c.b * e.lq), e)) * c.over_b;
+        const F p_power = power(c.l * e.lp, e);
+        const F near = -(p_power * expm1(-(c.b * e.u)));
+        const F far = p_power - power(fma(c.a, e.lp, c.b * e.lq), e);
+        return select(abs(e.u) < c.near, near, far) * c.over_b;
     }
     static Finished finish(const RowSums& row, double alpha, double beta) {
         return {row.sum[0], row.sum[1], (alpha + beta) * row.sum[0] - row.sum[1]};
@@ -168,51 +177,64 @@ struct Collision : Plain {
         return broadcast(0.0f);
     }
     static Finished finish(const RowSums& row, double, double) {
-        return {std::log(row.sum[0]), 2, 0, {1 / row.sum[0], 0, 0}};
+        return {std::log(row.sum[0]), 2, 0, {1 / row.sum[0]}};
     }
 };
 
-// -log((sum pq)^2 / (sum p^2 sum q^2)). With d = p - q the quotient is 1 - (A C - B^2) / (A P), where A = sum q^2,
-// P = sum p^2, B = sum q d, C = sum d^2: exact where p and q are close.
+// -log((sum pq)^2 / (sum p^2 sum q^2)). With d = p - q, A = sum q^2, P = sum p^2, X = sum pq, B = sum q d, C = sum d^2:
+// the quotient is 1 - (A C - B^2) / (A P), and, as A / X = 1 - B / X and P / X = 1 + (B + C) / X,
+//   grad_logq = 2 q (q / A - p / X) = (2 q / A) (q - p + p B / X),
+//   grad_logp = 2 p (p / P - q / X) = (2 p / P) (p - q - q (B + C) / X).
+// These are exact where p and q are close; where they are far, X may underflow and its logarithm is used.
 struct CauchySchwarz : Plain {
     static constexpr int sums = 4;
     static constexpr bool log_sum = true, grad_needs_row = true;
     template <class F>
     struct Constants {
-        F log_pq, over_qq, over_pp;
+        F log_pq, scale_q, scale_p, excess_q, excess_p;
+        bool close;
         Constants(double, double, const double* k) {
             log_pq = broadcast(static_cast<float>(k[0]));
-            over_qq = broadcast(static_cast<float>(k[1]));
-            over_pp = broadcast(static_cast<float>(k[2]));
+            scale_q = broadcast(static_cast<float>(2 / k[1]));
+            scale_p = broadcast(static_cast<float>(2 / k[2]));
+            excess_q = broadcast(static_cast<float>(k[3]));
+            excess_p = broadcast(static_cast<float>(k[4]));
+            close = std::fabs(k[3]) < 0.5 && std::fabs(k[4]) < 0.5;
         }
     };
     template <class F>
     static F log_weight(const Element<F>& e, const Constants<F>&) {
         return e.lp + e.lq;
     }
+    // p - q
+    template <class F>
+    static F difference(const Element<F>& e) {
+        return select(abs(e.u) < broadcast(0.25f), e.q * expm1(e.u), e.p - e.q);
+    }
     template <class F>
     static void terms(const Element<F>& e, const Constants<F>&, F* out) {
-        const F difference = e.p - e.q;
+        const F d = difference(e);
         out[0] = e.q * e.q;
         out[1] = e.p * e.p;
-        out[2] = e.q * difference;
-        out[3] = difference * difference;
+        out[2] = e.q * d;
+        out[3] = d * d;
     }
     template <class F>
     static F grad_logq(const Element<F>& e, const Constants<F>& c) {
-        const F both = exp(e.lp + e.lq - c.log_pq);
-        return broadcast(2.0f) * fma(e.q * e.q, c.over_qq, -both);
+        if (c.close) return (c.scale_q * e.q) * fma(e.p, c.excess_q, -difference(e));
+        return c.scale_q * e.q * e.q - broadcast(2.0f) * exp(e.lp + e.lq - c.log_pq);
     }
     template <class F>
     static F grad_logp(const Element<F>& e, const Constants<F>& c) {
-        const F both = exp(e.lp + e.lq - c.log_pq);
-        return broadcast(2.0f) * fma(e.p * e.p, c.over_pp, -both);
+        if (c.close) return (c.scale_p * e.p) * (difference(e) - e.q * c.excess_p);
+        return c.scale_p * e.p * e.p - broadcast(2.0f) * exp(e.lp + e.lq - c.log_pq);
     }
     static Finished finish(const RowSums& row, double, double) {
         const double qq = row.sum[0], pp = row.sum[1], qd = row.sum[2], dd = row.sum[3];
-        const double log_pq = row.log_sum < -1e20 ? -infinity : row.log_sum;
+        const double log_pq = row.log_sum < -1e20 ? -infinity : row.log_sum, pq = std::exp(log_pq);
         const double missing = std::max(0.0, (qq * dd - qd * qd) / (qq * pp));
         const double far = std::log(qq) + std::log(pp) - 2 * log_pq;
-        return {missing < 0.5 ? -std::log1p(-missing) : far, 0, 0, {log_pq, 1 / qq, 1 / pp}};
+        const double value = missing < 0.5 ? -std::log1p(-missing) : far;
+        return {value, 0, 0, {log_pq, qq, pp, qd / pq, (qd + dd) / pq}};
     }
 };

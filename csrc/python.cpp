@@ -12,10 +12,7 @@ namespace py = pybind11;
 namespace {
 
 std::map<std::string, std::string> build_info() {
-    return {{"compiler", __VERSION__},
-            {"date", __DATE__},
-            {"torch_target", KLDIV_TORCH_TARGET},
-            {"cuda_architectures", "none"}};
+    return {{"compiler", __VERSION__}, {"torch_target", KLDIV_TORCH_TARGET}};
 }
 
 kldiv::CpuPlan plan_cpu(int64_t rows, int64_t columns, const std::vector<std::string>& stats, int64_t student_bytes,

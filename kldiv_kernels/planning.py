@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -64,7 +65,8 @@ def plan(
     tensors = 1 + any(s.reference for s in wanted)
     element = dtype.itemsize
     table = rows * vocab * element
-    refusal = native.load()
+    asked = os.environ.get("KLDIV_BACKEND", "auto")
+    refusal = f"KLDIV_BACKEND={asked}" if asked not in ("auto", "cpu") else native.load()
     if refusal is None and dtype not in native.DTYPES:
         refusal = f"the cpu backend does not serve {dtype}"
     missing = [s.name for s in wanted if s.name not in native.served()]

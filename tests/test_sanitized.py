@@ -2,15 +2,26 @@
 
 from __future__ import annotations
 
+import os
+
 import pytest
 import torch
 
 import kldiv_kernels as kk
+from kldiv_kernels.backends.native import LIBRARY
 from kldiv_kernels.registry import STATISTICS, divergence_names
 
 pytestmark = pytest.mark.skipif(kk.backends()["cpu"] != "available", reason="the compiled part is not built")
 
 DIFFERENTIABLE = [name for name, statistic in STATISTICS.items() if statistic.differentiable and statistic.builtin]
+
+
+def test_the_library_is_the_one_meant() -> None:
+    folder = os.environ.get("KLDIV_EXPECT_UNDER")
+    if folder is None:
+        pytest.skip("only the sanitized run says where its library lies")
+    assert LIBRARY.is_relative_to(folder)
+    assert b"__asan_init" in LIBRARY.read_bytes()
 
 
 def rows(shape: tuple[int, ...], dtype: torch.dtype, seed: int) -> torch.Tensor:

@@ -20,6 +20,9 @@ constexpr float kLog2e = 1.44269504f;
 // log2(e) as the float32 that the sweeps use: dividing by it undoes the multiplication, rounding included.
 constexpr double kExponentToLog = 1.0 / static_cast<double>(kLog2e);
 
+// Constants of a finished row that a divergence's gradients may use.
+constexpr int kRowConstants = 5;
+
 enum class Dtype { float32, bfloat16, float16 };
 constexpr int kDtypes = 3;
 

@@ -149,8 +149,9 @@ void Row::save_state() const {
     for (int i = 0; i < kStateOfRow; ++i) to[i * n] = of_row[i];
     to += kStateOfRow * n;
     for (const FinishedStatistic& f : finished_) {
-        const double of_statistic[kStateOfStatistic] = {f.sum_q, f.sum_p, f.k[0], f.k[1], f.k[2]};
-        for (int i = 0; i < kStateOfStatistic; ++i) to[i * n] = static_cast<float>(of_statistic[i]);
+        to[0] = static_cast<float>(f.sum_q);
+        to[n] = static_cast<float>(f.sum_p);
+        for (int i = 0; i < kRowConstants; ++i) to[(2 + i) * n] = static_cast<float>(f.k[i]);
         to += kStateOfStatistic * n;
     }
 }
@@ -170,7 +171,7 @@ void Row::load_state() {
     for (FinishedStatistic& f : finished_) {
         f.sum_q = from[0];
         f.sum_p = from[n];
-        for (int i = 0; i < 3; ++i) f.k[i] = from[(2 + i) * n];
+        for (int i = 0; i < kRowConstants; ++i) f.k[i] = from[(2 + i) * n];
         from += kStateOfStatistic * n;
     }
 }

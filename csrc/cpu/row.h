@@ -39,7 +39,7 @@ struct NormalisedSums {
 
 struct FinishedStatistic {
     double value = 0, sum_q = 0, sum_p = 0;
-    double k[3] = {0, 0, 0};
+    double k[kRowConstants] = {};
 };
 
 // The scratch of one tile.

@@ -56,10 +56,12 @@ FirstSweep Row::first_sweep(int64_t block) const {
             const bool by_student = first_is_student(i);
             const float m_first = by_student ? m_s : m_t, m_second = by_student ? m_t : m_s;
             OnlineState& online = tile.online[i];
-            // The estimate so far, unless this tile is far from it: then its own maxima give one.
+            // The estimate so far, where the columns so far have mass to speak of. Else the tile's own maxima: an
+            // estimate from massless columns can be far off, and moving away from it would cost digits.
+            const SoftmaxState& so_far = by_student ? out.s : out.t;
+            const bool weighty = out.online[i].started && so_far.z * std::exp2(so_far.m - m_first) >= 8;
             const double own = round_to_grid((double(m_first) - m_second) * kExponentToLog);
-            const double so_far = out.online[i].delta;
-            online.delta = out.online[i].started && std::fabs(so_far - own) < 20 ? so_far : own;
+            online.delta = weighty && std::fabs(out.online[i].delta - own) < 20 ? out.online[i].delta : own;
             online.m = m_first;
             online.started = true;
             const double kappa = std::exp(online.delta + (double(m_second) - m_first) * kExponentToLog);
@@ -191,7 +193,8 @@ void Row::finish(size_t i, const double* sums, double log_sum) {
     FinishedStatistic& f = finished_[i];
     double out[3];
     r.divergence->finish(sums, log_sum, q_is_zero_, p_is_zero_, r.alpha, r.beta, out, f.k);
-    const bool bad = std::isnan(lse_s_) || std::isnan(lse_t_);
+    const bool of_teacher_alone = r.entropy_t, of_student_alone = !r.divergence->needs_p;
+    const bool bad = (!of_teacher_alone && std::isnan(lse_s_)) || (!of_student_alone && std::isnan(lse_t_));
     f.value = bad ? kNaN : out[0];
     f.sum_q = bad ? kNaN : out[1];
     f.sum_p = bad ? kNaN : out[2];

@@ -38,8 +38,8 @@ struct Request {
 };
 
 // The saved state of a row: for student and teacher (m, 1/z, offset), then for each statistic
-// (sum of grad_logq, sum of grad_logp, three constants), as [state_rows, N] floats.
-constexpr int kStateOfRow = 6, kStateOfStatistic = 5;
+// (sum of grad_logq, sum of grad_logp, its constants), as [state_rows, N] floats.
+constexpr int kStateOfRow = 6, kStateOfStatistic = 2 + kRowConstants;
 
 struct Job {
     const Kernels* kernels;

@@ -32,7 +32,11 @@ inline Floats select(Mask m, Floats yes, Floats no) { return {m.v ? yes.v : no.v
 // The second operand where either is NaN, so that a NaN in the data survives max(bound, data).
 inline Floats max(Floats a, Floats b) { return {a.v > b.v ? a.v : b.v}; }
 inline Floats min(Floats a, Floats b) { return {a.v < b.v ? a.v : b.v}; }
+#ifdef KLDIV_AVX2
+inline Floats fma(Floats a, Floats b, Floats c) { return {_mm256_fmadd_ps(a.v, b.v, c.v)}; }
+#else
 inline Floats fma(Floats a, Floats b, Floats c) { return {a.v * b.v + c.v}; }
+#endif
 inline Floats abs(Floats a) { return {(float_lanes)((int_lanes)a.v & (int_lanes{} + 0x7fffffff))}; }
 inline Floats sign(Floats a) {
     const float_lanes zero{}, one = zero + 1.0f;

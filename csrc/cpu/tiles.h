@@ -145,7 +145,7 @@ template <class D, bool park>
 void terms(const float* s, const float* t, int columns, const NormalisedRow& row, double* sums, LogSum* log_sum,
            float* grad_logq) {
     const Normaliser<D> normaliser(row);
-    const double unknown[3] = {0, 0, 0};
+    const double unknown[kRowConstants] = {};
     const typename D::template Constants<Floats> constants(row.alpha, row.beta, unknown);
     Floats totals[D::sums], out[D::sums];
     for (Floats& total : totals) total = broadcast(0.0f);
@@ -219,7 +219,7 @@ void finish(const double* sums, double log_sum, bool q_is_zero, bool p_is_zero, 
     value_and_sums[0] = done.value;
     value_and_sums[1] = done.sum_q;
     value_and_sums[2] = done.sum_p;
-    std::copy(done.k, done.k + 3, k);
+    std::copy(done.k, done.k + kRowConstants, k);
 }
 
 template <class D>

@@ -13,8 +13,8 @@ from kldiv_kernels.backends import Call
 LIBRARY = Path(__file__).resolve().parent.parent / "libkldiv_kernels.so"
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 # Floats a row in the saved state: exponent reference, scaled sum and offset of both softmaxes, then for each
-# statistic its two gradient sums and three constants (csrc/cpu/rows.h).
-_STATE_OF_ROW, _STATE_OF_STATISTIC = 6, 5
+# statistic its two gradient sums and five constants (csrc/cpu/rows.h).
+_STATE_OF_ROW, _STATE_OF_STATISTIC = 6, 7
 
 
 @functools.cache
