@@ -186,6 +186,8 @@ def evaluate(
     def gradient_floor(logs: Tensor, g: Tensor, scale: Tensor) -> Tensor:
         share = logs.detach().exp()
         terms = g.abs() + share * (g.sum(-1, keepdim=True).abs() + coefficient)
+        if name == "cauchy_schwarz":  # g itself is a difference: 2q²/Σq² − 2pq/Σpq
+            terms = terms + 2 * coefficient * share**2 / share.square().sum(-1, keepdim=True)
         return (terms.amax(-1, keepdim=True) / scale).reshape(*leading, 1)
 
     shape = given.shape if value.dim() == 2 else leading
