@@ -51,6 +51,17 @@ struct LogSum {
     double sum = 0;
 };
 
+// How a tile enters a first-sweep divergence (row_state.h): the exponents of both rows, the estimate of the difference
+// of their lse, and kappa, which brings exponentials of the second row to the first one's units.
+struct OnlineTile {
+    float m_first, m_second, delta, kappa;
+};
+struct OnlineSums {
+    double z_second, z_first, g;
+};
+using OnlineKernel = void (*)(const float* second, const float* first, int columns, const OnlineTile&, OnlineSums*,
+                              float* x, float* y);
+
 struct DivergenceKernels {
     const char* name;
     int sums;
@@ -60,10 +71,11 @@ struct DivergenceKernels {
     void (*finish)(const double* sums, double log_sum, bool q_is_zero, bool p_is_zero, double alpha, double beta,
                    double* value_and_sums, double* k);
     // Adds the tile's terms to sums[0 .. sums) and, if the struct takes one, to the log-sum.
-    void (*terms)(const float* s, const float* t, int columns, const NormalisedRow&, double* sums, LogSum*, float*);
-    // The same, and stores grad_logq; null where that needs the finished row.
+    void (*terms)(const float* s, const float* t, int columns, const NormalisedRow&, double* sums, LogSum*, float*,
+                  float*);
+    // The same, and parks q and grad_logq; null where that needs the finished row.
     void (*terms_and_park)(const float* s, const float* t, int columns, const NormalisedRow&, double* sums, LogSum*,
-                           float* grad_logq);
+                           float* x, float* y);
     // to = (first ? share * softmax : to) + weight * grad_logq (grad_logp)
     void (*grad_q)(const float* s, const float* t, int columns, const NormalisedRow&, float weight, float share,
                    bool first, float* to);
@@ -82,15 +94,12 @@ struct Kernels {
     double (*sum_exp)(const float* x, int columns, float m);
     // z, and sum 2^(x kLog2e - m) (m / kLog2e - x), from which the entropy follows without cancellation
     void (*sum_exp_entropy)(const float* x, int columns, float m, double* z, double* a);
-    // z of both rows and G = sum q phi(u) with u = t - s - delta, q scaled by kappa to p's units
-    void (*online_kl)(const float* s, const float* t, int columns, float m_s, float m_t, float delta, float kappa,
-                      double* z_s, double* z_t, double* g);
-    // the same with G = sum (sqrt p - sqrt q)^2 / 2
-    void (*online_hellinger)(const float* s, const float* t, int columns, float m_s, float m_t, float delta,
-                             float kappa, double* z_s, double* z_t, double* g);
-    // to = (first ? share * softmax : to) + weight * parked
-    void (*parked_gradient)(const float* x, const float* parked, int columns, const Softmax&, float weight, float share,
-                            bool first, float* to);
+    // The first-sweep divergences of a second row s from a first row t, [1]: parking x and y. Forward KL parks both
+    // exponentials (of s, of t), reverse KL that of t and its product with u, Hellinger that of s and the root of both.
+    OnlineKernel forward_kl[2], reverse_kl[2], hellinger[2];
+    // to = c_x x + c_y y
+    void (*combine[kDtypes])(const float* x, const float* y, int padded, int columns, float c_x, float c_y,
+                             bool streaming, void* to);
     void (*fence)();  // orders streaming stores before what follows
     // to = share * softmax
     void (*softmax)(const float* x, int columns, const Softmax&, float share, float* to);

@@ -61,15 +61,14 @@ void Row::resolve() {
         if (r.online >= 0) online_[r.online] = true;
         entropy_s_ |= r.entropy_s;
         entropy_t_ |= r.entropy_t;
-        if (r.online < 0 && !r.entropy_s && !r.entropy_t) {
-            parked_ = second_sweep_ || !r.divergence->terms_and_park ? -1 : static_cast<int>(i);
-            second_sweep_ = true;
-        }
+        second_sweep_ |= r.online < 0 && !r.entropy_s && !r.entropy_t;
     }
-    // One float a column of one row, instead of the exponentials and the logarithm once more: only in the one-read
-    // form, and only where there is one such gradient to park.
-    if (!job_.values || !job_.coefficients || !job_.d_student || job_.d_teacher) parked_ = -1;
-    if (parked_ >= 0) park_.reset(new float[padded_to_lanes(job_.columns)]);
+    const bool student_loss = job_.values && job_.coefficients && job_.d_student && !job_.d_teacher;
+    if (!student_loss || job_.stats.size() != 1 || !resolved_[0].divergence) return;
+    const Resolved& only = resolved_[0];
+    if (only.online < 0 && !(second_sweep_ && only.divergence->terms_and_park)) return;
+    park_.reset(new float[2 * padded_to_lanes(job_.columns)]);
+    parked_tiles_.resize((job_.columns + kTile - 1) / kTile);
 }
 
 int64_t Row::blocks() const { return (job_.columns + kBlock - 1) / kBlock; }

@@ -84,6 +84,11 @@ class Row {
     void finish(size_t i, const double* sums, double log_sum);
     void gradient_of(bool student, int64_t block) const;
     double logprob(bool student, int64_t label) const;
+    void parked_gradient(int64_t block) const;
+    bool streaming(const Gradient& to) const;
+    void finish_gradient(const Gradient& to, char* row, int64_t end) const;
+    float* parked_x(int64_t column) const { return park_.get() + column; }
+    float* parked_y(int64_t column) const { return park_.get() + padded_to_lanes(job_.columns) + column; }
 
     const Job& job_;
     int64_t index_;
@@ -91,10 +96,11 @@ class Row {
     float scale_s_, scale_t_, offset_s_ = 0, offset_t_ = 0;
     double alpha_, beta_;
     int64_t exclude_;
-    // The statistic whose grad_logq the second sweep parks for the gradient, [columns] floats, or -1.
-    int parked_ = -1;
+    // In the one-read form of a single divergence the sweeps park two floats a column, [2, padded columns], and the
+    // gradient is a linear combination of them: the logits are not read, nor exponentials taken, a second time.
     std::unique_ptr<float[]> park_;
-    std::vector<Resolved> resolved_;  // one a statistic; empty divergence for the others
+    mutable std::vector<OnlineTile> parked_tiles_;  // how each tile of a first-sweep divergence was taken
+    std::vector<Resolved> resolved_;                // one a statistic; empty divergence for the others
     bool online_[kOnlineCount] = {false, false, false};
     bool entropy_s_ = false, entropy_t_ = false, second_sweep_ = false, argmax_ = false;
 

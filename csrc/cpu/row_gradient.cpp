@@ -45,8 +45,54 @@ bool Row::load_coefficients() {
 }
 
 void Row::gradient(int64_t block) const {
+    // An infinite sum of gradients has no combination of parked values: columns without mass must stay 0.
+    if (park_ && std::isfinite(share_s_)) return parked_gradient(block);
     if (job_.d_student) gradient_of(true, block);
     if (job_.d_teacher) gradient_of(false, block);
+}
+
+// With e the error of a tile's estimate of lse_first - lse_second and D the divergence, dD/ds is
+//   forward KL   q - p
+//   reverse KL   q (u - e - D)        parked: q, q u, in the tile's units
+//   Hellinger    (q (1 - D) - sqrt(pq)) / 2
+//   the others   g - q sum g          parked: q, g, normalised
+void Row::parked_gradient(int64_t block) const {
+    const Gradient& to = job_.d_student;
+    char* row = to.data + index_ * to.width * to.element_bytes();
+    const Resolved& r = resolved_[0];
+    const double weight = weight_[0] * scale_s_, value = finished_[0].value;
+    const int64_t begin = block * kBlock, end = std::min(job_.columns, begin + kBlock);
+    // Backwards: the columns parked last are still in cache.
+    for (int64_t start = begin + (end - begin - 1) / kTile * kTile; start >= begin; start -= kTile) {
+        const OnlineTile& tile = parked_tiles_[start / kTile];
+        const auto unit = [](float m, const SoftmaxState& row_state) {
+            return std::exp2(m - row_state.m) / row_state.z;
+        };
+        double c_x = share_s_, c_y = weight;
+        if (r.online == kForwardKl) {
+            c_x = weight * unit(tile.m_second, state_s_);
+            c_y = -weight * unit(tile.m_first, state_t_);
+        } else if (r.online == kReverseKl) {
+            c_y = weight * unit(tile.m_first, state_s_);
+            c_x = -c_y * ((lse_s_ - lse_t_) - tile.delta + value);
+        } else if (r.online == kHellinger) {
+            c_x = 0.5 * weight * (1 - value) * unit(tile.m_second, state_s_);
+            c_y = -0.5 * weight * std::sqrt(unit(tile.m_second, state_s_) * unit(tile.m_first, state_t_));
+        }
+        const int count = static_cast<int>(std::min<int64_t>(kTile, end - start));
+        job_.kernels->combine[static_cast<int>(to.dtype)](parked_x(start), parked_y(start), padded_to_lanes(count),
+                                                          count, static_cast<float>(c_x), static_cast<float>(c_y),
+                                                          streaming(to), row + start * to.element_bytes());
+    }
+    finish_gradient(to, row, end);
+}
+
+// Large gradients are not read again from this core's cache: they go past it.
+bool Row::streaming(const Gradient& to) const { return job_.rows * to.width * to.element_bytes() > (int64_t{1} << 25); }
+
+void Row::finish_gradient(const Gradient& to, char* row, int64_t end) const {
+    if (streaming(to)) job_.kernels->fence();
+    if (end == job_.columns) std::memset(row + end * to.element_bytes(), 0, (to.width - end) * to.element_bytes());
 }
 
 void Row::gradient_of(bool student, int64_t block) const {
@@ -61,7 +107,6 @@ void Row::gradient_of(bool student, int64_t block) const {
     const Softmax& softmax = student ? normalised_.s : normalised_.t;
     const double inverse = student ? scale_s_ : scale_t_;
     const std::vector<double>& label_weight = student ? label_weight_s_ : label_weight_t_;
-    const bool streaming = job_.rows * to.width * to.element_bytes() > (int64_t{1} << 25);
     const int64_t end = std::min(job_.columns, (block + 1) * kBlock);
     for (int64_t start = block * kBlock; start < end; start += kTile) {
         const int count = static_cast<int>(std::min<int64_t>(kTile, end - start));
@@ -75,13 +120,6 @@ void Row::gradient_of(bool student, int64_t block) const {
         for (size_t i = 0; i < resolved_.size(); ++i) {
             const Resolved& r = resolved_[i];
             if (!r.divergence || weight_[i] == 0) continue;
-            if (parked_ == static_cast<int>(i)) {
-                need(true);
-                kernels.parked_gradient(b.s, park_.get() + start, padded, softmax,
-                                        static_cast<float>(weight_[i] * inverse), kernel_share, first, b.out);
-                first = false;
-                continue;
-            }
             const auto kernel = student ? r.divergence->grad_q : r.divergence->grad_p;
             if (!kernel) continue;
             need(true);
@@ -111,10 +149,9 @@ void Row::gradient_of(bool student, int64_t block) const {
             if (at >= 0 && at < count) b.out[at] += static_cast<float>(label_weight[j]);
         }
         if (exclude_ >= start && exclude_ < start + count) b.out[exclude_ - start] = 0;
-        kernels.store[static_cast<int>(to.dtype)](b.out, count, streaming, row + start * to.element_bytes());
+        kernels.store[static_cast<int>(to.dtype)](b.out, count, streaming(to), row + start * to.element_bytes());
     }
-    if (streaming) kernels.fence();
-    if (end == job_.columns) std::memset(row + end * to.element_bytes(), 0, (to.width - end) * to.element_bytes());
+    finish_gradient(to, row, end);
 }
 
 void Row::zero_gradient() const {

@@ -65,12 +65,18 @@ FirstSweep Row::first_sweep(int64_t block) const {
             online.m = m_first;
             online.started = true;
             const double kappa = std::exp(online.delta + (double(m_second) - m_first) * kExponentToLog);
-            double z_first, z_second;
-            (online_kind(i) == OnlineKind::kl ? kernels.online_kl : kernels.online_hellinger)(
-                by_student ? b.t : b.s, by_student ? b.s : b.t, padded, m_second, m_first,
-                static_cast<float>(online.delta), static_cast<float>(kappa), &z_second, &z_first, &online.g);
-            tile.s.z = by_student ? z_first : z_second;
-            tile.t.z = by_student ? z_second : z_first;
+            const OnlineTile how{m_first, m_second, static_cast<float>(online.delta), static_cast<float>(kappa)};
+            const OnlineKernel* kernel = i == kForwardKl   ? kernels.forward_kl
+                                         : i == kReverseKl ? kernels.reverse_kl
+                                                           : kernels.hellinger;
+            OnlineSums sums;
+            const bool park = park_ != nullptr;
+            kernel[park](by_student ? b.t : b.s, by_student ? b.s : b.t, padded, how, &sums,
+                         park ? parked_x(start) : nullptr, park ? parked_y(start) : nullptr);
+            if (park) parked_tiles_[start / kTile] = how;
+            online.g = sums.g;
+            tile.s.z = by_student ? sums.z_first : sums.z_second;
+            tile.t.z = by_student ? sums.z_second : sums.z_first;
             have_z = true;
         }
         if (entropy_s_)
@@ -214,9 +220,10 @@ void Row::second_sweep(int64_t block, std::vector<NormalisedSums>& sums) const {
             NormalisedRow row = normalised_;
             row.alpha = r.alpha;
             row.beta = r.beta;
-            const bool park = parked_ == static_cast<int>(i);
+            const bool park = park_ != nullptr;
             (park ? r.divergence->terms_and_park : r.divergence->terms)(
-                b.s, b.t, padded, row, sums[i].sums, &sums[i].log_sum, park ? park_.get() + start : nullptr);
+                b.s, b.t, padded, row, sums[i].sums, &sums[i].log_sum, park ? parked_x(start) : nullptr,
+                park ? parked_y(start) : nullptr);
         }
     }
 }

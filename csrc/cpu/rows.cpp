@@ -114,7 +114,8 @@ void forward_row(const Job& job, int64_t index) {
     if (job.state) row.save_state();
     if (!job.coefficients) return;
     gradient_of_row(row, [&] {
-        for (int64_t b = 0; b < blocks; ++b) row.gradient(b);
+        // Backwards: what the last sweep touched last is still in cache.
+        for (int64_t b = blocks; b-- > 0;) row.gradient(b);
     });
 }
 

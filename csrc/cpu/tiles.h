@@ -72,38 +72,54 @@ inline void sum_exp_entropy(const float* x, int columns, float m, double* z_out,
     *a_out = sum(a);
 }
 
-inline void online_kl(const float* s, const float* t, int columns, float m_s, float m_t, float delta, float kappa,
-                      double* z_s, double* z_t, double* g_out) {
-    const Floats ms = broadcast(m_s), mt = broadcast(m_t), d = broadcast(delta), k = broadcast(kappa);
+// The online kernels also park two floats a column, x and y, of which the gradient of the row's divergence is a linear
+// combination c_x x + c_y y once the row is finished (row_gradient.cpp).
+enum class Park { none, both, weighted };
+
+template <Park park>
+__attribute__((flatten)) void online_kl(const float* s, const float* t, int columns, const OnlineTile& tile,
+                                        OnlineSums* sums, float* x, float* y) {
+    const Floats ms = broadcast(tile.m_second), mt = broadcast(tile.m_first), d = broadcast(tile.delta);
+    const Floats k = broadcast(tile.kappa);
     Floats zs = broadcast(0.0f), zt = broadcast(0.0f), g = broadcast(0.0f);
     for (int i = 0; i < columns; i += Floats::lanes) {
-        const Floats student = load(s + i), teacher = load(t + i);
-        const Floats q = exp2(exponent(student, ms)), p = exp2(exponent(teacher, mt));
+        const Floats second = load(s + i), first = load(t + i);
+        const Floats q = exp2(exponent(second, ms)), p = exp2(exponent(first, mt));
+        // d is a multiple of 2^-12, so that this loses nothing where the rows are close.
+        const Floats u = (first - d) - second;
         zs = zs + q;
         zt = zt + p;
-        // d is a multiple of 2^-12, so that this loses nothing where the rows are close.
-        g = g + kl_term(p, q * k, (teacher - d) - student);
+        g = g + kl_term(p, q * k, u);
+        if constexpr (park == Park::both) {
+            store(x + i, q);
+            store(y + i, p);
+        } else if constexpr (park == Park::weighted) {
+            store(x + i, p);
+            store(y + i, p * u);
+        }
     }
-    *z_s = sum(zs);
-    *z_t = sum(zt);
-    *g_out = sum(g);
+    *sums = {sum(zs), sum(zt), sum(g)};
 }
 
-inline void online_hellinger(const float* s, const float* t, int columns, float m_s, float m_t, float, float kappa,
-                             double* z_s, double* z_t, double* g_out) {
-    const Floats ms = broadcast(0.5f * m_s), mt = broadcast(0.5f * m_t), half = broadcast(0.5f * kLog2e);
-    const Floats k = broadcast(std::sqrt(kappa));
+template <Park park>
+__attribute__((flatten)) void online_hellinger(const float* s, const float* t, int columns, const OnlineTile& tile,
+                                               OnlineSums* sums, float* x, float* y) {
+    const Floats ms = broadcast(0.5f * tile.m_second), mt = broadcast(0.5f * tile.m_first);
+    const Floats half = broadcast(0.5f * kLog2e), k = broadcast(std::sqrt(tile.kappa));
     Floats zs = broadcast(0.0f), zt = broadcast(0.0f), g = broadcast(0.0f);
     for (int i = 0; i < columns; i += Floats::lanes) {
         const Floats root_q = exp2(fma(load(s + i), half, -ms)), root_p = exp2(fma(load(t + i), half, -mt));
-        zs = fma(root_q, root_q, zs);
+        const Floats q = root_q * root_q;
+        zs = zs + q;
         zt = fma(root_p, root_p, zt);
         const Floats difference = root_p - root_q * k;
         g = fma(difference, difference, g);
+        if constexpr (park != Park::none) {
+            store(x + i, q);
+            store(y + i, root_p * root_q);
+        }
     }
-    *z_s = sum(zs);
-    *z_t = sum(zt);
-    *g_out = 0.5 * sum(g);
+    *sums = {sum(zs), sum(zt), 0.5 * sum(g)};
 }
 
 // --- later sweeps: with the finished softmax ----------------------------------------------------------------------
@@ -141,9 +157,10 @@ struct Normaliser {
     }
 };
 
+// flatten: one call left in a loop costs more than the loop's own work.
 template <class D, bool park>
-void terms(const float* s, const float* t, int columns, const NormalisedRow& row, double* sums, LogSum* log_sum,
-           float* grad_logq) {
+__attribute__((flatten)) void terms(const float* s, const float* t, int columns, const NormalisedRow& row, double* sums,
+                                    LogSum* log_sum, float* x, float* y) {
     const Normaliser<D> normaliser(row);
     const double unknown[kRowConstants] = {};
     const typename D::template Constants<Floats> constants(row.alpha, row.beta, unknown);
@@ -152,7 +169,10 @@ void terms(const float* s, const float* t, int columns, const NormalisedRow& row
     for (int i = 0; i < columns; i += Floats::lanes) {
         const Element<Floats> e = normaliser.element(s, t, i);
         D::terms(e, constants, out);
-        if constexpr (park) store(grad_logq + i, D::grad_logq(e, constants));
+        if constexpr (park) {
+            store(x + i, e.q);
+            store(y + i, D::grad_logq(e, constants));
+        }
         for (int j = 0; j < D::sums; ++j) totals[j] = totals[j] + out[j];
     }
     for (int j = 0; j < D::sums; ++j) sums[j] += sum(totals[j]);
@@ -172,8 +192,8 @@ void terms(const float* s, const float* t, int columns, const NormalisedRow& row
 }
 
 template <class D, bool student>
-void gradient(const float* s, const float* t, int columns, const NormalisedRow& row, float weight, float share,
-              bool first, float* to) {
+__attribute__((flatten)) void gradient(const float* s, const float* t, int columns, const NormalisedRow& row,
+                                       float weight, float share, bool first, float* to) {
     const Normaliser<D> normaliser(row);
     const typename D::template Constants<Floats> constants(row.alpha, row.beta, row.k);
     const Floats w = broadcast(weight), of_softmax = broadcast(first ? share : 0.0f);
@@ -194,14 +214,13 @@ inline void softmax(const float* x, int columns, const Softmax& row, float share
     for (int i = 0; i < columns; i += Floats::lanes) store(to + i, exp2(exponent(load(x + i), m)) * scale);
 }
 
-// to = share * softmax + weight * g, g parked by the sweep before; or to += weight * g.
-inline void parked_gradient(const float* x, const float* g, int columns, const Softmax& row, float weight, float share,
-                            bool first, float* to) {
-    const Floats m = broadcast(row.m), scale = broadcast(row.inverse_z * share), w = broadcast(weight);
-    for (int i = 0; i < columns; i += Floats::lanes) {
-        const Floats base = first ? exp2(exponent(load(x + i), m)) * scale : load(to + i);
-        store(to + i, fma(w, load(g + i), base));
-    }
+// to = c_x x + c_y y, rounded to the gradient's dtype.
+template <Dtype dtype>
+void combine(const float* x, const float* y, int padded, int columns, float c_x, float c_y, bool streaming, void* to) {
+    alignas(64) float buffer[kTile];
+    const Floats cx = broadcast(c_x), cy = broadcast(c_y);
+    for (int i = 0; i < padded; i += Floats::lanes) store(buffer + i, fma(cx, load(x + i), cy * load(y + i)));
+    store_tile<dtype>(buffer, columns, streaming, to);
 }
 
 // --- the table ----------------------------------------------------------------------------------------------------
@@ -273,10 +292,15 @@ inline Kernels make_kernels(const char* isa) {
     kernels.scale[2] = scale_tile<Dtype::float16>;
     kernels.sum_exp = sum_exp;
     kernels.sum_exp_entropy = sum_exp_entropy;
-    kernels.online_kl = online_kl;
-    kernels.online_hellinger = online_hellinger;
+    kernels.forward_kl[0] = kernels.reverse_kl[0] = online_kl<Park::none>;
+    kernels.forward_kl[1] = online_kl<Park::both>;
+    kernels.reverse_kl[1] = online_kl<Park::weighted>;
+    kernels.hellinger[0] = online_hellinger<Park::none>;
+    kernels.hellinger[1] = online_hellinger<Park::both>;
+    kernels.combine[0] = combine<Dtype::float32>;
+    kernels.combine[1] = combine<Dtype::bfloat16>;
+    kernels.combine[2] = combine<Dtype::float16>;
     kernels.softmax = softmax;
-    kernels.parked_gradient = parked_gradient;
     kernels.fence = fence;
     kernels.divergences = table_of_divergences;
     kernels.divergence_count = sizeof table_of_divergences / sizeof table_of_divergences[0];
