@@ -43,7 +43,8 @@ const T* per_token(const std::optional<Tensor>& tensor, int64_t count, ScalarTyp
     STD_TORCH_CHECK(
         tensor->is_cpu() && tensor->is_contiguous() && tensor->scalar_type() == type && tensor->numel() == count, name,
         " must be a contiguous CPU tensor of its type with ", count, " elements");
-    return static_cast<const T*>(tensor->data_ptr());
+    static const T empty{};  // an empty tensor may have no address
+    return count == 0 ? &empty : static_cast<const T*>(tensor->data_ptr());
 }
 
 kldiv::Rows rows_of(const Tensor& tensor, int64_t columns, const char* name) {

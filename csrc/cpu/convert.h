@@ -47,7 +47,7 @@ inline void store_one(float x, int i, void* to) {
 }
 
 #ifdef KLDIV_AVX512
-constexpr int kStoreRun = 32;  // 64 bytes of 16-bit floats: one cache line, so that a streaming store fills it
+constexpr int kStoreRun = 32;  // 64 bytes of 16-bit floats
 
 template <Dtype dtype>
 inline Floats convert(const void* from, int i) {
@@ -66,13 +66,12 @@ inline __m256i round_to_bfloat16(__m512 x) {
     return _mm512_cvtepi32_epi16(_mm512_mask_mov_epi32(_mm512_srli_epi32(rounded, 16), nan, _mm512_set1_epi32(0x7fc0)));
 }
 
-template <Dtype dtype, bool streaming>
+template <Dtype dtype>
 inline void store_run(const float* from, int i, void* to) {
     if constexpr (dtype == Dtype::float32) {
         float* out = static_cast<float*>(to) + i;
         for (int j = 0; j < kStoreRun; j += 16) {
-            const __m512 x = _mm512_loadu_ps(from + i + j);
-            streaming ? _mm512_stream_ps(out + j, x) : _mm512_storeu_ps(out + j, x);
+            _mm512_storeu_ps(out + j, _mm512_loadu_ps(from + i + j));
         }
         return;
     }
@@ -86,10 +85,8 @@ inline void store_run(const float* from, int i, void* to) {
         b = _mm512_cvtps_ph(high, _MM_FROUND_TO_NEAREST_INT);
     }
     const __m512i both = _mm512_inserti64x4(_mm512_castsi256_si512(a), b, 1);
-    __m512i* out = reinterpret_cast<__m512i*>(static_cast<uint16_t*>(to) + i);
-    streaming ? _mm512_stream_si512(out, both) : _mm512_storeu_si512(out, both);
+    _mm512_storeu_si512(static_cast<uint16_t*>(to) + i, both);
 }
-inline void fence() { _mm_sfence(); }
 #else
 constexpr int kStoreRun = Floats::lanes;
 
@@ -114,7 +111,7 @@ inline Floats convert(const void* from, int i) {
 #endif
 }
 
-template <Dtype dtype, bool streaming>
+template <Dtype dtype>
 inline void store_run(const float* from, int i, void* to) {
     if constexpr (dtype == Dtype::float32) {
         std::memcpy(static_cast<float*>(to) + i, from + i, sizeof(float_lanes));
@@ -136,30 +133,23 @@ inline void store_run(const float* from, int i, void* to) {
     for (int j = 0; j < KLDIV_LANES; ++j) out[j] = float_to_half(from[i + j]);
 #endif
 }
-inline void fence() {}
 #endif
 
 template <Dtype dtype>
-void store_tile(const float* from, int columns, bool streaming, void* to) {
+void store_tile(const float* from, int columns, void* to) {
     const int whole = columns - columns % kStoreRun;
-    if (streaming && reinterpret_cast<uintptr_t>(to) % 64 == 0) {
-        for (int i = 0; i < whole; i += kStoreRun) store_run<dtype, true>(from, i, to);
-    } else {
-        for (int i = 0; i < whole; i += kStoreRun) store_run<dtype, false>(from, i, to);
-    }
+    for (int i = 0; i < whole; i += kStoreRun) store_run<dtype>(from, i, to);
     for (int i = whole; i < columns; ++i) store_one<dtype>(from[i], i, to);
 }
 
 #ifdef KLDIV_AVX512
 // The same through the processor's own conversion, which takes denormals as 0.
 __attribute__((target("avx512f,avx512bw,avx512dq,avx512vl,avx512bf16"))) inline void store_bfloat16_tile(
-    const float* from, int columns, bool streaming, void* to) {
+    const float* from, int columns, void* to) {
     const int whole = columns - columns % kStoreRun;
-    const bool stream = streaming && reinterpret_cast<uintptr_t>(to) % 64 == 0;
     for (int i = 0; i < whole; i += kStoreRun) {
         const __m512i both = (__m512i)_mm512_cvtne2ps_pbh(_mm512_loadu_ps(from + i + 16), _mm512_loadu_ps(from + i));
-        __m512i* out = reinterpret_cast<__m512i*>(static_cast<uint16_t*>(to) + i);
-        stream ? _mm512_stream_si512(out, both) : _mm512_storeu_si512(out, both);
+        _mm512_storeu_si512(static_cast<uint16_t*>(to) + i, both);
     }
     for (int i = whole; i < columns; ++i) store_one<Dtype::bfloat16>(from[i], i, to);
 }

@@ -88,7 +88,7 @@ struct Kernels {
     // to = x * scale - offset as float32; `load` leaves what it returns undefined
     Loaded (*measured_load[kDtypes])(const void* from, int columns, float scale, float offset, float* to);
     Loaded (*load[kDtypes])(const void* from, int columns, float scale, float offset, float* to);
-    void (*store[kDtypes])(const float* from, int columns, bool streaming, void* to);
+    void (*store[kDtypes])(const float* from, int columns, void* to);
     void (*scale[kDtypes])(void* data, int columns, float factor);
     // z = sum 2^(x kLog2e - m)
     double (*sum_exp)(const float* x, int columns, float m);
@@ -98,9 +98,7 @@ struct Kernels {
     // exponentials (of s, of t), reverse KL that of t and its product with u, Hellinger that of s and the root of both.
     OnlineKernel forward_kl[2], reverse_kl[2], hellinger[2];
     // to = c_x x + c_y y
-    void (*combine[kDtypes])(const float* x, const float* y, int padded, int columns, float c_x, float c_y,
-                             bool streaming, void* to);
-    void (*fence)();  // orders streaming stores before what follows
+    void (*combine[kDtypes])(const float* x, const float* y, int padded, int columns, float c_x, float c_y, void* to);
     // to = share * softmax
     void (*softmax)(const float* x, int columns, const Softmax&, float share, float* to);
     const DivergenceKernels* divergences;

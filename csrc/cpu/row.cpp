@@ -143,8 +143,9 @@ void Row::write_values() const {
 void Row::save_state() const {
     float* to = job_.state + index_;
     const int64_t n = job_.rows;
-    const float of_row[kStateOfRow] = {normalised_.s.m, normalised_.s.inverse_z, offset_s_,
-                                       normalised_.t.m, normalised_.t.inverse_z, offset_t_};
+    const float of_row[kStateOfRow] = {normalised_.s.m,        normalised_.s.inverse_z, offset_s_,
+                                       normalised_.t.m,        normalised_.t.inverse_z, offset_t_,
+                                       normalised_.delta_high, normalised_.delta_low};
     for (int i = 0; i < kStateOfRow; ++i) to[i * n] = of_row[i];
     to += kStateOfRow * n;
     for (const FinishedStatistic& f : finished_) {
@@ -166,6 +167,9 @@ void Row::load_state() {
     softmax(0, &state_s_, &offset_s_);
     softmax(3, &state_t_, &offset_t_);
     normalise(state_s_, state_t_);
+    // As the sums of the forward pass took it: the sign of log p - log q must not differ between the two.
+    normalised_.delta_high = from[6 * n];
+    normalised_.delta_low = from[7 * n];
     from += kStateOfRow * n;
     for (FinishedStatistic& f : finished_) {
         f.sum_q = from[0];

@@ -85,8 +85,7 @@ class Row {
     void gradient_of(bool student, int64_t block) const;
     double logprob(bool student, int64_t label) const;
     void parked_gradient(int64_t block) const;
-    bool streaming(const Gradient& to) const;
-    void finish_gradient(const Gradient& to, char* row, int64_t end) const;
+    void zero_padding(const Gradient& to, char* row, int64_t end) const;
     float* parked_x(int64_t column) const { return park_.get() + column; }
     float* parked_y(int64_t column) const { return park_.get() + padded_to_lanes(job_.columns) + column; }
 

@@ -82,16 +82,12 @@ void Row::parked_gradient(int64_t block) const {
         const int count = static_cast<int>(std::min<int64_t>(kTile, end - start));
         job_.kernels->combine[static_cast<int>(to.dtype)](parked_x(start), parked_y(start), padded_to_lanes(count),
                                                           count, static_cast<float>(c_x), static_cast<float>(c_y),
-                                                          streaming(to), row + start * to.element_bytes());
+                                                          row + start * to.element_bytes());
     }
-    finish_gradient(to, row, end);
+    zero_padding(to, row, end);
 }
 
-// Large gradients are not read again from this core's cache: they go past it.
-bool Row::streaming(const Gradient& to) const { return job_.rows * to.width * to.element_bytes() > (int64_t{1} << 25); }
-
-void Row::finish_gradient(const Gradient& to, char* row, int64_t end) const {
-    if (streaming(to)) job_.kernels->fence();
+void Row::zero_padding(const Gradient& to, char* row, int64_t end) const {
     if (end == job_.columns) std::memset(row + end * to.element_bytes(), 0, (to.width - end) * to.element_bytes());
 }
 
@@ -149,9 +145,9 @@ void Row::gradient_of(bool student, int64_t block) const {
             if (at >= 0 && at < count) b.out[at] += static_cast<float>(label_weight[j]);
         }
         if (exclude_ >= start && exclude_ < start + count) b.out[exclude_ - start] = 0;
-        kernels.store[static_cast<int>(to.dtype)](b.out, count, streaming(to), row + start * to.element_bytes());
+        kernels.store[static_cast<int>(to.dtype)](b.out, count, row + start * to.element_bytes());
     }
-    finish_gradient(to, row, end);
+    zero_padding(to, row, end);
 }
 
 void Row::zero_gradient() const {

@@ -37,9 +37,9 @@ struct Request {
     const DivergenceKernels* divergence = nullptr;
 };
 
-// The saved state of a row: for student and teacher (m, 1/z, offset), then for each statistic
+// The saved state of a row: for student and teacher (m, 1/z, offset), the two parts of delta, then for each statistic
 // (sum of grad_logq, sum of grad_logp, its constants), as [state_rows, N] floats.
-constexpr int kStateOfRow = 6, kStateOfStatistic = 2 + kRowConstants;
+constexpr int kStateOfRow = 8, kStateOfStatistic = 2 + kRowConstants;
 
 struct Job {
     const Kernels* kernels;

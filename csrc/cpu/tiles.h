@@ -46,7 +46,7 @@ void scale_tile(void* data, int columns, float factor) {
     const int whole = columns - columns % Floats::lanes;
     for (int i = 0; i < whole; i += Floats::lanes) store(buffer + i, convert<dtype>(data, i) * broadcast(factor));
     for (int i = whole; i < columns; ++i) buffer[i] = convert_one<dtype>(data, i) * factor;
-    store_tile<dtype>(buffer, columns, false, data);
+    store_tile<dtype>(buffer, columns, data);
 }
 
 // --- first sweep: sums of one row, and of two --------------------------------------------------------------------
@@ -216,11 +216,11 @@ inline void softmax(const float* x, int columns, const Softmax& row, float share
 
 // to = c_x x + c_y y, rounded to the gradient's dtype.
 template <Dtype dtype>
-void combine(const float* x, const float* y, int padded, int columns, float c_x, float c_y, bool streaming, void* to) {
+void combine(const float* x, const float* y, int padded, int columns, float c_x, float c_y, void* to) {
     alignas(64) float buffer[kTile];
     const Floats cx = broadcast(c_x), cy = broadcast(c_y);
     for (int i = 0; i < padded; i += Floats::lanes) store(buffer + i, fma(cx, load(x + i), cy * load(y + i)));
-    store_tile<dtype>(buffer, columns, streaming, to);
+    store_tile<dtype>(buffer, columns, to);
 }
 
 // --- the table ----------------------------------------------------------------------------------------------------
@@ -301,7 +301,6 @@ inline Kernels make_kernels(const char* isa) {
     kernels.combine[1] = combine<Dtype::bfloat16>;
     kernels.combine[2] = combine<Dtype::float16>;
     kernels.softmax = softmax;
-    kernels.fence = fence;
     kernels.divergences = table_of_divergences;
     kernels.divergence_count = sizeof table_of_divergences / sizeof table_of_divergences[0];
     return kernels;

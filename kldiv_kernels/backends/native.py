@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -12,14 +13,13 @@ from kldiv_kernels.backends import Call
 
 LIBRARY = Path(__file__).resolve().parent.parent / "libkldiv_kernels.so"
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-# Floats a row in the saved state: exponent reference, scaled sum and offset of both softmaxes, then for each
-# statistic its two gradient sums and five constants (csrc/cpu/rows.h).
-_STATE_OF_ROW, _STATE_OF_STATISTIC = 6, 7
+# Floats a row in the saved state: exponent reference, scaled sum and offset of both softmaxes, the difference of
+# their logarithms in two parts, then for each statistic its two gradient sums and five constants (csrc/cpu/rows.h).
+_STATE_OF_ROW, _STATE_OF_STATISTIC = 8, 7
 
 
 @functools.cache
-def load() -> str | None:
-    """Load the shared library once; the reason why that is not possible, or None."""
+def _load() -> str | None:
     if not LIBRARY.exists():
         return (
             "the compiled part was not built (KLDIV_BUILD=0, or a source tree without a build); "
@@ -33,11 +33,23 @@ def load() -> str | None:
 
 
 @functools.cache
-def served() -> frozenset[str]:
-    """The statistics that the C++ code has."""
-    if load() is not None:
-        return frozenset()
-    return frozenset(torch.ops.kldiv_kernels_native.served())
+def _served() -> frozenset[str]:
+    return frozenset() if _load() is not None else frozenset(torch.ops.kldiv_kernels_native.served())
+
+
+def _refusal() -> str | None:
+    return _load()
+
+
+def _names() -> frozenset[str]:
+    return _served()
+
+
+# Load the shared library once; the reason why that is not possible, or None. torch.compile takes the answer as it
+# is instead of tracing the file system (it would see through a decorated cache, hence the functions in between).
+load: Callable[[], str | None] = torch.compiler.assume_constant_result(_refusal)  # type: ignore[no-untyped-call]
+# The statistics that the C++ code has.
+served: Callable[[], frozenset[str]] = torch.compiler.assume_constant_result(_names)  # type: ignore[no-untyped-call]
 
 
 class NativeCpuBackend:

@@ -17,6 +17,8 @@ from kldiv_kernels.divergences import Elements, Term
 from kldiv_kernels.registry import STATISTICS, Statistic
 
 _CHUNK_ELEMENTS = 1 << 24
+# A logit at or below this counts as -inf, so that masks of finfo.min and of -inf mean the same.
+NO_MASS = -1e30
 
 
 class ReferenceBackend:
@@ -209,6 +211,7 @@ class _Rows:
 
 def _read(logits: Tensor, index: Tensor, columns: int, exclude: Tensor | None, dtype: torch.dtype) -> Tensor:
     rows = _gather_rows(logits, index, columns).to(dtype)
+    rows = torch.where(rows <= NO_MASS, torch.full_like(rows, -torch.inf), rows)
     if exclude is not None:
         ids = torch.arange(columns, device=rows.device)
         rows = torch.where(ids == exclude, torch.full_like(rows, -torch.inf), rows)
@@ -219,7 +222,8 @@ def _log_softmax(rows: Tensor, temperature: Tensor) -> tuple[Tensor, Tensor, Ten
     """log softmax of rows / temperature, its maximum, and the sum of exponentials below that maximum.
 
     The maximum goes first, before the division, and the logarithm of the sum is not rounded by itself: the error of a
-    probability is then relative to its own logarithm, not to the logit or the vocabulary. NaN for a row that is -inf everywhere or holds +inf or NaN.
+    probability is then relative to its own logarithm, not to the logit or the vocabulary. NaN for a row that is -inf
+    everywhere or holds +inf or NaN.
     """
     maximum = rows.amax(dim=1, keepdim=True)
     below = (rows - maximum) / temperature
