@@ -3,8 +3,10 @@
 # PYTHON  the interpreter that .venv is made from.
 # TORCH   what pip is asked for where .venv has no PyTorch. Pinned, because a range can resolve to a build with
 #         gigabytes of CUDA packages; pip options may follow the name.
+# DEMO_OPTIONS  options of `kldiv demo`.
 PYTHON ?= python3
 TORCH ?= torch==2.13.0
+DEMO_OPTIONS ?= --output runs/demo
 
 VENV := .venv
 PY := $(VENV)/bin/python
@@ -15,7 +17,7 @@ PYTHON_SOURCES := $(wildcard kldiv_kernels tests benchmarks setup.py)
 .PHONY: demo test lint format sanitize bench clean
 
 demo: $(VENV)/.installed
-	$(VENV)/bin/kldiv demo --output runs/demo
+	$(VENV)/bin/kldiv demo $(DEMO_OPTIONS)
 
 test: $(VENV)/.installed
 	$(PY) -m pytest tests

@@ -67,7 +67,7 @@ void Row::resolve() {
     if (!student_loss || job_.stats.size() != 1 || !resolved_[0].divergence) return;
     const Resolved& only = resolved_[0];
     if (only.online < 0 && !(second_sweep_ && only.divergence->terms_and_park)) return;
-    park_.reset(new float[2 * padded_to_lanes(job_.columns)]);
+    park_floats_ = 2 * padded_to_lanes(job_.columns);
     parked_tiles_.resize((job_.columns + kTile - 1) / kTile);
 }
 

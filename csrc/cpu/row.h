@@ -1,7 +1,6 @@
 // One row: what is known of it as its sweeps go by.
 #pragma once
 
-#include <memory>
 #include <vector>
 
 #include "../row_state.h"
@@ -56,6 +55,10 @@ class Row {
     int64_t blocks() const;
     bool needs_second_sweep() const { return second_sweep_; }
 
+    // Floats of scratch that the row wants from its first sweep to its gradient, and where they are.
+    int64_t park_floats() const { return park_floats_; }
+    void park_in(float* scratch) { park_ = scratch; }
+
     FirstSweep first_sweep(int64_t block) const;
     void merge_first(FirstSweep& into, const FirstSweep& next) const { into.merge(next, online_); }
     // True when the logits are so large that the sweep must be repeated with offsets, which are then set.
@@ -86,8 +89,8 @@ class Row {
     double logprob(bool student, int64_t label) const;
     void parked_gradient(int64_t block) const;
     void zero_padding(const Gradient& to, char* row, int64_t end) const;
-    float* parked_x(int64_t column) const { return park_.get() + column; }
-    float* parked_y(int64_t column) const { return park_.get() + padded_to_lanes(job_.columns) + column; }
+    float* parked_x(int64_t column) const { return park_ + column; }
+    float* parked_y(int64_t column) const { return park_ + padded_to_lanes(job_.columns) + column; }
 
     const Job& job_;
     int64_t index_;
@@ -97,7 +100,8 @@ class Row {
     int64_t exclude_;
     // In the one-read form of a single divergence the sweeps park two floats a column, [2, padded columns], and the
     // gradient is a linear combination of them: the logits are not read, nor exponentials taken, a second time.
-    std::unique_ptr<float[]> park_;
+    float* park_ = nullptr;
+    int64_t park_floats_ = 0;
     mutable std::vector<OnlineTile> parked_tiles_;  // how each tile of a first-sweep divergence was taken
     std::vector<Resolved> resolved_;                // one a statistic; empty divergence for the others
     bool online_[kOnlineCount] = {false, false, false};

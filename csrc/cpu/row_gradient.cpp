@@ -65,8 +65,10 @@ void Row::parked_gradient(int64_t block) const {
     // Backwards: the columns parked last are still in cache.
     for (int64_t start = begin + (end - begin - 1) / kTile * kTile; start >= begin; start -= kTile) {
         const OnlineTile& tile = parked_tiles_[start / kTile];
+        // From a tile's units to probabilities. Bounded for a tile without mass, whose exponent is the other row's:
+        // its exponentials are 0, and must not meet an infinity.
         const auto unit = [](float m, const SoftmaxState& row_state) {
-            return std::exp2(m - row_state.m) / row_state.z;
+            return std::min(1e30, std::exp2(m - row_state.m) / row_state.z);
         };
         double c_x = share_s_, c_y = weight;
         if (r.online == kForwardKl) {

@@ -91,8 +91,17 @@ void gradient_of_row(Row& row, const std::function<void()>& blocks) {
         row.zero_gradient();
 }
 
+// Scratch that stays with its thread: two floats a column of the widest row seen. Allocated per row, its pages would be
+// given back and faulted in again for every row.
+float* thread_scratch(int64_t floats) {
+    thread_local std::vector<float> scratch;
+    if (static_cast<int64_t>(scratch.size()) < floats) scratch = std::vector<float>(floats);
+    return scratch.data();
+}
+
 void forward_row(const Job& job, int64_t index) {
     Row row(job, index);
+    if (row.park_floats() > 0) row.park_in(thread_scratch(row.park_floats()));
     const int64_t blocks = row.blocks();
     FirstSweep whole = row.first_sweep(0);
     for (int64_t b = 1; b < blocks; ++b) row.merge_first(whole, row.first_sweep(b));
@@ -123,7 +132,18 @@ void forward_row(const Job& job, int64_t index) {
 void forward_split(const Job& job, const int64_t* active, int64_t active_count) {
     std::vector<Row> rows;
     rows.reserve(active_count);
-    for (int64_t i = 0; i < active_count; ++i) rows.emplace_back(job, active[i]);
+    int64_t floats = 0;
+    for (int64_t i = 0; i < active_count; ++i) {
+        rows.emplace_back(job, active[i]);
+        floats += rows.back().park_floats();
+    }
+    if (floats > 0) {
+        float* scratch = thread_scratch(floats);
+        for (Row& row : rows) {
+            if (row.park_floats() > 0) row.park_in(scratch);
+            scratch += row.park_floats();
+        }
+    }
     const int64_t blocks = rows[0].blocks(), count = static_cast<int64_t>(rows.size());
     std::vector<FirstSweep> first(count * blocks);
     const auto sweep_first = [&](int64_t i) { first[i] = rows[i / blocks].first_sweep(i % blocks); };

@@ -1,0 +1,70 @@
+"""The README is true: its code runs, its commands exist and run, its table of statistics is the registry."""
+
+from __future__ import annotations
+
+import re
+import shlex
+from pathlib import Path
+
+import pytest
+import tiny
+import torch
+from typer.testing import CliRunner
+
+from kldiv_kernels.cli import app
+from kldiv_kernels.registry import STATISTICS, Statistic
+
+ROOT = Path(__file__).parent.parent
+README = (ROOT / "README.md").read_text()
+COMMANDS = [line for block in re.findall(r"```console\n(.*?)```", README, re.S) for line in block.splitlines()]
+# Run by .ci/run and by tests/test_packaging.py.
+ELSEWHERE = ("make demo", "make test", "pip install ")
+# The README's runs are long or need the demo's models: the same commands on small data.
+SMALLER = {
+    "bench": "--rows 2 --vocab 1000 --kinds forward_kl --dtypes fp32 --peers none --repeats 1 --no-memory",
+    "train": "--steps 2 --batch-size 2 --block-size 16",
+}
+
+
+def row_of(statistic: Statistic) -> str:
+    uses = [name for name in ("alpha", "beta") if getattr(statistic, name) is not None]
+    loss = "loss" if statistic.is_divergence else ""
+    return f"| `{statistic.name}` | {statistic.formula.replace('|', '∣')} | {', '.join(uses)} | {loss} |"
+
+
+@pytest.mark.parametrize("name", [name for name, statistic in STATISTICS.items() if statistic.builtin])
+def test_the_table_has_the_statistic(name: str) -> None:
+    assert row_of(STATISTICS[name]) in README
+
+
+def test_the_code_runs() -> None:
+    blocks = re.findall(r"```python\n(.*?)```", README, re.S)
+    assert len(blocks) >= 3
+    torch.manual_seed(0)
+    names: dict[str, object] = {}
+    for block in blocks:
+        exec(compile(block, "README.md", "exec"), names)
+    student = names["student"]
+    assert isinstance(student, torch.Tensor)
+    assert student.grad is not None
+    assert student.grad.isfinite().all()
+
+
+@pytest.mark.parametrize("command", [line for line in COMMANDS if not line.startswith(ELSEWHERE)])
+def test_the_command_runs(command: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    program, name, *options = shlex.split(command)
+    assert program == "kldiv"
+    for model, seed in (("student_ce", 1), ("teacher", 2)):
+        tiny.llama(seed).save_pretrained(tmp_path / "runs/demo" / model)
+        tiny.word_tokenizer().save_pretrained(tmp_path / "runs/demo" / model)
+    (tmp_path / "README.md").write_text(tiny.words(2000))
+    monkeypatch.chdir(tmp_path)
+    result = CliRunner().invoke(app, [name, *options, *SMALLER.get(name, "").split()])
+    assert result.exit_code == 0, result.output
+
+
+def test_the_make_targets_exist() -> None:
+    makefile = (ROOT / "Makefile").read_text()
+    wanted = [line.split()[1] for line in COMMANDS if line.startswith("make ")]
+    assert sorted(wanted) == ["demo", "test"]
+    assert all(re.search(rf"^{target}:", makefile, re.M) for target in wanted)
