@@ -13,7 +13,7 @@ from typing import Literal, NamedTuple
 import torch
 
 from kldiv_kernels import machine
-from kldiv_kernels.backends import backends
+from kldiv_kernels.backends import backends, native
 from kldiv_kernels.version import __version__
 
 Status = Literal["ok", "missing", "note"]
@@ -75,7 +75,8 @@ def _backends() -> list[Check]:
     found = []
     for name, reason in backends().items():
         if reason == "available":
-            found.append(Check(f"backend {name}", "ok", reason))
+            detail = f"{reason}, {native.instruction_set()} code" if name == "cpu" else reason
+            found.append(Check(f"backend {name}", "ok", detail))
         else:
             # The reason ends in what to run, after the last semicolon, where there is something to run.
             why, _, hint = reason.rpartition("; ")

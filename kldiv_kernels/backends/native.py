@@ -52,6 +52,11 @@ load: Callable[[], str | None] = torch.compiler.assume_constant_result(_refusal)
 served: Callable[[], frozenset[str]] = torch.compiler.assume_constant_result(_names)  # type: ignore[no-untyped-call]
 
 
+def instruction_set() -> str:
+    """The code path that this processor gets (KLDIV_CPU_ISA narrows it): avx512, avx2 or baseline."""
+    return str(torch.ops.kldiv_kernels_native.isa())
+
+
 class NativeCpuBackend:
     name = "cpu"
 
