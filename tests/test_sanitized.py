@@ -30,7 +30,7 @@ def rows(shape: tuple[int, ...], dtype: torch.dtype, seed: int) -> torch.Tensor:
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
-@pytest.mark.parametrize("columns", [1, 3, 15, 17, 1023, 1025, 8191, 8209])
+@pytest.mark.parametrize("columns", [1, 3, 15, 17, 2047, 2049, 8191, 8209])
 @pytest.mark.parametrize("count", [1, 9])
 def test_every_statistic_stays_inside_its_tensors(dtype: torch.dtype, columns: int, count: int) -> None:
     student = rows((count, columns), dtype, 0).requires_grad_()

@@ -10,8 +10,9 @@
 
 namespace kldiv {
 
-// 1024 columns of two rows and of a gradient are 12 KiB of a 32 KiB first-level cache.
-constexpr int kTile = 1024;
+// 2048 columns of two rows and of a gradient are 24 KiB of a 32 KiB first-level cache. Tiles of half that took 10 %
+// more (forward KL, AVX-512): every tile is merged in double.
+constexpr int kTile = 2048;
 constexpr int kPad = 16;
 // Stands for -inf and for anything below itself: finite, so that differences stay finite, and without mass next to any
 // column that has some.
