@@ -46,6 +46,7 @@ class Statistic:
     alpha: Bound | None = None
     beta: Bound | None = None
     builtin: bool = True
+    triton: tuple[Any, Any, Any] | None = None
 
     @property
     def differentiable(self) -> bool:
@@ -258,21 +259,47 @@ def _elementwise(function: Callable[..., Tensor], argument: str) -> Term:
     return term
 
 
+def _jit_functions(functions: Any) -> tuple[Any, Any, Any] | None:
+    if functions is None:
+        return None
+    if not isinstance(functions, (tuple, list)) or len(functions) != 3:
+        raise TypeError(
+            f"register_statistic: triton is {functions!r}; expected three @triton.jit functions (value, grad_logq, "
+            "grad_logp)"
+        )
+    for function in functions:
+        plain = getattr(function, "fn", None)
+        if not callable(plain):
+            raise TypeError(f"register_statistic: triton holds {function!r}; expected a @triton.jit function")
+        names = list(inspect.signature(plain).parameters)
+        if len(names) < 2 or set(names[2:]) - {"alpha", "beta"}:
+            raise TypeError(
+                f"register_statistic: the triton function {plain.__name__} takes ({', '.join(names)}); expected "
+                "(logp, logq), and alpha or beta where it needs them"
+            )
+    return functions[0], functions[1], functions[2]
+
+
 def register_statistic(
     name: str,
     *,
     value: Callable[..., Tensor],
     grad_logq: Callable[..., Tensor],
     grad_logp: Callable[..., Tensor],
+    triton: tuple[Any, Any, Any] | None = None,
     formula: str = "",
 ) -> None:
     r"""Add a statistic D = Σ_j d(log p_j, log q_j) under `name`, for every function of the package.
 
     Each function takes (logp, logq), both [rows, columns], p the teacher and q the student, and returns a
     tensor of that shape: d, ∂d/∂log q and ∂d/∂log p, elementwise. A function that names parameters `alpha` or
-    `beta` receives them as [rows, 1] tensors. A new statistic runs on the reference backend.
+    `beta` receives them as [rows, 1] tensors. A new statistic runs on the reference backend, and with `triton` on
+    every device that Triton serves, fused: (value, grad_logq, grad_logp) once more, as `@triton.jit` functions of
+    (logp, logq) and, where they name them, of the scalars alpha and beta. A column without mass has a logarithm near
+    -1e30 there instead of -inf.
 
-    Raises: ValueError when `name` is taken or no Python identifier, TypeError when a function is not callable.
+    Raises: ValueError when `name` is taken or no Python identifier, TypeError when a function is not callable, or
+    `triton` not three `@triton.jit` functions of those arguments.
 
     >>> import torch, kldiv_kernels as kk
     >>> kk.register_statistic(
@@ -302,6 +329,7 @@ def register_statistic(
             grad_logq=_elementwise(grad_logq, "grad_logq"),
             grad_logp=_elementwise(grad_logp, "grad_logp"),
             builtin=False,
+            triton=_jit_functions(triton),
         )
     )
 

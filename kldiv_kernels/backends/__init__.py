@@ -83,9 +83,10 @@ class Backend(Protocol):
 def _all() -> dict[str, Backend]:
     from kldiv_kernels.backends.native import NativeCpuBackend
     from kldiv_kernels.backends.reference import ReferenceBackend
+    from kldiv_kernels.backends.triton import TritonBackend
 
     # Fastest first: `auto` takes the first that serves the call.
-    return {backend.name: backend for backend in (NativeCpuBackend(), ReferenceBackend())}
+    return {backend.name: backend for backend in (NativeCpuBackend(), TritonBackend(), ReferenceBackend())}
 
 
 def names() -> list[str]:
@@ -112,7 +113,10 @@ def select(call: Call, requested: str, where: str) -> str:
     if requested == "auto" and os.environ.get("KLDIV_BACKEND"):
         requested, source = os.environ["KLDIV_BACKEND"], "KLDIV_BACKEND"
     if requested == "auto":
-        return next(name for name, backend in _all().items() if _refusal(backend, call) is None)
+        # On a CPU Triton is an interpreter: only for those who ask for it.
+        on_cpu = call.logits.device.type == "cpu"
+        usable = ((name, one) for name, one in _all().items() if not (on_cpu and name == "triton"))
+        return next(name for name, backend in usable if _refusal(backend, call) is None)
     if requested not in _all():
         raise ValueError(f"{where}: {source} is {requested!r}; expected auto or one of {', '.join(_all())}")
     refusal = _refusal(_all()[requested], call)

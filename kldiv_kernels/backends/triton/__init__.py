@@ -1,0 +1,128 @@
+"""The Triton backend: CUDA, ROCm and XPU devices, and on CPU tensors Triton's interpreter, for tests.
+
+hooks.py      what a set of statistics gives the kernels
+math.py, divergences.py, powers.py, table.py    the statistics
+rows.py, state.py, slices.py, kernels.py        the kernels, the same for every statistic
+bind.py       brings the two together
+launch.py     sizes, strides, launches
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib.util
+from collections.abc import Callable
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from kldiv_kernels import registry
+from kldiv_kernels.backends import Call
+
+if TYPE_CHECKING:
+    from kldiv_kernels.backends.triton.launch import Launch
+
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+DEVICES = ("cuda", "xpu")
+_INTERPRETER = "set TRITON_INTERPRET=1 before the first import to run it in Triton's interpreter, which is for tests"
+
+
+@functools.cache
+def interpreted() -> bool:
+    """Whether the kernels run in the interpreter: TRITON_INTERPRET=1 when they were imported."""
+    import triton
+
+    from kldiv_kernels.backends.triton import kernels
+
+    return not isinstance(kernels.sweep_kernel, triton.JITFunction)
+
+
+@functools.cache
+def _refusal() -> str | None:
+    if importlib.util.find_spec("triton") is None:
+        return "the package triton is not installed; run: pip install triton"
+    if interpreted() or any(torch.get_device_module(device).is_available() for device in DEVICES):
+        return None
+    return f"there is no CUDA, ROCm or XPU device here; {_INTERPRETER}"
+
+
+@functools.cache
+def _served() -> frozenset[str]:
+    from kldiv_kernels.backends.triton import table
+
+    return frozenset(table.TABLE)
+
+
+def _why() -> str | None:
+    return _refusal()
+
+
+def _names() -> frozenset[str]:
+    return _served()
+
+
+# torch.compile takes the answers as they are instead of tracing imports (see native.py).
+_unavailable: Callable[[], str | None] = torch.compiler.assume_constant_result(_why)  # type: ignore[no-untyped-call]
+_builtin: Callable[[], frozenset[str]] = torch.compiler.assume_constant_result(_names)  # type: ignore[no-untyped-call]
+
+
+def _missing(name: str) -> bool:
+    statistic = registry.STATISTICS[name]
+    return name not in _builtin() if statistic.builtin else statistic.triton is None
+
+
+def _leading_dimensions(tensor: Tensor) -> int:
+    """Leading dimensions left after merging those that one stride can walk."""
+    left, last = 0, 0
+    for size, stride in zip(tensor.shape[:-1], tensor.stride()[:-1], strict=True):
+        if size != 1:
+            left += last != size * stride
+            last = stride
+    return left
+
+
+class TritonBackend:
+    name = "triton"
+
+    def unavailable(self) -> str | None:
+        return _unavailable()
+
+    def unsupported(self, call: Call) -> str | None:
+        tensors = [call.logits] if call.reference is None else [call.logits, call.reference]
+        for tensor in tensors:
+            if tensor.device.type == "cpu" and not interpreted():
+                return f"CPU tensors need the interpreter; {_INTERPRETER}"
+            if tensor.device.type not in (*DEVICES, "cpu"):
+                return f"it serves CUDA, ROCm and XPU tensors, not {tensor.device}"
+            if tensor.dtype not in DTYPES:
+                return f"it serves float32, bfloat16 and float16, not {tensor.dtype}"
+            if _leading_dimensions(tensor) > 2:
+                return f"rows with strides {list(tensor.stride())} need more than two leading dimensions"
+        missing = [name for name in call.stats if _missing(name)]
+        if missing:
+            return f"it has no {', '.join(missing)} (register_statistic takes triton= for that)"
+        return None
+
+    def state_rows(self, stats: tuple[str, ...]) -> int:
+        from kldiv_kernels.backends.triton import launch
+
+        return launch.state_rows(stats)
+
+    def _launch(self, call: Call) -> Launch:
+        from kldiv_kernels.backends.triton import launch
+
+        return launch.Launch(call, interpreted())
+
+    def forward(self, call: Call, with_state: bool) -> tuple[Tensor, Tensor]:
+        return self._launch(call).statistics(with_state)
+
+    def backward(
+        self, call: Call, state: Tensor, coefficients: Tensor, student: bool, reference: bool
+    ) -> tuple[Tensor | None, Tensor | None]:
+        return self._launch(call).gradients(state, coefficients.contiguous(), student, reference)
+
+    def one_read(
+        self, call: Call, coefficients: Tensor, student: bool, reference: bool
+    ) -> tuple[Tensor, Tensor | None, Tensor | None]:
+        return self._launch(call).loss(coefficients.contiguous(), student, reference)

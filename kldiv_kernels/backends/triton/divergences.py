@@ -1,0 +1,380 @@
+"""The divergences as `@triton.jit` functions, the twin of `csrc/divergences.h`.
+
+Per row p = softmax(t) is the teacher, q = softmax(s) the student; per column lp = log p, lq = log q, u = lp − lq.
+`*_terms` returns the terms whose sums over the row are wanted, each non-negative where that keeps small values exact;
+`*_grad_logq` and `*_grad_logp` are g = ∂D/∂log q and ∂D/∂log p, elementwise, from constants k of the finished row;
+`*_finish` turns the sums into (value, Σ grad_logq, Σ grad_logp, constants...). q_is_zero says that q has no mass
+somewhere where p has some. alpha and beta are scalars: a branch on them costs nothing.
+
+A column without mass has lp (or lq) near −1e30 and p (or q) = 0. Formulas: Cichocki and Amari (2010) for the alpha and
+alpha-beta families (powers.py); the others are their definitions.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from kldiv_kernels.backends.triton.math import SMALLEST_NORMAL, exp, expm1, kl_term, log, log1p
+
+INFINITY = tl.constexpr(float("inf"))
+
+
+# --- entropy, cross-entropy and the KL divergences: their sums come out of the first sweep, but for cross-entropy -----
+@triton.jit
+def entropy_finish(total, q_is_zero, p_is_zero, alpha, beta):
+    return total, total - 1.0, 0.0
+
+
+@triton.jit
+def entropy_grad_logq(p, q, lp, lq, u, alpha, beta):
+    return -tl.fma(q, lq, q)
+
+
+@triton.jit
+def reference_entropy_finish(total, q_is_zero, p_is_zero, alpha, beta):
+    return total, 0.0, total - 1.0
+
+
+@triton.jit
+def reference_entropy_grad_logp(p, q, lp, lq, u, alpha, beta):
+    return -tl.fma(p, lp, p)
+
+
+@triton.jit
+def cross_entropy_terms(p, q, lp, lq, u, alpha, beta):
+    return (-(p * lq),)
+
+
+@triton.jit
+def cross_entropy_finish(total, q_is_zero, p_is_zero, alpha, beta):
+    value = tl.where(q_is_zero, INFINITY, total)
+    return value, -1.0, value
+
+
+@triton.jit
+def cross_entropy_grad_logq(p, q, lp, lq, u, alpha, beta):
+    return -p
+
+
+@triton.jit
+def cross_entropy_grad_logp(p, q, lp, lq, u, alpha, beta):
+    return -(p * lq)
+
+
+@triton.jit
+def forward_kl_finish(total, q_is_zero, p_is_zero, alpha, beta):
+    value = tl.where(q_is_zero, INFINITY, total)
+    return value, 0.0, value
+
+
+@triton.jit
+def forward_kl_grad_logq(p, q, lp, lq, u, alpha, beta):
+    return q - p
+
+
+@triton.jit
+def forward_kl_grad_logp(p, q, lp, lq, u, alpha, beta):
+    return p * u
+
+
+@triton.jit
+def reverse_kl_finish(total, q_is_zero, p_is_zero, alpha, beta):
+    value = tl.where(p_is_zero, INFINITY, total)
+    return value, value, 0.0
+
+
+@triton.jit
+def reverse_kl_grad_logq(p, q, lp, lq, u, alpha, beta):
+    return -(q * u)
+
+
+@triton.jit
+def reverse_kl_grad_logp(p, q, lp, lq, u, alpha, beta):
+    return p - q
+
+
+@triton.jit
+def jeffreys_terms(p, q, lp, lq, u, alpha, beta):
+    return kl_term(p, q, u), kl_term(q, p, -u)
+
+
+@triton.jit
+def jeffreys_finish(forward, reverse, q_is_zero, p_is_zero, alpha, beta):
+    forward = tl.where(q_is_zero, INFINITY, forward)
+    reverse = tl.where(p_is_zero, INFINITY, reverse)
+    return forward + reverse, reverse, forward
+
+
+@triton.jit
+def jeffreys_grad_logq(p, q, lp, lq, u, alpha, beta):
+    return (q - p) - q * u
+
+
+@triton.jit
+def jeffreys_grad_logp(p, q, lp, lq, u, alpha, beta):
+    return (p - q) + p * u
+
+
+# --- generalised Jensen-Shannon, m = beta p + (1 - beta) q; the KL divergences at beta = 0 and 1 -----------------------
+# With v = beta (1 - beta) and K(u) = log(m/q) = beta u + v u²/2 + v (1-2 beta) u³/6 + ..., a Bernoulli cumulant
+# function, a term is m (u K' − K) = m u² v (1/2 + (1-2 beta) u/3 + (1-6v) u²/8 + ...).
+@triton.jit
+def _log_mixture_over_q(p, q, lq, u, beta):
+    v = beta * (1.0 - beta)
+    skewness = 1.0 - 2.0 * beta
+    y = tl.fma(u, v * skewness * (1.0 - 12.0 * v) / 120.0, v * (1.0 - 6.0 * v) / 24.0)
+    y = tl.fma(y, u, v * skewness / 6.0)
+    y = tl.fma(y, u, 0.5 * v)
+    y = tl.fma(y, u, beta)
+    m = tl.fma(beta, p, (1.0 - beta) * q)
+    far = log(tl.maximum(m, SMALLEST_NORMAL)) - lq
+    return tl.where(tl.abs(u) < 0.25, y * u, far), m
+
+
+@triton.jit
+def js_terms(p, q, lp, lq, u, alpha, beta):
+    if beta <= 0.0:
+        value = kl_term(p, q, u)
+        of_q = 0.0 * u
+    elif beta >= 1.0:
+        value = kl_term(q, p, -u)
+        of_q = value
+    else:
+        k, m = _log_mixture_over_q(p, q, lq, u, beta)
+        of_q = -(1.0 - beta) * q * k
+        v = beta * (1.0 - beta)
+        skewness = 1.0 - 2.0 * beta
+        y = tl.fma(u, v * (1.0 - 30.0 * v + 120.0 * v * v) / 144.0, v * skewness * (1.0 - 12.0 * v) / 30.0)
+        y = tl.fma(y, u, v * (1.0 - 6.0 * v) / 8.0)
+        y = tl.fma(y, u, v * skewness / 3.0)
+        y = tl.fma(y, u, 0.5 * v)
+        # log(p/m) = log(q/m) + u, but not where one of the two has no mass.
+        log_p_over_m = tl.where(tl.abs(u) < 80.0, u - k, lp - (lq + k))
+        value = tl.where(tl.abs(u) < 0.25, (m * u) * (u * y), tl.fma(beta * p, log_p_over_m, of_q))
+    return value, of_q
+
+
+@triton.jit
+def js_finish(total, of_q, q_is_zero, p_is_zero, alpha, beta):
+    infinite = (q_is_zero & (beta <= 0.0)) | (p_is_zero & (beta >= 1.0))
+    value = tl.where(infinite, INFINITY, total)
+    of_q = tl.where(infinite & (beta >= 1.0), INFINITY, of_q)
+    return value, of_q, tl.where(beta >= 1.0, 0.0, value - of_q)
+
+
+@triton.jit
+def js_grad_logq(p, q, lp, lq, u, alpha, beta):
+    if beta <= 0.0:
+        g = q - p
+    elif beta >= 1.0:
+        g = -(q * u)
+    else:
+        k, m = _log_mixture_over_q(p, q, lq, u, beta)
+        g = -(1.0 - beta) * q * k
+    return g
+
+
+@triton.jit
+def js_grad_logp(p, q, lp, lq, u, alpha, beta):
+    if beta <= 0.0:
+        g = p * u
+    elif beta >= 1.0:
+        g = p - q
+    else:
+        k, m = _log_mixture_over_q(q, p, lp, -u, 1.0 - beta)
+        g = -beta * p * k
+    return g
+
+
+# --- skew KL: KL(p || m), m = alpha p + (1 - alpha) q; KL(p || q) at alpha = 0 -----------------------------------------
+@triton.jit
+def _log_p_over_m(u, alpha):
+    """−log1p((1 − alpha) expm1(−u)); beyond u = −80 the column has no mass in p."""
+    return -log1p((1.0 - alpha) * expm1(-tl.where(u < -80.0, -80.0, u)))
+
+
+@triton.jit
+def skew_kl_terms(p, q, lp, lq, u, alpha, beta):
+    if alpha <= 0.0:
+        value = kl_term(p, q, u)
+        of_q = 0.0 * u
+    else:
+        b = 1.0 - alpha
+        m = tl.fma(alpha, p, b * q)
+        value = kl_term(p, m, _log_p_over_m(u, alpha))
+        of_q = (b * b) * q * ((q - p) / tl.maximum(m, SMALLEST_NORMAL))
+    return value, of_q
+
+
+@triton.jit
+def skew_kl_finish(total, of_q, q_is_zero, p_is_zero, alpha, beta):
+    value = tl.where(q_is_zero & (alpha <= 0.0), INFINITY, total)
+    return value, of_q, value - of_q
+
+
+@triton.jit
+def skew_kl_grad_logq(p, q, lp, lq, u, alpha, beta):
+    if alpha <= 0.0:
+        g = q - p
+    else:
+        b = 1.0 - alpha
+        g = (b * b) * q * ((q - p) / tl.maximum(tl.fma(alpha, p, b * q), SMALLEST_NORMAL))
+    return g
+
+
+@triton.jit
+def skew_kl_grad_logp(p, q, lp, lq, u, alpha, beta):
+    if alpha <= 0.0:
+        g = p * u
+    else:
+        b = 1.0 - alpha
+        share = (q - p) / tl.maximum(tl.fma(alpha, p, b * q), SMALLEST_NORMAL)
+        g = tl.fma(p, _log_p_over_m(u, alpha), (alpha * b) * p * share)
+    return g
+
+
+@triton.jit
+def skew_reverse_kl_terms(p, q, lp, lq, u, alpha, beta):
+    value, of_p = skew_kl_terms(q, p, lq, lp, -u, alpha, beta)
+    return value, of_p
+
+
+@triton.jit
+def skew_reverse_kl_finish(total, of_p, q_is_zero, p_is_zero, alpha, beta):
+    value, sum_p, sum_q = skew_kl_finish(total, of_p, p_is_zero, q_is_zero, alpha, beta)
+    return value, sum_q, sum_p
+
+
+@triton.jit
+def skew_reverse_kl_grad_logq(p, q, lp, lq, u, alpha, beta):
+    return skew_kl_grad_logp(q, p, lq, lp, -u, alpha, beta)
+
+
+@triton.jit
+def skew_reverse_kl_grad_logp(p, q, lp, lq, u, alpha, beta):
+    return skew_kl_grad_logq(q, p, lq, lp, -u, alpha, beta)
+
+
+# --- squared Hellinger (sqrt p - sqrt q)² / 2: its sum comes out of the first sweep ------------------------------------
+@triton.jit
+def hellinger_finish(total, q_is_zero, p_is_zero, alpha, beta):
+    return total, 0.5 * total, 0.5 * total
+
+
+@triton.jit
+def hellinger_grad_logq(p, q, lp, lq, u, alpha, beta):
+    return 0.5 * (q - tl.sqrt(p * q))
+
+
+@triton.jit
+def hellinger_grad_logp(p, q, lp, lq, u, alpha, beta):
+    return 0.5 * (p - tl.sqrt(p * q))
+
+
+# --- total variation |p - q| / 2, gradient 0 where p = q ---------------------------------------------------------------
+@triton.jit
+def _sign(u):
+    return tl.where(u > 0.0, 1.0, tl.where(u < 0.0, -1.0, 0.0 * u))
+
+
+@triton.jit
+def tvd_terms(p, q, lp, lq, u, alpha, beta):
+    return 0.5 * tl.abs(p - q), -0.5 * q * _sign(u)
+
+
+@triton.jit
+def tvd_finish(total, of_q, q_is_zero, p_is_zero, alpha, beta):
+    return total, of_q, total - of_q
+
+
+@triton.jit
+def tvd_grad_logq(p, q, lp, lq, u, alpha, beta):
+    return -0.5 * q * _sign(u)
+
+
+@triton.jit
+def tvd_grad_logp(p, q, lp, lq, u, alpha, beta):
+    return 0.5 * p * _sign(u)
+
+
+# --- chi squared (p - q)²/q = p²/q - 2p + q ----------------------------------------------------------------------------
+@triton.jit
+def _p_squared_over_q(p, u):
+    """(p e^(u/2)) e^(u/2): no overflow before the result's own."""
+    half = exp(tl.where(u > 176.0, 88.0, 0.5 * u))
+    return (p * half) * half
+
+
+@triton.jit
+def forward_chi2_terms(p, q, lp, lq, u, alpha, beta):
+    difference = p - q
+    near = difference * (difference / tl.maximum(q, SMALLEST_NORMAL))
+    far = (_p_squared_over_q(p, u) - p) + (q - p)
+    return (tl.where(tl.abs(u) < 1.0, near, far),)
+
+
+@triton.jit
+def forward_chi2_finish(total, q_is_zero, p_is_zero, alpha, beta):
+    value = tl.where(q_is_zero, INFINITY, total)
+    return value, -value, 2.0 * value
+
+
+@triton.jit
+def forward_chi2_grad_logq(p, q, lp, lq, u, alpha, beta):
+    return q - _p_squared_over_q(p, u)
+
+
+@triton.jit
+def forward_chi2_grad_logp(p, q, lp, lq, u, alpha, beta):
+    return 2.0 * (_p_squared_over_q(p, u) - p)
+
+
+@triton.jit
+def reverse_chi2_terms(p, q, lp, lq, u, alpha, beta):
+    return forward_chi2_terms(q, p, lq, lp, -u, alpha, beta)
+
+
+@triton.jit
+def reverse_chi2_finish(total, q_is_zero, p_is_zero, alpha, beta):
+    value, sum_p, sum_q = forward_chi2_finish(total, p_is_zero, q_is_zero, alpha, beta)
+    return value, sum_q, sum_p
+
+
+@triton.jit
+def reverse_chi2_grad_logq(p, q, lp, lq, u, alpha, beta):
+    return forward_chi2_grad_logp(q, p, lq, lp, -u, alpha, beta)
+
+
+@triton.jit
+def reverse_chi2_grad_logp(p, q, lp, lq, u, alpha, beta):
+    return forward_chi2_grad_logq(q, p, lq, lp, -u, alpha, beta)
+
+
+# --- triangular discrimination (p - q)²/(p + q) ------------------------------------------------------------------------
+@triton.jit
+def _triangular_ratio(p, q):
+    return (p - q) / tl.maximum(p + q, SMALLEST_NORMAL)
+
+
+@triton.jit
+def triangular_terms(p, q, lp, lq, u, alpha, beta):
+    r = _triangular_ratio(p, q)
+    return (p - q) * r, -(q * r) * (2.0 + r)
+
+
+@triton.jit
+def triangular_finish(total, of_q, q_is_zero, p_is_zero, alpha, beta):
+    return total, of_q, total - of_q
+
+
+@triton.jit
+def triangular_grad_logq(p, q, lp, lq, u, alpha, beta):
+    r = _triangular_ratio(p, q)
+    return -(q * r) * (2.0 + r)
+
+
+@triton.jit
+def triangular_grad_logp(p, q, lp, lq, u, alpha, beta):
+    r = _triangular_ratio(p, q)
+    return (p * r) * (2.0 - r)

@@ -1,0 +1,395 @@
+"""The kernels: how rows and slices of rows are spread over programs.
+
+Few rows: a program takes one slice of one row, and the slices' results are merged in the order of the slices.
+
+    sweep_kernel      one read: the state of each slice
+    sums_kernel       one read: the sums of the terms that need the finished softmaxes, where a statistic has any
+    finish_kernel     O(rows): statistics, and what the gradient needs
+    gradient_kernel   one read, one write: coefficients to gradients
+
+Many rows: `loss_kernel` does all of that for one row in one program. It calls the same functions on the same slices in
+the same order, so that a row gets the same bits either way. Traffic (u: one pass over one [N, V] tensor): a loss of two
+tensors 5u, 7u with sums; of one tensor 3u; statistics alone 2u (4u) and 1u.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from kldiv_kernels.backends.triton.hooks import (
+    finish,
+    load_finished,
+    logprob_at,
+    merge_sums,
+    reference_logprob_at,
+    save_finished,
+    weights,
+    write_values,
+    zero_sums,
+)
+from kldiv_kernels.backends.triton.math import LN2, expm1_minus
+from kldiv_kernels.backends.triton.rows import NO_MASS, no_mass, offset, parameters, side
+from kldiv_kernels.backends.triton.slices import slice_gradient, slice_state, slice_sums, write_zeros
+from kldiv_kernels.backends.triton.state import BLOCKED, STATE_SIZE, TEACHER, empty, merge, put
+
+# 1 / LOG2E: dividing by the float32 log2(e) undoes the multiplication, rounding included.
+EXPONENT_TO_LOG = tl.constexpr(0.6931471898132927)
+# Below this exponent a float64 softmax underflows: log2(e^-745).
+ZERO_EXPONENT = tl.constexpr(-1074.8)
+
+
+@triton.jit
+def open_row(
+    index, s_ptr, s_inner, s_outer, s_stride, t_ptr, t_inner, t_outer, t_stride, exclude_ptr, token_ptr, n,
+    temperature, reference_temperature, alpha, beta,
+    TWO: tl.constexpr, EXCLUDE: tl.constexpr, PER_TOKEN: tl.constexpr, ALIGNED: tl.constexpr,
+):  # fmt: skip
+    """Both sides of a row (see `rows.side`), its excluded column, 1/temperatures, alpha and beta."""
+    temperature, reference_temperature, alpha, beta = parameters(
+        index, n, token_ptr, temperature, reference_temperature, alpha, beta, PER_TOKEN
+    )
+    s_side = side(s_ptr, index, s_inner, s_outer, s_stride, temperature, ALIGNED)
+    t_side = s_side
+    if TWO:
+        t_side = side(t_ptr, index, t_inner, t_outer, t_stride, reference_temperature, ALIGNED)
+    exclude = -1
+    if EXCLUDE:
+        exclude = tl.load(exclude_ptr + index).to(tl.int32)
+    return s_side, t_side, exclude, 1.0 / temperature, 1.0 / reference_temperature, alpha, beta
+
+
+@triton.jit
+def softmaxes(ms, zs, mt, zt, TWO: tl.constexpr):
+    """(m, 1/z, log z) of the student and of the teacher, as `rows.normalised` takes them."""
+    if TWO:
+        return ms, 1.0 / zs, tl.log(zs), mt, 1.0 / zt, tl.log(zt)
+    else:
+        return ms, 1.0 / zs, tl.log(zs), 0.0, 0.0, 0.0
+
+
+@triton.jit
+def load_states(partial_ptr, index, slices, S_PAD: tl.constexpr, FIRST: tl.constexpr):
+    """The states of a row's slices, [S_PAD], as `sweep_kernel` left them."""
+    lanes = tl.arange(0, S_PAD)
+    states = empty(S_PAD)
+    out = ()
+    for i in tl.static_range(STATE_SIZE):
+        at = partial_ptr + (index * slices + lanes) * STATE_SIZE + i
+        value = tl.load(at, mask=lanes < slices, other=0.0).to(states[i].dtype)
+        out = out + (tl.where(lanes < slices, value, states[i]),)
+    return out
+
+
+@triton.jit
+def take_row(state, s_side, t_side, FIRST: tl.constexpr):
+    """From the merged state of a row: (ms, zs, mt, zt), with z NaN where there is no softmax, and the values of the
+    first sweep: entropies, forward KL, reverse KL, Hellinger."""
+    ms, zs, es, bs, mt, zt, et, bt, forward, reverse, hellinger, best, column = state
+    nan = float("nan")
+    zs = tl.where(no_mass(s_side, ms, zs), nan, zs)
+    log_zs = tl.log(zs)
+    entropy = tl.fma(es / zs, LN2, log_zs)
+    reference_entropy = 0.0
+    if FIRST & TEACHER:
+        zt = tl.where(no_mass(t_side, mt, zt), nan, zt)
+        log_zt = tl.log(zt)
+        reference_entropy = tl.fma(et / zt, LN2, log_zt)
+        x = log_zs - log_zt
+        forward = forward / zt - expm1_minus(x)
+        reverse = reverse / zs - expm1_minus(-x)
+        difference = tl.sqrt(zt) - tl.sqrt(zs)
+        hellinger = (hellinger - 0.5 * difference * difference) / tl.sqrt(zs * zt)
+    return (ms, zs, mt, zt), (
+        entropy,
+        reference_entropy,
+        tl.where(forward < 0.0, 0.0, forward),
+        tl.where(reverse < 0.0, 0.0, reverse),
+        tl.where(hellinger < 0.0, 0.0, hellinger),
+    )
+
+
+@triton.jit
+def finish_row(state, m_and_z, first, sums, s_side, t_side, alpha, beta, FIRST: tl.constexpr):
+    """All statistics of a row."""
+    ms, zs, mt, zt = m_and_z
+    never = zs < 0.0
+    q_is_zero = never
+    p_is_zero = never
+    bad_t = never
+    if FIRST & TEACHER:
+        bad_t = zt != zt
+    if FIRST & BLOCKED:
+        q_is_zero = (state[7] - mt) * t_side[1] > ZERO_EXPONENT
+        p_is_zero = (state[3] - ms) * s_side[1] > ZERO_EXPONENT
+    return finish(first, sums, q_is_zero, p_is_zero, zs != zs, bad_t, alpha, beta)
+
+
+@triton.jit
+def write_row(
+    finished, state, m_and_z, s_side, t_side, exclude, values_ptr, index, n, labels_ptr, label_count,
+    TWO: tl.constexpr,
+):  # fmt: skip
+    """A row's column of the table of values."""
+    ms, zs, mt, zt = m_and_z
+    _, over_zs, log_zs, _, over_zt, log_zt = softmaxes(ms, zs, mt, zt, TWO)
+    lse = tl.fma(ms * s_side[1], EXPONENT_TO_LOG, log_zs)
+    max_logprob = tl.fma((state[11] - ms) * s_side[1], LN2, -log_zs)
+    argmax = tl.where(zs != zs, -1.0, state[12].to(tl.float32))
+    write_values(
+        finished, values_ptr + index, n, lse, max_logprob, argmax,
+        s_side, ms, log_zs, t_side, mt, log_zt, exclude, labels_ptr + index * label_count, label_count,
+    )  # fmt: skip
+
+
+@triton.jit
+def write_nothing(values_ptr, index, n, value_rows):
+    """The statistics of a masked row: 0."""
+    for i in range(value_rows):
+        tl.store(values_ptr + i * n + index, 0.0)
+
+
+@triton.jit
+def sweep_kernel(
+    partial_ptr, s_ptr, t_ptr, mask_ptr, exclude_ptr, token_ptr,
+    s_inner: tl.int64, s_outer: tl.int64, s_stride: tl.int64, t_inner: tl.int64, t_outer: tl.int64, t_stride: tl.int64,
+    n: tl.int64, vocab: tl.int32, slices: tl.int32, slice_columns: tl.int32,
+    temperature: tl.float32, reference_temperature: tl.float32, alpha: tl.float32, beta: tl.float32,
+    FIRST: tl.constexpr, MASK: tl.constexpr, EXCLUDE: tl.constexpr, PER_TOKEN: tl.constexpr,
+    ALIGNED: tl.constexpr, EVEN: tl.constexpr, R: tl.constexpr, C: tl.constexpr,
+):  # fmt: skip
+    """partial_ptr [n, slices, STATE_SIZE]: the state of each slice. One read of the logits."""
+    program = tl.program_id(0).to(tl.int64)
+    index = program // slices
+    if MASK:
+        if tl.load(mask_ptr + index) == 0:
+            return
+    s_side, t_side, exclude, _, _, _, _ = open_row(
+        index, s_ptr, s_inner, s_outer, s_stride, t_ptr, t_inner, t_outer, t_stride, exclude_ptr, token_ptr, n,
+        temperature, reference_temperature, alpha, beta, (FIRST & TEACHER) != 0, EXCLUDE, PER_TOKEN, ALIGNED,
+    )  # fmt: skip
+    begin = (program % slices).to(tl.int32) * slice_columns
+    end = tl.minimum(begin + slice_columns, vocab)
+    state = slice_state(begin, end, s_side, t_side, exclude, FIRST, EXCLUDE, EVEN, R, C)
+    for i in tl.static_range(STATE_SIZE):
+        tl.store(partial_ptr + program * STATE_SIZE + i, state[i].to(tl.float32))
+
+
+@triton.jit
+def sums_kernel(
+    sums_ptr, partial_ptr, s_ptr, t_ptr, mask_ptr, exclude_ptr, token_ptr,
+    s_inner: tl.int64, s_outer: tl.int64, s_stride: tl.int64, t_inner: tl.int64, t_outer: tl.int64, t_stride: tl.int64,
+    n: tl.int64, vocab: tl.int32, slices: tl.int32, slice_columns: tl.int32,
+    temperature: tl.float32, reference_temperature: tl.float32, alpha: tl.float32, beta: tl.float32,
+    FIRST: tl.constexpr, MASK: tl.constexpr, EXCLUDE: tl.constexpr, PER_TOKEN: tl.constexpr,
+    ALIGNED: tl.constexpr, EVEN: tl.constexpr, R: tl.constexpr, C: tl.constexpr, S_PAD: tl.constexpr,
+):  # fmt: skip
+    """sums_ptr [n, slices, sums]: the sums of each slice's terms. One read of the logits."""
+    program = tl.program_id(0).to(tl.int64)
+    index = program // slices
+    if MASK:
+        if tl.load(mask_ptr + index) == 0:
+            return
+    TWO: tl.constexpr = (FIRST & TEACHER) != 0
+    s_side, t_side, exclude, _, _, alpha, beta = open_row(
+        index, s_ptr, s_inner, s_outer, s_stride, t_ptr, t_inner, t_outer, t_stride, exclude_ptr, token_ptr, n,
+        temperature, reference_temperature, alpha, beta, TWO, EXCLUDE, PER_TOKEN, ALIGNED,
+    )  # fmt: skip
+    state = merge(load_states(partial_ptr, index, slices, S_PAD, FIRST), s_side, t_side, FIRST)
+    (ms, zs, mt, zt), _ = take_row(state, s_side, t_side, FIRST)
+    begin = (program % slices).to(tl.int32) * slice_columns
+    end = tl.minimum(begin + slice_columns, vocab)
+    row = softmaxes(ms, zs, mt, zt, TWO)
+    sums = slice_sums(begin, end, s_side, t_side, row, exclude, alpha, beta, TWO, EXCLUDE, EVEN, R, C)
+    for i in tl.static_range(len(sums)):
+        tl.store(sums_ptr + program * len(sums) + i, sums[i])
+
+
+@triton.jit
+def finish_kernel(
+    values_ptr, state_ptr, partial_ptr, sums_ptr, s_ptr, t_ptr, labels_ptr, mask_ptr, exclude_ptr, token_ptr,
+    s_inner: tl.int64, s_outer: tl.int64, s_stride: tl.int64, t_inner: tl.int64, t_outer: tl.int64, t_stride: tl.int64,
+    n: tl.int64, slices: tl.int32, label_count: tl.int32, value_rows: tl.int32,
+    temperature: tl.float32, reference_temperature: tl.float32, alpha: tl.float32, beta: tl.float32,
+    FIRST: tl.constexpr, MASK: tl.constexpr, EXCLUDE: tl.constexpr, PER_TOKEN: tl.constexpr,
+    ALIGNED: tl.constexpr, SAVE: tl.constexpr, S_PAD: tl.constexpr,
+):  # fmt: skip
+    """values_ptr [value_rows, n], and with SAVE state_ptr [state_rows, n] for the gradient. O(n) bytes."""
+    index = tl.program_id(0).to(tl.int64)
+    if MASK:
+        if tl.load(mask_ptr + index) == 0:
+            write_nothing(values_ptr, index, n, value_rows)
+            return
+    TWO: tl.constexpr = (FIRST & TEACHER) != 0
+    s_side, t_side, exclude, _, _, alpha, beta = open_row(
+        index, s_ptr, s_inner, s_outer, s_stride, t_ptr, t_inner, t_outer, t_stride, exclude_ptr, token_ptr, n,
+        temperature, reference_temperature, alpha, beta, TWO, EXCLUDE, PER_TOKEN, ALIGNED,
+    )  # fmt: skip
+    state = merge(load_states(partial_ptr, index, slices, S_PAD, FIRST), s_side, t_side, FIRST)
+    m_and_z, first = take_row(state, s_side, t_side, FIRST)
+    lanes = tl.arange(0, S_PAD)
+    empty_sums = zero_sums(S_PAD)
+    sums = ()
+    for i in tl.static_range(len(empty_sums)):
+        at = sums_ptr + (index * slices + lanes) * len(empty_sums) + i
+        value = tl.load(at, mask=lanes < slices, other=0.0)
+        sums = sums + (tl.where(lanes < slices, value, empty_sums[i]),)
+    finished = finish_row(state, m_and_z, first, merge_sums(sums), s_side, t_side, alpha, beta, FIRST)
+    write_row(finished, state, m_and_z, s_side, t_side, exclude, values_ptr, index, n, labels_ptr, label_count, TWO)
+    if SAVE:
+        for i in tl.static_range(4):
+            tl.store(state_ptr + i * n + index, m_and_z[i])
+        save_finished(finished, state_ptr + 4 * n + index, n)
+
+
+@triton.jit
+def gradient_kernel(
+    ds_ptr, dt_ptr, state_ptr, coefficients_ptr, s_ptr, t_ptr, labels_ptr, mask_ptr, exclude_ptr, token_ptr,
+    s_inner: tl.int64, s_outer: tl.int64, s_stride: tl.int64, t_inner: tl.int64, t_outer: tl.int64, t_stride: tl.int64,
+    s_width: tl.int64, t_width: tl.int64,
+    n: tl.int64, vocab: tl.int32, slices: tl.int32, slice_columns: tl.int32, label_count: tl.int32,
+    temperature: tl.float32, reference_temperature: tl.float32, alpha: tl.float32, beta: tl.float32,
+    FIRST: tl.constexpr, MASK: tl.constexpr, EXCLUDE: tl.constexpr, PER_TOKEN: tl.constexpr,
+    ALIGNED: tl.constexpr, EVEN: tl.constexpr, STUDENT: tl.constexpr, REFERENCE: tl.constexpr,
+    LABEL_S: tl.constexpr, LABEL_T: tl.constexpr, R: tl.constexpr, C: tl.constexpr,
+):  # fmt: skip
+    """ds_ptr [n, s_width], dt_ptr [n, t_width]: a slice of the gradients of Σ coefficients · values.
+
+    One read of the logits, one write of each gradient; the last slice also zeroes the padding columns.
+    """
+    program = tl.program_id(0).to(tl.int64)
+    index = program // slices
+    slice_index = (program % slices).to(tl.int32)
+    begin = slice_index * slice_columns
+    end = tl.minimum(begin + slice_columns, vocab)
+    keep = True
+    if MASK:
+        keep = tl.load(mask_ptr + index) != 0
+    TWO: tl.constexpr = (FIRST & TEACHER) != 0
+    s_side, t_side, exclude, scale_s, scale_t, alpha, beta = open_row(
+        index, s_ptr, s_inner, s_outer, s_stride, t_ptr, t_inner, t_outer, t_stride, exclude_ptr, token_ptr, n,
+        temperature, reference_temperature, alpha, beta, TWO, EXCLUDE, PER_TOKEN, ALIGNED,
+    )  # fmt: skip
+    finished = load_finished(state_ptr + 4 * n + index, n)
+    row = softmaxes(
+        tl.load(state_ptr + index), tl.load(state_ptr + n + index),
+        tl.load(state_ptr + 2 * n + index), tl.load(state_ptr + 3 * n + index), TWO,
+    )  # fmt: skip
+    write_gradient(
+        slice_index == slices - 1, keep, begin, end, vocab, s_side, t_side, row, exclude, alpha, beta, scale_s, scale_t,
+        finished, ds_ptr, dt_ptr, s_width, t_width, coefficients_ptr, labels_ptr, index, n, label_count,
+        STUDENT, REFERENCE, LABEL_S, LABEL_T, TWO, EXCLUDE, ALIGNED, EVEN, R, C,
+    )  # fmt: skip
+
+
+@triton.jit
+def write_gradient(
+    last, keep, begin, end, vocab, s_side, t_side, row, exclude, alpha, beta, scale_s, scale_t,
+    finished, ds_ptr, dt_ptr, s_width, t_width, coefficients_ptr, labels_ptr, index, n, label_count,
+    STUDENT: tl.constexpr, REFERENCE: tl.constexpr, LABEL_S: tl.constexpr, LABEL_T: tl.constexpr,
+    TWO: tl.constexpr, EXCLUDE: tl.constexpr, ALIGNED: tl.constexpr, EVEN: tl.constexpr,
+    R: tl.constexpr, C: tl.constexpr,
+):  # fmt: skip
+    """Columns [begin, end) of a row's gradients, and the padding behind `vocab` where the slice is the last."""
+    ds, dt = ds_ptr + index * s_width, dt_ptr + index * t_width
+    if ALIGNED:
+        ds, dt = tl.multiple_of(ds, 16), tl.multiple_of(dt, 16)
+    share_q, share_p, any_coefficient, c = weights(
+        finished, coefficients_ptr + index, labels_ptr + index * label_count, n, label_count
+    )
+    # A row that takes no part is not read.
+    if keep & any_coefficient:
+        slice_gradient(
+            begin, end, s_side, t_side, row, exclude, alpha, beta, scale_s, scale_t, c, finished, share_q, share_p,
+            ds, dt, labels_ptr + index * label_count,
+            coefficients_ptr + logprob_at(label_count) * n + index,
+            coefficients_ptr + reference_logprob_at(label_count) * n + index, n, label_count,
+            STUDENT, REFERENCE, LABEL_S, LABEL_T, TWO, EXCLUDE, EVEN, R, C,
+        )  # fmt: skip
+    else:
+        if STUDENT:
+            write_zeros(ds, begin, end, R, C)
+        if REFERENCE:
+            write_zeros(dt, begin, end, R, C)
+    if last:
+        if STUDENT:
+            write_zeros(ds, vocab, s_width.to(tl.int32), R, C)
+        if REFERENCE:
+            write_zeros(dt, vocab, t_width.to(tl.int32), R, C)
+
+
+@triton.jit
+def loss_kernel(
+    values_ptr, ds_ptr, dt_ptr, coefficients_ptr, s_ptr, t_ptr, labels_ptr, mask_ptr, exclude_ptr, token_ptr,
+    s_inner: tl.int64, s_outer: tl.int64, s_stride: tl.int64, t_inner: tl.int64, t_outer: tl.int64, t_stride: tl.int64,
+    s_width: tl.int64, t_width: tl.int64,
+    n: tl.int64, vocab: tl.int32, slices: tl.int32, slice_columns: tl.int32, label_count: tl.int32,
+    value_rows: tl.int32,
+    temperature: tl.float32, reference_temperature: tl.float32, alpha: tl.float32, beta: tl.float32,
+    FIRST: tl.constexpr, MASK: tl.constexpr, EXCLUDE: tl.constexpr, PER_TOKEN: tl.constexpr,
+    ALIGNED: tl.constexpr, EVEN: tl.constexpr, STUDENT: tl.constexpr, REFERENCE: tl.constexpr,
+    LABEL_S: tl.constexpr, LABEL_T: tl.constexpr, R: tl.constexpr, C: tl.constexpr, S_PAD: tl.constexpr,
+):  # fmt: skip
+    """A row's statistics and gradients: sweep, sums where a statistic has any, gradient, in one program."""
+    index = tl.program_id(0).to(tl.int64)
+    if MASK:
+        if tl.load(mask_ptr + index) == 0:
+            write_nothing(values_ptr, index, n, value_rows)
+            if STUDENT:
+                write_zeros(ds_ptr + index * s_width, 0, s_width.to(tl.int32), R, C)
+            if REFERENCE:
+                write_zeros(dt_ptr + index * t_width, 0, t_width.to(tl.int32), R, C)
+            return
+    TWO: tl.constexpr = (FIRST & TEACHER) != 0
+    s_side, t_side, exclude, scale_s, scale_t, alpha, beta = open_row(
+        index, s_ptr, s_inner, s_outer, s_stride, t_ptr, t_inner, t_outer, t_stride, exclude_ptr, token_ptr, n,
+        temperature, reference_temperature, alpha, beta, TWO, EXCLUDE, PER_TOKEN, ALIGNED,
+    )  # fmt: skip
+    lanes = tl.arange(0, S_PAD)
+    states = empty(S_PAD)
+    for i in range(slices):
+        begin = i * slice_columns
+        end = tl.minimum(begin + slice_columns, vocab)
+        states = put(states, i, lanes, slice_state(begin, end, s_side, t_side, exclude, FIRST, EXCLUDE, EVEN, R, C))
+    state = merge(states, s_side, t_side, FIRST)
+    m_and_z, first = take_row(state, s_side, t_side, FIRST)
+    ms, zs, mt, zt = m_and_z
+    row = softmaxes(ms, zs, mt, zt, TWO)
+    sums = zero_sums(S_PAD)
+    if len(sums) > 0:
+        for j in range(slices):
+            i = slices - 1 - j
+            begin = i * slice_columns
+            end = tl.minimum(begin + slice_columns, vocab)
+            added = slice_sums(begin, end, s_side, t_side, row, exclude, alpha, beta, TWO, EXCLUDE, EVEN, R, C)
+            sums = put_sums(sums, i, lanes, added)
+    finished = finish_row(state, m_and_z, first, merge_sums(sums), s_side, t_side, alpha, beta, FIRST)
+    write_row(finished, state, m_and_z, s_side, t_side, exclude, values_ptr, index, n, labels_ptr, label_count, TWO)
+    for j in range(slices):
+        i = slices - 1 - j
+        begin = i * slice_columns
+        end = tl.minimum(begin + slice_columns, vocab)
+        write_gradient(
+            j == 0, True, begin, end, vocab, s_side, t_side, row, exclude, alpha, beta, scale_s, scale_t,
+            finished, ds_ptr, dt_ptr, s_width, t_width, coefficients_ptr, labels_ptr, index, n, label_count,
+            STUDENT, REFERENCE, LABEL_S, LABEL_T, TWO, EXCLUDE, ALIGNED, EVEN, R, C,
+        )  # fmt: skip
+
+
+@triton.jit
+def put_sums(sums, at, lanes, added):
+    here = lanes == at
+    out = ()
+    for i in tl.static_range(len(added)):
+        out = out + (tl.where(here, added[i], sums[i]),)
+    return out
+
+
+@triton.jit
+def scale_kernel(data_ptr, factor_ptr, size: tl.int64, BLOCK: tl.constexpr):
+    """data *= factor, rounded once; not touched when the factor is 1, which only the device knows."""
+    factor = tl.load(factor_ptr).to(tl.float32)
+    if factor != 1.0:
+        at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+        x = tl.load(data_ptr + at, mask=at < size).to(tl.float32)
+        tl.store(data_ptr + at, (x * factor).to(data_ptr.dtype.element_ty), mask=at < size)

@@ -1,0 +1,259 @@
+"""From a `Call` to kernel launches: sizes, strides, and which of the two forms runs."""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import triton
+from torch import Tensor
+
+from kldiv_kernels import registry
+from kldiv_kernels.backends import Call, value_rows
+from kldiv_kernels.backends.triton import state, table
+from kldiv_kernels.backends.triton.bind import Bound, bind
+
+# The slices of a row are merged by a warp.
+_MOST_SLICES = 32
+
+
+@dataclass(frozen=True)
+class Tile:
+    """A block is `lanes` x `columns` neighbouring columns, a slice of a row is `blocks` of them.
+
+    On a GPU: 16 bytes a thread and access, 512 lanes over 8 warps, that is two such accesses a thread and tensor under
+    way at a time; slices of 4 blocks, 16,384 bf16 columns, so that a single row of 152k gives 10 programs work.
+    The interpreter gets sizes at which small tests have several blocks and slices.
+    """
+
+    lanes: int
+    blocks: int
+    warps: int
+
+
+GPU_TILE = Tile(lanes=512, blocks=4, warps=8)
+INTERPRETER_TILE = Tile(lanes=16, blocks=2, warps=1)
+
+
+@dataclass(frozen=True)
+class Shape:
+    """How a row is cut: a function of its length and dtype alone, so that its bits do not depend on the batch."""
+
+    lanes: int
+    columns: int
+    slice_columns: int
+    slices: int
+    padded_slices: int
+    warps: int
+
+    @staticmethod
+    def of(vocab: int, element_bytes: int, tile: Tile) -> Shape:
+        columns = 16 // element_bytes
+        slice_columns = tile.lanes * columns * tile.blocks
+        while triton.cdiv(vocab, slice_columns) > _MOST_SLICES:
+            slice_columns *= 2
+        slices = triton.cdiv(vocab, slice_columns)
+        return Shape(tile.lanes, columns, slice_columns, slices, max(2, triton.next_power_of_2(slices)), tile.warps)
+
+
+def leading(tensor: Tensor) -> tuple[int, int, int] | None:
+    """(inner, outer stride, inner stride) of the leading dimensions seen as [*, inner], or None if there are more."""
+    dims: list[tuple[int, int]] = []
+    for size, stride in zip(tensor.shape[:-1], tensor.stride()[:-1], strict=True):
+        if size == 1:
+            continue
+        if dims and dims[-1][1] == size * stride:
+            dims[-1] = (dims[-1][0] * size, stride)
+        else:
+            dims.append((size, stride))
+    if len(dims) > 2:
+        return None
+    if len(dims) == 2:
+        return dims[1][0], dims[0][1], dims[1][1]
+    return (dims[0][0], 0, dims[0][1]) if dims else (1, 0, 0)
+
+
+def bound_for(stats: tuple[str, ...], nvidia: bool) -> Bound:
+    statistics = tuple(registry.STATISTICS[name] for name in stats)
+    return bind(statistics, tuple(functions_of(s) for s in statistics), nvidia)
+
+
+def state_rows(stats: tuple[str, ...]) -> int:
+    return bound_for(stats, False).state_rows
+
+
+@functools.cache
+def _of_user(functions: tuple[Any, Any, Any]) -> table.TritonStatistic:
+    return table.of_user(functions)
+
+
+def functions_of(statistic: registry.Statistic) -> table.TritonStatistic:
+    return table.TABLE[statistic.name] if statistic.builtin else _of_user(statistic.triton)
+
+
+@functools.cache
+def _processors(device: torch.device) -> int:
+    """Multiprocessors (compute units, Xe cores)."""
+    properties = torch.get_device_module(device).get_device_properties(device)
+    return int(getattr(properties, "multi_processor_count", 0) or getattr(properties, "gpu_subslice_count", 0) or 64)
+
+
+class Launch:
+    """One call's launches. `wrap` turns a kernel into what is launched: itself, or under torch.compile a traced one."""
+
+    def __init__(self, call: Call, interpreted: bool, wrap: Callable[[Any], Any] = lambda kernel: kernel) -> None:
+        self.call, self.interpreted, self.wrap = call, interpreted, wrap
+        logits, reference = call.logits, call.reference
+        self.device = logits.device
+        self.bound = bound_for(call.stats, self.device.type == "cuda" and torch.version.hip is None)
+        tensors = [logits] if reference is None else [logits, reference]
+        element = max(t.element_size() for t in tensors)
+        self.shape = Shape.of(call.vocab_size, element, INTERPRETER_TILE if interpreted else GPU_TILE)
+        self.rows = call.rows
+        self.value_rows = value_rows(call.stats, call.labels_per_row)
+        self.aligned = all(_aligned(t) for t in tensors)
+        second = logits if reference is None else reference
+        s, t = leading(logits), leading(second)
+        assert s is not None
+        assert t is not None
+        self.row_arguments: dict[str, Any] = {
+            "s_ptr": logits, "t_ptr": second, "mask_ptr": _or(call.mask, logits), "exclude_ptr": _or(call.exclude, logits),
+            "token_ptr": _or(call.token_parameters, logits),
+            "s_inner": s[0], "s_outer": s[1], "s_stride": s[2], "t_inner": t[0], "t_outer": t[1], "t_stride": t[2],
+            "n": self.rows, "slices": self.shape.slices,
+            "temperature": call.parameters[0], "reference_temperature": call.parameters[1],
+            "alpha": call.parameters[2], "beta": call.parameters[3],
+            "FIRST": self.bound.first, "MASK": call.mask is not None, "EXCLUDE": call.exclude is not None,
+            "PER_TOKEN": call.token_parameters is not None, "ALIGNED": self.aligned,
+        }  # fmt: skip
+        self.block_arguments: dict[str, Any] = {
+            "vocab": call.vocab_size, "slice_columns": self.shape.slice_columns,
+            "EVEN": call.vocab_size % self.shape.columns == 0, "R": self.shape.lanes, "C": self.shape.columns,
+        }  # fmt: skip
+
+    @property
+    def fills_the_device(self) -> bool:
+        """Whether a program a row keeps all processors busy: two programs of 8 warps fit into each at a time."""
+        return self.rows >= (4 if self.interpreted else 2 * _processors(self.device))
+
+    def _run(self, kernel: Any, programs: int, warps: int, arguments: dict[str, Any]) -> None:
+        if programs == 0:
+            return
+        # No contraction: every kernel gives a row the same bits, and the sums that want it are written as one.
+        self.wrap(kernel)[(programs,)](**arguments, num_warps=warps, **_options(self.interpreted))
+
+    def statistics(self, with_state: bool) -> tuple[Tensor, Tensor]:
+        call, shape, bound = self.call, self.shape, self.bound
+        f32 = {"dtype": torch.float32, "device": self.device}
+        values = torch.empty((self.value_rows, self.rows), **f32)  # type: ignore[call-overload]
+        saved = torch.empty((bound.state_rows if with_state else 0, self.rows), **f32)  # type: ignore[call-overload]
+        partial = torch.empty((self.rows, shape.slices, state.STATE_SIZE.value), **f32)  # type: ignore[call-overload]
+        sums = torch.empty((self.rows, shape.slices, bound.sums), **f32)  # type: ignore[call-overload]
+        programs = self.rows * shape.slices
+        with self._on_device():
+            self._run(
+                bound.sweep_kernel, programs, shape.warps,
+                {"partial_ptr": partial, **self.row_arguments, **self.block_arguments},
+            )  # fmt: skip
+            padded = {"S_PAD": shape.padded_slices}
+            if bound.sums:
+                self._run(
+                    bound.sums_kernel, programs, shape.warps,
+                    {"sums_ptr": sums, "partial_ptr": partial, **self.row_arguments, **self.block_arguments, **padded},
+                )  # fmt: skip
+            self._run(
+                bound.finish_kernel, self.rows, 1,
+                {
+                    "values_ptr": values, "state_ptr": saved, "partial_ptr": partial, "sums_ptr": sums,
+                    "labels_ptr": _or(call.labels, values), "label_count": call.labels_per_row,
+                    "value_rows": self.value_rows, "SAVE": with_state, **self.row_arguments, **padded,
+                },
+            )  # fmt: skip
+        return values, saved
+
+    def gradients(
+        self, state: Tensor, coefficients: Tensor, student: bool, reference: bool
+    ) -> tuple[Tensor | None, Tensor | None]:
+        ds, dt, arguments = self._gradient_arguments(coefficients, student, reference)
+        with self._on_device():
+            self._run(
+                self.bound.gradient_kernel, self.rows * self.shape.slices, self.shape.warps,
+                {"state_ptr": state, **arguments},
+            )  # fmt: skip
+        return ds, dt
+
+    def loss(
+        self, coefficients: Tensor, student: bool, reference: bool
+    ) -> tuple[Tensor, Tensor | None, Tensor | None]:
+        if not self.fills_the_device:
+            values, state = self.statistics(with_state=True)
+            return values, *self.gradients(state, coefficients, student, reference)
+        values = torch.empty((self.value_rows, self.rows), dtype=torch.float32, device=self.device)
+        ds, dt, arguments = self._gradient_arguments(coefficients, student, reference)
+        with self._on_device():
+            self._run(
+                self.bound.loss_kernel, self.rows, self.shape.warps,
+                {
+                    "values_ptr": values, "value_rows": self.value_rows,
+                    "S_PAD": self.shape.padded_slices, **arguments,
+                },
+            )  # fmt: skip
+        return values, ds, dt
+
+    def _gradient_arguments(
+        self, coefficients: Tensor, student: bool, reference: bool
+    ) -> tuple[Tensor | None, Tensor | None, dict[str, Any]]:
+        call = self.call
+        reference = reference and call.reference is not None
+        # contiguous_format: a strided view's gradient has the view's shape and no holes.
+        ds = torch.empty_like(call.logits, memory_format=torch.contiguous_format) if student else None
+        dt = (
+            torch.empty_like(call.reference, memory_format=torch.contiguous_format)
+            if reference and call.reference is not None
+            else None
+        )
+        second = call.logits if call.reference is None else call.reference
+        row = {**self.row_arguments, **self.block_arguments}
+        row["ALIGNED"] = self.aligned and all(g is None or _aligned(g) for g in (ds, dt))
+        return ds, dt, {
+            "ds_ptr": _or(ds, call.logits), "dt_ptr": _or(dt, second),
+            "s_width": call.logits.shape[-1], "t_width": second.shape[-1],
+            "coefficients_ptr": coefficients, "labels_ptr": _or(call.labels, coefficients),
+            "label_count": call.labels_per_row, "STUDENT": student, "REFERENCE": reference,
+            "LABEL_S": self.bound.label_s, "LABEL_T": self.bound.label_t, **row,
+        }  # fmt: skip
+
+    def _on_device(self) -> contextlib.AbstractContextManager[Any]:
+        if self.device.type == "cpu":
+            return contextlib.nullcontext()
+        manager: contextlib.AbstractContextManager[Any] = torch.get_device_module(self.device).device(self.device)
+        return manager
+
+
+def scale_in_place(gradient: Tensor, factor: Tensor, kernel: Any, interpreted: bool) -> None:
+    """gradient *= factor, where only the device reads the factor."""
+    block = 4096
+    programs = triton.cdiv(gradient.numel(), block)
+    if programs:
+        kernel[(programs,)](gradient, factor, gradient.numel(), BLOCK=block, num_warps=4, **_options(interpreted))
+
+
+def _options(interpreted: bool) -> dict[str, Any]:
+    return {} if interpreted else {"enable_fp_fusion": False}
+
+
+def _or(tensor: Tensor | None, instead: Tensor) -> Tensor:
+    """A pointer for an argument that the kernel does not read."""
+    return instead if tensor is None else tensor
+
+
+def _aligned(tensor: Tensor) -> bool:
+    """Whether every row starts at a multiple of 16 bytes."""
+    size = tensor.element_size()
+    return tensor.data_ptr() % 16 == 0 and all(
+        stride * size % 16 == 0 for length, stride in zip(tensor.shape[:-1], tensor.stride()[:-1], strict=True) if length > 1
+    )

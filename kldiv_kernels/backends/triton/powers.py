@@ -1,0 +1,250 @@
+"""The divergences through powers of p and q, the twin of `csrc/power_divergences.h`; see `divergences.py`.
+
+Formulas: Cichocki and Amari (2010).
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from kldiv_kernels.backends.triton.divergences import INFINITY
+from kldiv_kernels.backends.triton.math import exp, expm1, kl_term, log, log1p
+
+
+# --- alpha: (p^a q^(1-a) - a p - (1-a) q) / (a (a-1)); the KL divergences at a = 1 and 0 -------------------------------
+# Best for a >= 1/2; p and q change places for the others. For small u a term is
+# q u² (1/2 + (1+a) u/6 + (1+a+a²) u²/24 + ...).
+@triton.jit
+def _power_minus_p(p, lp, u, c):
+    """p^a q^(1−a) − p = p expm1((a−1) u), c = a − 1, through one exponential where that would overflow."""
+    x = c * u
+    return tl.where(x < 60.0, p * expm1(tl.where(x < 60.0, x, 60.0)), exp(lp + x) - p)
+
+
+@triton.jit
+def _alpha_term(p, q, lp, u, a):
+    """a not 0 or 1"""
+    c = a - 1.0
+    far = tl.fma(_power_minus_p(p, lp, u, c), 1.0 / c, q - p) / a
+    c3 = 1.0 + a
+    c4 = 1.0 + a * c3
+    c5 = 1.0 + a * c4
+    c6 = 1.0 + a * c5
+    y = tl.fma(u, c6 / 720.0, c5 / 120.0)
+    y = tl.fma(y, u, c4 / 24.0)
+    y = tl.fma(y, u, c3 / 6.0)
+    y = tl.fma(y, u, 0.5)
+    near = tl.abs(u) * tl.maximum(1.0, tl.abs(a)) < 0.25
+    return tl.where(near, (q * u) * (u * y), far)
+
+
+@triton.jit
+def alpha_terms(p, q, lp, lq, u, alpha, beta):
+    if alpha == 1.0:
+        value = kl_term(p, q, u)
+    elif alpha == 0.0:
+        value = kl_term(q, p, -u)
+    elif alpha >= 0.5:
+        value = _alpha_term(p, q, lp, u, alpha)
+    else:
+        value = _alpha_term(q, p, lq, -u, 1.0 - alpha)
+    return (value,)
+
+
+@triton.jit
+def alpha_finish(total, q_is_zero, p_is_zero, alpha, beta):
+    value = tl.where((q_is_zero & (alpha >= 1.0)) | (p_is_zero & (alpha <= 0.0)), INFINITY, total)
+    return value, tl.where(alpha == 1.0, 0.0, (1.0 - alpha) * value), tl.where(alpha == 0.0, 0.0, alpha * value)
+
+
+@triton.jit
+def _grad_of_second(p, q, lp, u, a):
+    """∂/∂log q of the divergence, a ≥ 1/2"""
+    return ((q - p) - _power_minus_p(p, lp, u, a - 1.0)) / a
+
+
+@triton.jit
+def _grad_of_first(p, q, lp, u, a):
+    """∂/∂log p of the divergence, a ≥ 1/2"""
+    if a == 1.0:
+        g = p * u
+    else:
+        g = _power_minus_p(p, lp, u, a - 1.0) / (a - 1.0)
+    return g
+
+
+@triton.jit
+def alpha_grad_logq(p, q, lp, lq, u, alpha, beta):
+    if alpha >= 0.5:
+        g = _grad_of_second(p, q, lp, u, alpha)
+    else:
+        g = _grad_of_first(q, p, lq, -u, 1.0 - alpha)
+    return g
+
+
+@triton.jit
+def alpha_grad_logp(p, q, lp, lq, u, alpha, beta):
+    if alpha >= 0.5:
+        g = _grad_of_first(p, q, lp, u, alpha)
+    else:
+        g = _grad_of_second(q, p, lq, -u, 1.0 - alpha)
+    return g
+
+
+# --- Renyi: log(sum p^a q^(1-a)) / (a-1), a above 0 and not 1. Its gradient is a softmax of a lp + (1-a) lq ------------
+@triton.jit
+def renyi_terms(p, q, lp, lq, u, alpha, beta):
+    return (_alpha_term(p, q, lp, u, alpha),)
+
+
+@triton.jit
+def renyi_log_weight(p, q, lp, lq, u, alpha, beta):
+    return tl.fma(alpha - 1.0, u, lp)
+
+
+@triton.jit
+def renyi_finish(total, log_sum, q_is_zero, p_is_zero, alpha, beta):
+    log_sum = tl.where(q_is_zero & (alpha >= 1.0), INFINITY, tl.where(log_sum < -1e20, -INFINITY, log_sum))
+    excess = alpha * (alpha - 1.0) * total
+    near = (tl.abs(log_sum) < 0.5) & (tl.abs(excess) < 0.5)
+    value = tl.where(near, log1p(excess), log_sum) / (alpha - 1.0)
+    return value, -1.0, alpha / (alpha - 1.0), log_sum
+
+
+@triton.jit
+def renyi_grad_logq(p, q, lp, lq, u, alpha, beta, log_sum):
+    return -exp(renyi_log_weight(p, q, lp, lq, u, alpha, beta) - log_sum)
+
+
+@triton.jit
+def renyi_grad_logp(p, q, lp, lq, u, alpha, beta, log_sum):
+    return alpha / (alpha - 1.0) * exp(renyi_log_weight(p, q, lp, lq, u, alpha, beta) - log_sum)
+
+
+# --- alpha-beta: -1/(ab) sum (p^a q^b - a/(a+b) p^(a+b) - b/(a+b) q^(a+b)), a, b, a+b not 0 ----------------------------
+# For small u a term is q^l u² (1/2 + (a+l) u/6 + (a²+al+l²) u²/24 + ...), l = a+b; the quotients
+# (l^n − a^n) / b by recurrence, which has no pole at b = 0.
+@triton.jit
+def _power(x, lp, lq):
+    """e^x, and 0 in a column without mass in either row, where a negative exponent would give infinity."""
+    return tl.where((lp < -1e27) & (lq < -1e27), 0.0, exp(x))
+
+
+@triton.jit
+def _near(u, alpha, beta):
+    return tl.abs(u) * tl.maximum(tl.maximum(1.0, tl.abs(alpha)), tl.abs(alpha + beta)) < 0.25
+
+
+@triton.jit
+def alpha_beta_terms(p, q, lp, lq, u, alpha, beta):
+    a, b = alpha, beta
+    total = a + b
+    cross = _power(tl.fma(a, lp, b * lq), lp, lq)
+    q_power = _power(total * lq, lp, lq)
+    p_power = _power(total * lp, lp, lq)
+    far = tl.fma(cross, -1.0 / (a * b), tl.fma(p_power, 1.0 / (b * total), q_power / (a * total)))
+    c3 = total + a
+    c4 = c3 * total + a * a
+    c5 = c4 * total + a * a * a
+    c6 = c5 * total + (a * a) * (a * a)
+    y = tl.fma(u, c6 / 720.0, c5 / 120.0)
+    y = tl.fma(y, u, c4 / 24.0)
+    y = tl.fma(y, u, c3 / 6.0)
+    y = tl.fma(y, u, 0.5)
+    near = _near(u, a, b)
+    return tl.where(near, (q_power * u) * (u * y), far), alpha_beta_grad_logq(p, q, lp, lq, u, alpha, beta)
+
+
+@triton.jit
+def alpha_beta_finish(total, of_q, q_is_zero, p_is_zero, alpha, beta):
+    value = tl.where(p_is_zero & (alpha < 0.0), INFINITY, total)
+    return value, of_q, (alpha + beta) * value - of_q
+
+
+@triton.jit
+def alpha_beta_grad_logq(p, q, lp, lq, u, alpha, beta):
+    """(q^l − p^a q^b) / a = −q^l expm1(a u) / a: for small u the first form would cancel."""
+    cross = _power(tl.fma(alpha, lp, beta * lq), lp, lq)
+    q_power = _power((alpha + beta) * lq, lp, lq)
+    return tl.where(_near(u, alpha, beta), -(q_power * expm1(alpha * u)), q_power - cross) / alpha
+
+
+@triton.jit
+def alpha_beta_grad_logp(p, q, lp, lq, u, alpha, beta):
+    """(p^l − p^a q^b) / b = −p^l expm1(−b u) / b"""
+    cross = _power(tl.fma(alpha, lp, beta * lq), lp, lq)
+    p_power = _power((alpha + beta) * lp, lp, lq)
+    return tl.where(_near(u, alpha, beta), -(p_power * expm1(-(beta * u))), p_power - cross) / beta
+
+
+# --- collision: log sum q² ---------------------------------------------------------------------------------------------
+@triton.jit
+def collision_terms(p, q, lp, lq, u, alpha, beta):
+    return (q * q,)
+
+
+@triton.jit
+def collision_finish(total, q_is_zero, p_is_zero, alpha, beta):
+    return tl.log(total), 2.0, 0.0, 2.0 / total
+
+
+@triton.jit
+def collision_grad_logq(p, q, lp, lq, u, alpha, beta, scale):
+    return scale * q * q
+
+
+# --- Cauchy-Schwarz: -log((sum pq)² / (sum p² sum q²)) -----------------------------------------------------------------
+# With d = p - q, A = sum q², P = sum p², X = sum pq, B = sum q d, C = sum d²: the quotient is 1 - (A C - B²) / (A P), and
+#   grad_logq = 2 q (q / A - p / X) = (2 q / A) (p B / X - d),
+#   grad_logp = 2 p (p / P - q / X) = (2 p / P) (d - q (B + C) / X).
+# These are exact where p and q are close; where they are far, X may underflow and its logarithm is used.
+@triton.jit
+def _difference(p, q, u):
+    return tl.where(tl.abs(u) < 0.25, q * expm1(tl.where(tl.abs(u) < 0.25, u, 0.0)), p - q)
+
+
+@triton.jit
+def cauchy_schwarz_terms(p, q, lp, lq, u, alpha, beta):
+    d = _difference(p, q, u)
+    return q * q, p * p, q * d, d * d
+
+
+@triton.jit
+def cauchy_schwarz_log_weight(p, q, lp, lq, u, alpha, beta):
+    return lp + lq
+
+
+@triton.jit
+def cauchy_schwarz_finish(qq, pp, qd, dd, log_sum, q_is_zero, p_is_zero, alpha, beta):
+    log_pq = tl.where(log_sum < -1e20, -INFINITY, log_sum)
+    pq = exp(log_pq)
+    # In quotients: the products themselves may leave the range of floats.
+    missing = (dd / pp) - (qd / qq) * (qd / pp)
+    missing = tl.where(missing < 0.0, 0.0, missing)
+    far = tl.log(qq) + tl.log(pp) - 2.0 * log_pq
+    value = tl.where(missing < 0.5, -log1p(-tl.where(missing < 0.5, missing, 0.5)), far)
+    return value, 0.0, 0.0, log_pq, 2.0 / qq, 2.0 / pp, qd / pq, (qd + dd) / pq
+
+
+@triton.jit
+def _close(excess_q, excess_p):
+    return (tl.abs(excess_q) < 0.5) & (tl.abs(excess_p) < 0.5)
+
+
+@triton.jit
+def cauchy_schwarz_grad_logq(p, q, lp, lq, u, alpha, beta, log_pq, scale_q, scale_p, excess_q, excess_p):
+    if _close(excess_q, excess_p):
+        g = (scale_q * q) * tl.fma(p, excess_q, -_difference(p, q, u))
+    else:
+        g = scale_q * q * q - 2.0 * exp(lp + lq - log_pq)
+    return g
+
+
+@triton.jit
+def cauchy_schwarz_grad_logp(p, q, lp, lq, u, alpha, beta, log_pq, scale_q, scale_p, excess_q, excess_p):
+    if _close(excess_q, excess_p):
+        g = (scale_p * p) * (_difference(p, q, u) - q * excess_p)
+    else:
+        g = scale_p * p * p - 2.0 * exp(lp + lq - log_pq)
+    return g

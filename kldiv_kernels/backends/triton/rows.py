@@ -1,0 +1,104 @@
+"""Where a row is, and how its columns are read."""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from kldiv_kernels.backends.triton.math import LN2, LOG2E
+
+# A logit at or below this counts as -inf; finite, so that differences stay finite.
+NO_MASS = tl.constexpr(-1e30)
+
+
+@triton.jit
+def offset(index, inner, outer_stride, inner_stride):
+    """Elements before row `index` of a tensor with two leading dimensions [*, inner]; 64 bits from the first product."""
+    return (index // inner) * outer_stride + (index % inner) * inner_stride
+
+
+@triton.jit
+def side(base_ptr, index, inner, outer_stride, inner_stride, temperature, ALIGNED: tl.constexpr):
+    """(pointer to the row, c = log2(e)/temperature, floor): exponents are (x − m) c, and x ≤ floor has no mass."""
+    pointer = base_ptr + offset(index, inner, outer_stride, inner_stride)
+    if ALIGNED:
+        pointer = tl.multiple_of(pointer, 16)
+    # x c at the floor stays in the range of floats at low temperatures.
+    return pointer, LOG2E / temperature, NO_MASS * tl.minimum(temperature, 1.0)
+
+
+@triton.jit
+def parameters(index, n, token_ptr, temperature, reference_temperature, alpha, beta, PER_TOKEN: tl.constexpr):
+    """The four parameters of a row, from [4, n] where they are given per token."""
+    if PER_TOKEN:
+        temperature = tl.load(token_ptr + index)
+        reference_temperature = tl.load(token_ptr + n + index)
+        alpha = tl.load(token_ptr + 2 * n + index)
+        beta = tl.load(token_ptr + 3 * n + index)
+    return temperature, reference_temperature, alpha, beta
+
+
+@triton.jit
+def block_columns(start, R: tl.constexpr, C: tl.constexpr):
+    """[R, C] column numbers: a thread takes C neighbours, 16 bytes, and sums over them without other threads."""
+    return start + tl.arange(0, R)[:, None] * C + tl.arange(0, C)[None, :]
+
+
+@triton.jit
+def block_limit(columns, C: tl.constexpr, EVEN: tl.constexpr):
+    """`columns`, and where it is a multiple of C, in a form that shows it: then masked loads are whole vectors."""
+    if EVEN:
+        return columns // C * C
+    else:
+        return columns
+
+
+@triton.jit
+def read(one_side, columns, limit, exclude, MASKED: tl.constexpr, EXCLUDE: tl.constexpr, POLICY: tl.constexpr):
+    """Logits of a block as float32, with the floor where a column has no mass or is past the limit. NaN stays NaN."""
+    pointer, c, floor = one_side
+    if MASKED:
+        x = tl.load(pointer + columns, mask=columns < limit, other=float("-inf"), eviction_policy=POLICY)
+    else:
+        x = tl.load(pointer + columns, eviction_policy=POLICY)
+    x = x.to(tl.float32)
+    x = tl.where(x <= floor, floor, x)
+    if EXCLUDE:
+        x = tl.where(columns == exclude, floor, x)
+    return x
+
+
+@triton.jit
+def normalised(s, t, s_side, t_side, state, TEACHER: tl.constexpr):
+    """(p, q, log p, log q, log p − log q) of a block, from the finished softmaxes.
+
+    The logarithm of the ratio is a difference of exponents below the maxima, exact where the rows are close.
+    """
+    ms, over_zs, log_zs, mt, over_zt, log_zt = state
+    ys = (s - ms) * s_side[1]
+    q = tl.exp2(ys) * over_zs
+    lq = tl.fma(ys, LN2, -log_zs)
+    if TEACHER:
+        yt = (t - mt) * t_side[1]
+        p = tl.exp2(yt) * over_zt
+        lp = tl.fma(yt, LN2, -log_zt)
+        u = tl.fma(yt - ys, LN2, log_zs - log_zt)
+    else:
+        p, lp, u = q, lq, 0.0 * q
+    return p, q, lp, lq, u
+
+
+@triton.jit
+def log_softmax_at(one_side, m, log_z, bad, label, exclude):
+    """log softmax at one column; 0 for label −1, −inf where the column has no mass."""
+    pointer, c, floor = one_side
+    x = tl.load(pointer + tl.where(label < 0, 0, label)).to(tl.float32)
+    value = tl.fma((x - m) * c, LN2, -log_z)
+    value = tl.where((x <= floor) | (label == exclude), float("-inf"), value)
+    return tl.where(label < 0, 0.0, tl.where(bad, float("nan"), value))
+
+
+@triton.jit
+def no_mass(one_side, m, z):
+    """Whether a row is −inf everywhere, or holds NaN or +inf: it has no softmax."""
+    return (z != z) | (m <= 0.5 * one_side[2])

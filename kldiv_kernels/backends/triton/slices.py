@@ -1,0 +1,167 @@
+"""What a program does with a slice of a row: the first sweep, the sums of normalised terms, the gradient.
+
+Whole blocks of R·C columns are read without a mask; the last block of a row with one. A slice starts at a multiple of
+the block. Bytes: each sweep reads its columns of both rows once; the gradient also writes them once.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from kldiv_kernels.backends.triton.hooks import add_terms, gradient_logp, gradient_logq, merge_sums, zero_sums
+from kldiv_kernels.backends.triton.rows import block_columns, block_limit, normalised, read
+from kldiv_kernels.backends.triton.state import TEACHER, add_block, empty, merge
+
+
+@triton.jit
+def _add_state(
+    state, start, end, s_side, t_side, exclude,
+    FIRST: tl.constexpr, EXCLUDE: tl.constexpr, MASKED: tl.constexpr, R: tl.constexpr, C: tl.constexpr,
+):  # fmt: skip
+    columns = block_columns(start, R, C)
+    s = read(s_side, columns, end, exclude, MASKED, EXCLUDE, "evict_last")
+    t = s
+    if FIRST & TEACHER:
+        t = read(t_side, columns, end, exclude, MASKED, EXCLUDE, "evict_last")
+    return add_block(state, s, t, s_side, t_side, columns, FIRST)
+
+
+@triton.jit
+def slice_state(
+    begin, end, s_side, t_side, exclude,
+    FIRST: tl.constexpr, EXCLUDE: tl.constexpr, EVEN: tl.constexpr, R: tl.constexpr, C: tl.constexpr,
+):  # fmt: skip
+    """The state of columns [begin, end)."""
+    state = empty(R)
+    end = block_limit(end, C, EVEN)
+    whole = begin + (end - begin) // (R * C) * (R * C)
+    for start in range(begin, whole, R * C):
+        state = _add_state(state, start, end, s_side, t_side, exclude, FIRST, EXCLUDE, False, R, C)
+    if whole < end:
+        state = _add_state(state, whole, end, s_side, t_side, exclude, FIRST, EXCLUDE, True, R, C)
+    return merge(state, s_side, t_side, FIRST)
+
+
+@triton.jit
+def _add_sums(
+    sums, start, end, s_side, t_side, state, exclude, alpha, beta,
+    TWO: tl.constexpr, EXCLUDE: tl.constexpr, MASKED: tl.constexpr, R: tl.constexpr, C: tl.constexpr,
+):  # fmt: skip
+    columns = block_columns(start, R, C)
+    s = read(s_side, columns, end, exclude, MASKED, EXCLUDE, "evict_last")
+    t = s
+    if TWO:
+        t = read(t_side, columns, end, exclude, MASKED, EXCLUDE, "evict_last")
+    p, q, lp, lq, u = normalised(s, t, s_side, t_side, state, TWO)
+    return add_terms(sums, p, q, lp, lq, u, alpha, beta)
+
+
+@triton.jit
+def slice_sums(
+    begin, end, s_side, t_side, state, exclude, alpha, beta,
+    TWO: tl.constexpr, EXCLUDE: tl.constexpr, EVEN: tl.constexpr, R: tl.constexpr, C: tl.constexpr,
+):  # fmt: skip
+    """The sums of the statistics' terms over columns [begin, end). Backwards: the last columns read are in cache."""
+    sums = zero_sums(R)
+    end = block_limit(end, C, EVEN)
+    blocks = (end - begin) // (R * C)
+    whole = begin + blocks * (R * C)
+    if whole < end:
+        sums = _add_sums(sums, whole, end, s_side, t_side, state, exclude, alpha, beta, TWO, EXCLUDE, True, R, C)
+    for i in range(blocks):
+        start = whole - (i + 1) * (R * C)
+        sums = _add_sums(sums, start, end, s_side, t_side, state, exclude, alpha, beta, TWO, EXCLUDE, False, R, C)
+    return merge_sums(sums)
+
+
+@triton.jit
+def _add_labels(g, columns, start, labels, coefficients, n, label_count, R: tl.constexpr, C: tl.constexpr):
+    """g + the coefficient of each label at its column."""
+    for k in range(label_count):
+        label = tl.load(labels + k).to(tl.int32)
+        if (label >= start) & (label < start + R * C):
+            c = tl.load(coefficients + k * n)
+            g += tl.where(columns == label, c, 0.0)
+    return g
+
+
+@triton.jit
+def _write(
+    to, g, share, softmax, scale, columns, start, end, labels, coefficients, n, label_count, exclude,
+    LABEL: tl.constexpr, EXCLUDE: tl.constexpr, MASKED: tl.constexpr, R: tl.constexpr, C: tl.constexpr,
+):  # fmt: skip
+    # 0 * inf: a column without mass takes no share of an infinite sum.
+    g += tl.where(softmax == 0.0, 0.0, share * softmax)
+    if LABEL:
+        g = _add_labels(g, columns, start, labels, coefficients, n, label_count, R, C)
+    g *= scale
+    if EXCLUDE:
+        g = tl.where(columns == exclude, 0.0, g)
+    g = g.to(to.dtype.element_ty)
+    if MASKED:
+        tl.store(to + columns, g, mask=columns < end, cache_modifier=".cs")
+    else:
+        tl.store(to + columns, g, cache_modifier=".cs")
+
+
+@triton.jit
+def _block_gradient(
+    start, end, s_side, t_side, state, exclude, alpha, beta, scale_s, scale_t, c, finished, share_q, share_p,
+    ds, dt, labels, coefficients_s, coefficients_t, n, label_count,
+    STUDENT: tl.constexpr, REFERENCE: tl.constexpr, LABEL_S: tl.constexpr, LABEL_T: tl.constexpr,
+    TWO: tl.constexpr, EXCLUDE: tl.constexpr, MASKED: tl.constexpr, R: tl.constexpr, C: tl.constexpr,
+):  # fmt: skip
+    columns = block_columns(start, R, C)
+    s = read(s_side, columns, end, exclude, MASKED, EXCLUDE, "evict_first")
+    t = s
+    if TWO:
+        t = read(t_side, columns, end, exclude, MASKED, EXCLUDE, "evict_first")
+    p, q, lp, lq, u = normalised(s, t, s_side, t_side, state, TWO)
+    if STUDENT:
+        g = gradient_logq(c, finished, p, q, lp, lq, u, alpha, beta)
+        _write(
+            ds, g, share_q, q, scale_s, columns, start, end, labels, coefficients_s, n, label_count, exclude,
+            LABEL_S, EXCLUDE, MASKED, R, C,
+        )  # fmt: skip
+    if REFERENCE:
+        g = gradient_logp(c, finished, p, q, lp, lq, u, alpha, beta)
+        _write(
+            dt, g, share_p, p, scale_t, columns, start, end, labels, coefficients_t, n, label_count, exclude,
+            LABEL_T, EXCLUDE, MASKED, R, C,
+        )  # fmt: skip
+
+
+@triton.jit
+def slice_gradient(
+    begin, end, s_side, t_side, state, exclude, alpha, beta, scale_s, scale_t, c, finished, share_q, share_p,
+    ds, dt, labels, coefficients_s, coefficients_t, n, label_count,
+    STUDENT: tl.constexpr, REFERENCE: tl.constexpr, LABEL_S: tl.constexpr, LABEL_T: tl.constexpr,
+    TWO: tl.constexpr, EXCLUDE: tl.constexpr, EVEN: tl.constexpr, R: tl.constexpr, C: tl.constexpr,
+):  # fmt: skip
+    """Gradients of columns [begin, end). Backwards: the last columns read are in cache."""
+    end = block_limit(end, C, EVEN)
+    blocks = (end - begin) // (R * C)
+    whole = begin + blocks * (R * C)
+    if whole < end:
+        _block_gradient(
+            whole, end, s_side, t_side, state, exclude, alpha, beta, scale_s, scale_t, c, finished, share_q, share_p,
+            ds, dt, labels, coefficients_s, coefficients_t, n, label_count,
+            STUDENT, REFERENCE, LABEL_S, LABEL_T, TWO, EXCLUDE, True, R, C,
+        )  # fmt: skip
+    for i in range(blocks):
+        start = whole - (i + 1) * (R * C)
+        _block_gradient(
+            start, end, s_side, t_side, state, exclude, alpha, beta, scale_s, scale_t, c, finished, share_q, share_p,
+            ds, dt, labels, coefficients_s, coefficients_t, n, label_count,
+            STUDENT, REFERENCE, LABEL_S, LABEL_T, TWO, EXCLUDE, False, R, C,
+        )  # fmt: skip
+
+
+@triton.jit
+def write_zeros(to, begin, end, R: tl.constexpr, C: tl.constexpr):
+    """The gradient of columns [begin, end) that take no part."""
+    for start in range(begin, end, R * C):
+        columns = block_columns(start, R, C)
+        zero = tl.zeros([R, C], to.dtype.element_ty)
+        tl.store(to + columns, zero, mask=columns < end, cache_modifier=".cs")

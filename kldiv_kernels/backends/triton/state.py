@@ -1,0 +1,182 @@
+"""The first sweep: the state of some columns of a row, a monoid without cancellation.
+
+Notation (logits x, exponents y = (x − m) c in base 2, c = log2(e)/temperature): of the student m_s, the reference of its
+exponents, and z_s = Σ 2^y; of the teacher m_t, z_t. p̃ = 2^y_t and q̃ = 2^y_s, u = (y_t − y_s) ln 2 = log(p̃/q̃).
+
+    entropy      a = −Σ q̃ y_s
+    forward KL   g = Σ p̃ u − p̃ + q̃ ≥ 0, term by term
+    reverse KL   the same with the roles exchanged
+    Hellinger    g = ½ Σ (√p̃ − √q̃)²
+
+In a lane m is the largest x so far; when columns are merged it becomes their log-sum-exp, so that z is near 1 and g
+near the divergence itself: terms of a lane are never much larger than what it contributes. All of them move exactly to
+other references (`move`), which is what merging is:
+
+    with a = 2^((m_s − m_s') c_s), b = 2^((m_t − m_t') c_t), x = log(a/b):
+    z_s' = a z_s, z_t' = b z_t, a_s' = a (a_s + z_s (m_s' − m_s) c_s)
+    KL:         g' = b (g + z_s (e^x − 1 − x) + (z_s − z_t) x) = b (g − z_t x) + (a − b) z_s
+    Hellinger:  g' = √(ab) g + ½ (√b − √a) (√b z_t − √a z_s)
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from kldiv_kernels.backends.triton.math import LN2, expm1_minus, kl_term
+
+# What the first sweep takes: bits of its constexpr FIRST.
+TEACHER = tl.constexpr(1)
+ENTROPY = tl.constexpr(2)
+REFERENCE_ENTROPY = tl.constexpr(4)
+FORWARD_KL = tl.constexpr(8)
+REVERSE_KL = tl.constexpr(16)
+HELLINGER = tl.constexpr(32)
+# The largest logit of one row where the other has no mass: decides which divergences are infinite.
+BLOCKED = tl.constexpr(64)
+ARGMAX = tl.constexpr(128)
+
+# Numbers in a state: m, z, a and blocked logit of the student, of the teacher; three g; the largest logit and where.
+STATE_SIZE = tl.constexpr(13)
+# Below every logit, and finite in units of c at any temperature above 1e-7.
+_NOTHING = tl.constexpr(-2e30)
+_NO_COLUMN = tl.constexpr(2147483647)
+
+
+@triton.jit
+def empty(R: tl.constexpr):
+    """The state of no columns, R times."""
+    low = tl.full([R], _NOTHING, tl.float32)
+    zero = tl.zeros([R], tl.float32)
+    column = tl.full([R], _NO_COLUMN, tl.int32)
+    return low, zero, zero, low, low, zero, zero, low, zero, zero, zero, low, column
+
+
+@triton.jit
+def _move_kl(g, z_first, z_second, a, b, x):
+    """`first` is the row in whose units g is, with factor b; x = log(a/b)."""
+    near = b * (g + tl.fma(z_second, expm1_minus(x), (z_second - z_first) * x))
+    far = tl.fma(a - b, z_second, b * (g - z_first * x))
+    return tl.where(tl.abs(x) < 1.0, near, far)
+
+
+@triton.jit
+def move(state, to_s, to_t, cs, ct, FIRST: tl.constexpr):
+    """The state in exponents relative to other references."""
+    ms, zs, es, bs, mt, zt, et, bt, forward, reverse, hellinger, best, column = state
+    ds, dt = (ms - to_s) * cs, (mt - to_t) * ct
+    a = tl.exp2(ds)
+    if FIRST & TEACHER:
+        b = tl.exp2(dt)
+        if FIRST & FORWARD_KL:
+            forward = _move_kl(forward, zt, zs, a, b, (ds - dt) * LN2)
+        if FIRST & REVERSE_KL:
+            reverse = _move_kl(reverse, zs, zt, b, a, (dt - ds) * LN2)
+        if FIRST & HELLINGER:
+            ra, rb = tl.exp2(0.5 * ds), tl.exp2(0.5 * dt)
+            hellinger = ra * rb * hellinger + 0.5 * (rb - ra) * (rb * zt - ra * zs)
+        if FIRST & REFERENCE_ENTROPY:
+            et = b * (et - zt * dt)
+        zt = b * zt
+    if FIRST & ENTROPY:
+        es = a * (es - zs * ds)
+    return to_s, a * zs, es, bs, to_t, zt, et, bt, forward, reverse, hellinger, best, column
+
+
+@triton.jit
+def add_block(state, s, t, s_side, t_side, columns, FIRST: tl.constexpr):
+    """The state [R] and a block of columns [R, C] of both rows."""
+    cs, ct = s_side[1], t_side[1]
+    to_s = tl.maximum(state[0], tl.max(s, axis=1))
+    to_t = state[4]
+    if FIRST & TEACHER:
+        to_t = tl.maximum(state[4], tl.max(t, axis=1))
+    moved = move(state, to_s, to_t, cs, ct, FIRST)
+    ms, zs, es, bs, mt, zt, et, bt, forward, reverse, hellinger, best, column = moved
+    ys = (s - ms[:, None]) * cs
+    if FIRST & HELLINGER:
+        root_q = tl.exp2(0.5 * ys)
+        q = root_q * root_q
+    else:
+        q = tl.exp2(ys)
+    zs += tl.sum(q, axis=1)
+    if FIRST & ENTROPY:
+        es -= tl.sum(q * ys, axis=1)
+    if FIRST & TEACHER:
+        yt = (t - mt[:, None]) * ct
+        if FIRST & HELLINGER:
+            root_p = tl.exp2(0.5 * yt)
+            p = root_p * root_p
+            difference = root_p - root_q
+            hellinger += 0.5 * tl.sum(difference * difference, axis=1)
+        else:
+            p = tl.exp2(yt)
+        zt += tl.sum(p, axis=1)
+        u = (yt - ys) * LN2
+        if FIRST & FORWARD_KL:
+            forward += tl.sum(kl_term(p, q, u), axis=1)
+        if FIRST & REVERSE_KL:
+            reverse += tl.sum(kl_term(q, p, -u), axis=1)
+        if FIRST & REFERENCE_ENTROPY:
+            et -= tl.sum(p * yt, axis=1)
+        if FIRST & BLOCKED:
+            bs = tl.maximum(bs, tl.max(tl.where(t <= t_side[2], s, _NOTHING), axis=1))
+            bt = tl.maximum(bt, tl.max(tl.where(s <= s_side[2], t, _NOTHING), axis=1))
+    if FIRST & ARGMAX:
+        largest = tl.max(s, axis=1)
+        where = tl.min(tl.where(s == largest[:, None], columns, _NO_COLUMN), axis=1)
+        column = tl.where(largest > best, where, column)
+        best = tl.maximum(best, largest)
+    return ms, zs, es, bs, mt, zt, et, bt, forward, reverse, hellinger, best, column
+
+
+@triton.jit
+def _log_sum(m, z, c):
+    """The log-sum-exp of lanes [R], and their maximum where that has none."""
+    top = tl.max(m, axis=0)
+    total = tl.sum(z * tl.exp2((m - top) * c), axis=0)
+    return tl.where(total > 0.0, top + tl.log2(tl.where(total > 0.0, total, 1.0)) / c, tl.where(total == 0.0, top, total))
+
+
+@triton.jit
+def merge(states, s_side, t_side, FIRST: tl.constexpr):
+    """The states [R] of R sets of columns, merged into one (scalars)."""
+    cs, ct = s_side[1], t_side[1]
+    to_s = _log_sum(states[0], states[1], cs)
+    to_t = states[4]
+    if FIRST & TEACHER:
+        to_t = _log_sum(states[4], states[5], ct)
+    moved = move(states, to_s, to_t, cs, ct, FIRST)
+    ms, zs, es, bs, mt, zt, et, bt, forward, reverse, hellinger, best, column = moved
+    zero = 0.0 * to_s
+    zs = tl.sum(zs, axis=0)
+    es = tl.sum(es, axis=0) if FIRST & ENTROPY else zero
+    if FIRST & TEACHER:
+        zt = tl.sum(zt, axis=0)
+    else:
+        mt, zt = zero, zero
+    et = tl.sum(et, axis=0) if FIRST & REFERENCE_ENTROPY else zero
+    if FIRST & BLOCKED:
+        bs, bt = tl.max(bs, axis=0), tl.max(bt, axis=0)
+    else:
+        bs, bt = zero, zero
+    forward = tl.sum(forward, axis=0) if FIRST & FORWARD_KL else zero
+    reverse = tl.sum(reverse, axis=0) if FIRST & REVERSE_KL else zero
+    hellinger = tl.sum(hellinger, axis=0) if FIRST & HELLINGER else zero
+    if FIRST & ARGMAX:
+        largest = tl.max(best, axis=0)
+        column = tl.min(tl.where(best == largest, column, _NO_COLUMN), axis=0)
+        best = largest
+    else:
+        best, column = zero, zero.to(tl.int32)
+    return ms, zs, es, bs, mt, zt, et, bt, forward, reverse, hellinger, best, column
+
+
+@triton.jit
+def put(states, at, lanes, state):
+    """Lane `at` of states [R] replaced by a state (scalars)."""
+    here = lanes == at
+    out = ()
+    for i in tl.static_range(STATE_SIZE):
+        out = out + (tl.where(here, state[i], states[i]),)
+    return out
