@@ -261,7 +261,9 @@ class _Hooks:
         return _function(head, lines)
 
     def _label_rows(self) -> str:
-        rows_of = {name: self._value_row(name) if name in self.names else "0" for name in ("logprob", "reference_logprob")}
+        rows_of = {
+            name: self._value_row(name) if name in self.names else "0" for name in ("logprob", "reference_logprob")
+        }
         return "\n\n".join(_function(f"{name}_at(label_count)", [f"return {row}"]) for name, row in rows_of.items())
 
     def _load_and_save(self) -> str:

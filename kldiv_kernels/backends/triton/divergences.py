@@ -20,7 +20,7 @@ from kldiv_kernels.backends.triton.math import SMALLEST_NORMAL, exp, expm1, kl_t
 INFINITY = tl.constexpr(float("inf"))
 
 
-# --- entropy, cross-entropy and the KL divergences: their sums come out of the first sweep, but for cross-entropy -----
+# --- entropy, cross-entropy and the KL divergences: their sums come out of the first sweep, but for cross-entropy
 @triton.jit
 def entropy_finish(total, q_is_zero, p_is_zero, alpha, beta):
     return total, total - 1.0, 0.0
@@ -116,7 +116,7 @@ def jeffreys_grad_logp(p, q, lp, lq, u, alpha, beta):
     return (p - q) + p * u
 
 
-# --- generalised Jensen-Shannon, m = beta p + (1 - beta) q; the KL divergences at beta = 0 and 1 -----------------------
+# --- generalised Jensen-Shannon, m = beta p + (1 - beta) q; the KL divergences at beta = 0 and 1
 # With v = beta (1 - beta) and K(u) = log(m/q) = beta u + v u²/2 + v (1-2 beta) u³/6 + ..., a Bernoulli cumulant
 # function, a term is m (u K' − K) = m u² v (1/2 + (1-2 beta) u/3 + (1-6v) u²/8 + ...).
 @triton.jit
@@ -187,7 +187,7 @@ def js_grad_logp(p, q, lp, lq, u, alpha, beta):
     return g
 
 
-# --- skew KL: KL(p || m), m = alpha p + (1 - alpha) q; KL(p || q) at alpha = 0 -----------------------------------------
+# --- skew KL: KL(p || m), m = alpha p + (1 - alpha) q; KL(p || q) at alpha = 0
 @triton.jit
 def _log_p_over_m(u, alpha):
     """−log1p((1 − alpha) expm1(−u)); beyond u = −80 the column has no mass in p."""
@@ -256,7 +256,7 @@ def skew_reverse_kl_grad_logp(p, q, lp, lq, u, alpha, beta):
     return skew_kl_grad_logq(q, p, lq, lp, -u, alpha, beta)
 
 
-# --- squared Hellinger (sqrt p - sqrt q)² / 2: its sum comes out of the first sweep ------------------------------------
+# --- squared Hellinger (sqrt p - sqrt q)² / 2: its sum comes out of the first sweep
 @triton.jit
 def hellinger_finish(total, q_is_zero, p_is_zero, alpha, beta):
     return total, 0.5 * total, 0.5 * total
@@ -272,7 +272,7 @@ def hellinger_grad_logp(p, q, lp, lq, u, alpha, beta):
     return 0.5 * (p - tl.sqrt(p * q))
 
 
-# --- total variation |p - q| / 2, gradient 0 where p = q ---------------------------------------------------------------
+# --- total variation |p - q| / 2, gradient 0 where p = q
 @triton.jit
 def _sign(u):
     return tl.where(u > 0.0, 1.0, tl.where(u < 0.0, -1.0, 0.0 * u))
@@ -298,7 +298,7 @@ def tvd_grad_logp(p, q, lp, lq, u, alpha, beta):
     return 0.5 * p * _sign(u)
 
 
-# --- chi squared (p - q)²/q = p²/q - 2p + q ----------------------------------------------------------------------------
+# --- chi squared (p - q)²/q = p²/q - 2p + q
 @triton.jit
 def _p_squared_over_q(p, u):
     """(p e^(u/2)) e^(u/2): no overflow before the result's own."""
@@ -351,7 +351,7 @@ def reverse_chi2_grad_logp(p, q, lp, lq, u, alpha, beta):
     return forward_chi2_grad_logq(q, p, lq, lp, -u, alpha, beta)
 
 
-# --- triangular discrimination (p - q)²/(p + q) ------------------------------------------------------------------------
+# --- triangular discrimination (p - q)²/(p + q)
 @triton.jit
 def _triangular_ratio(p, q):
     return (p - q) / tl.maximum(p + q, SMALLEST_NORMAL)

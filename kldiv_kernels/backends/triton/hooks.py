@@ -69,7 +69,10 @@ def save_finished(finished, state, n):
 
 @triton.jit
 def weights(finished, coefficients, labels, n, label_count):
-    """(share of q, share of p, whether any coefficient is not 0, the coefficients): the gradient is Σ c g + share · softmax."""
+    """(share of q, share of p, whether any coefficient is not 0, the coefficients c).
+
+    The gradient is Σ c g + share · softmax.
+    """
     return 0.0, 0.0, False, ()
 
 

@@ -29,7 +29,7 @@ from kldiv_kernels.backends.triton.hooks import (
     zero_sums,
 )
 from kldiv_kernels.backends.triton.math import LN2, expm1_minus
-from kldiv_kernels.backends.triton.rows import NO_MASS, no_mass, offset, parameters, side
+from kldiv_kernels.backends.triton.rows import no_mass, parameters, side
 from kldiv_kernels.backends.triton.slices import slice_gradient, slice_state, slice_sums, write_zeros
 from kldiv_kernels.backends.triton.state import BLOCKED, STATE_SIZE, TEACHER, empty, merge, put
 
@@ -153,10 +153,10 @@ def write_nothing(values_ptr, index, n, value_rows):
 def sweep_kernel(
     partial_ptr, s_ptr, t_ptr, mask_ptr, exclude_ptr, token_ptr,
     s_inner: tl.int64, s_outer: tl.int64, s_stride: tl.int64, t_inner: tl.int64, t_outer: tl.int64, t_stride: tl.int64,
-    n: tl.int64, vocab: tl.int32, slices: tl.int32, slice_columns: tl.int32,
+    n: tl.int64, vocab: tl.int32, slices: tl.int32,
     temperature: tl.float32, reference_temperature: tl.float32, alpha: tl.float32, beta: tl.float32,
     FIRST: tl.constexpr, MASK: tl.constexpr, EXCLUDE: tl.constexpr, PER_TOKEN: tl.constexpr,
-    ALIGNED: tl.constexpr, EVEN: tl.constexpr, R: tl.constexpr, C: tl.constexpr,
+    ALIGNED: tl.constexpr, EVEN: tl.constexpr, SLICE: tl.constexpr, R: tl.constexpr, C: tl.constexpr,
 ):  # fmt: skip
     """partial_ptr [n, slices, STATE_SIZE]: the state of each slice. One read of the logits."""
     program = tl.program_id(0).to(tl.int64)
@@ -168,8 +168,8 @@ def sweep_kernel(
         index, s_ptr, s_inner, s_outer, s_stride, t_ptr, t_inner, t_outer, t_stride, exclude_ptr, token_ptr, n,
         temperature, reference_temperature, alpha, beta, (FIRST & TEACHER) != 0, EXCLUDE, PER_TOKEN, ALIGNED,
     )  # fmt: skip
-    begin = (program % slices).to(tl.int32) * slice_columns
-    end = tl.minimum(begin + slice_columns, vocab)
+    begin = (program % slices).to(tl.int32) * SLICE
+    end = tl.minimum(begin + SLICE, vocab)
     state = slice_state(begin, end, s_side, t_side, exclude, FIRST, EXCLUDE, EVEN, R, C)
     for i in tl.static_range(STATE_SIZE):
         tl.store(partial_ptr + program * STATE_SIZE + i, state[i].to(tl.float32))
@@ -179,10 +179,11 @@ def sweep_kernel(
 def sums_kernel(
     sums_ptr, partial_ptr, s_ptr, t_ptr, mask_ptr, exclude_ptr, token_ptr,
     s_inner: tl.int64, s_outer: tl.int64, s_stride: tl.int64, t_inner: tl.int64, t_outer: tl.int64, t_stride: tl.int64,
-    n: tl.int64, vocab: tl.int32, slices: tl.int32, slice_columns: tl.int32,
+    n: tl.int64, vocab: tl.int32, slices: tl.int32,
     temperature: tl.float32, reference_temperature: tl.float32, alpha: tl.float32, beta: tl.float32,
     FIRST: tl.constexpr, MASK: tl.constexpr, EXCLUDE: tl.constexpr, PER_TOKEN: tl.constexpr,
-    ALIGNED: tl.constexpr, EVEN: tl.constexpr, R: tl.constexpr, C: tl.constexpr, S_PAD: tl.constexpr,
+    ALIGNED: tl.constexpr, EVEN: tl.constexpr, SLICE: tl.constexpr, S_PAD: tl.constexpr,
+    R: tl.constexpr, C: tl.constexpr,
 ):  # fmt: skip
     """sums_ptr [n, slices, sums]: the sums of each slice's terms. One read of the logits."""
     program = tl.program_id(0).to(tl.int64)
@@ -196,9 +197,10 @@ def sums_kernel(
         temperature, reference_temperature, alpha, beta, TWO, EXCLUDE, PER_TOKEN, ALIGNED,
     )  # fmt: skip
     state = merge(load_states(partial_ptr, index, slices, S_PAD, FIRST), s_side, t_side, FIRST)
-    (ms, zs, mt, zt), _ = take_row(state, s_side, t_side, FIRST)
-    begin = (program % slices).to(tl.int32) * slice_columns
-    end = tl.minimum(begin + slice_columns, vocab)
+    m_and_z, _ = take_row(state, s_side, t_side, FIRST)
+    ms, zs, mt, zt = m_and_z
+    begin = (program % slices).to(tl.int32) * SLICE
+    end = tl.minimum(begin + SLICE, vocab)
     row = softmaxes(ms, zs, mt, zt, TWO)
     sums = slice_sums(begin, end, s_side, t_side, row, exclude, alpha, beta, TWO, EXCLUDE, EVEN, R, C)
     for i in tl.static_range(len(sums)):
@@ -247,10 +249,10 @@ def gradient_kernel(
     ds_ptr, dt_ptr, state_ptr, coefficients_ptr, s_ptr, t_ptr, labels_ptr, mask_ptr, exclude_ptr, token_ptr,
     s_inner: tl.int64, s_outer: tl.int64, s_stride: tl.int64, t_inner: tl.int64, t_outer: tl.int64, t_stride: tl.int64,
     s_width: tl.int64, t_width: tl.int64,
-    n: tl.int64, vocab: tl.int32, slices: tl.int32, slice_columns: tl.int32, label_count: tl.int32,
+    n: tl.int64, vocab: tl.int32, slices: tl.int32, label_count: tl.int32,
     temperature: tl.float32, reference_temperature: tl.float32, alpha: tl.float32, beta: tl.float32,
     FIRST: tl.constexpr, MASK: tl.constexpr, EXCLUDE: tl.constexpr, PER_TOKEN: tl.constexpr,
-    ALIGNED: tl.constexpr, EVEN: tl.constexpr, STUDENT: tl.constexpr, REFERENCE: tl.constexpr,
+    ALIGNED: tl.constexpr, EVEN: tl.constexpr, SLICE: tl.constexpr, STUDENT: tl.constexpr, REFERENCE: tl.constexpr,
     LABEL_S: tl.constexpr, LABEL_T: tl.constexpr, R: tl.constexpr, C: tl.constexpr,
 ):  # fmt: skip
     """ds_ptr [n, s_width], dt_ptr [n, t_width]: a slice of the gradients of Σ coefficients · values.
@@ -260,8 +262,8 @@ def gradient_kernel(
     program = tl.program_id(0).to(tl.int64)
     index = program // slices
     slice_index = (program % slices).to(tl.int32)
-    begin = slice_index * slice_columns
-    end = tl.minimum(begin + slice_columns, vocab)
+    begin = slice_index * SLICE
+    end = tl.minimum(begin + SLICE, vocab)
     keep = True
     if MASK:
         keep = tl.load(mask_ptr + index) != 0
@@ -323,11 +325,11 @@ def loss_kernel(
     values_ptr, ds_ptr, dt_ptr, coefficients_ptr, s_ptr, t_ptr, labels_ptr, mask_ptr, exclude_ptr, token_ptr,
     s_inner: tl.int64, s_outer: tl.int64, s_stride: tl.int64, t_inner: tl.int64, t_outer: tl.int64, t_stride: tl.int64,
     s_width: tl.int64, t_width: tl.int64,
-    n: tl.int64, vocab: tl.int32, slices: tl.int32, slice_columns: tl.int32, label_count: tl.int32,
+    n: tl.int64, vocab: tl.int32, slices: tl.int32, label_count: tl.int32,
     value_rows: tl.int32,
     temperature: tl.float32, reference_temperature: tl.float32, alpha: tl.float32, beta: tl.float32,
     FIRST: tl.constexpr, MASK: tl.constexpr, EXCLUDE: tl.constexpr, PER_TOKEN: tl.constexpr,
-    ALIGNED: tl.constexpr, EVEN: tl.constexpr, STUDENT: tl.constexpr, REFERENCE: tl.constexpr,
+    ALIGNED: tl.constexpr, EVEN: tl.constexpr, SLICE: tl.constexpr, STUDENT: tl.constexpr, REFERENCE: tl.constexpr,
     LABEL_S: tl.constexpr, LABEL_T: tl.constexpr, R: tl.constexpr, C: tl.constexpr, S_PAD: tl.constexpr,
 ):  # fmt: skip
     """A row's statistics and gradients: sweep, sums where a statistic has any, gradient, in one program."""
@@ -348,8 +350,8 @@ def loss_kernel(
     lanes = tl.arange(0, S_PAD)
     states = empty(S_PAD)
     for i in range(slices):
-        begin = i * slice_columns
-        end = tl.minimum(begin + slice_columns, vocab)
+        begin = i * SLICE
+        end = tl.minimum(begin + SLICE, vocab)
         states = put(states, i, lanes, slice_state(begin, end, s_side, t_side, exclude, FIRST, EXCLUDE, EVEN, R, C))
     state = merge(states, s_side, t_side, FIRST)
     m_and_z, first = take_row(state, s_side, t_side, FIRST)
@@ -359,16 +361,16 @@ def loss_kernel(
     if len(sums) > 0:
         for j in range(slices):
             i = slices - 1 - j
-            begin = i * slice_columns
-            end = tl.minimum(begin + slice_columns, vocab)
+            begin = i * SLICE
+            end = tl.minimum(begin + SLICE, vocab)
             added = slice_sums(begin, end, s_side, t_side, row, exclude, alpha, beta, TWO, EXCLUDE, EVEN, R, C)
             sums = put_sums(sums, i, lanes, added)
     finished = finish_row(state, m_and_z, first, merge_sums(sums), s_side, t_side, alpha, beta, FIRST)
     write_row(finished, state, m_and_z, s_side, t_side, exclude, values_ptr, index, n, labels_ptr, label_count, TWO)
     for j in range(slices):
         i = slices - 1 - j
-        begin = i * slice_columns
-        end = tl.minimum(begin + slice_columns, vocab)
+        begin = i * SLICE
+        end = tl.minimum(begin + SLICE, vocab)
         write_gradient(
             j == 0, True, begin, end, vocab, s_side, t_side, row, exclude, alpha, beta, scale_s, scale_t,
             finished, ds_ptr, dt_ptr, s_width, t_width, coefficients_ptr, labels_ptr, index, n, label_count,

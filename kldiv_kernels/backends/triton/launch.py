@@ -25,8 +25,9 @@ _MOST_SLICES = 32
 class Tile:
     """A block is `lanes` x `columns` neighbouring columns, a slice of a row is `blocks` of them.
 
-    On a GPU: 16 bytes a thread and access, 512 lanes over 8 warps, that is two such accesses a thread and tensor under
-    way at a time; slices of 4 blocks, 16,384 bf16 columns, so that a single row of 152k gives 10 programs work.
+    On a GPU: 16 bytes a thread and access, one such access a thread, tensor and block, three blocks under way at a
+    time; slices of 16 blocks, 16,384 bf16 columns, so that a single row of 152k gives 10 programs work. Programs of 4 warps,
+    because the kernels need up to 128 registers a thread: a processor then holds at least 4 programs.
     The interpreter gets sizes at which small tests have several blocks and slices.
     """
 
@@ -35,7 +36,7 @@ class Tile:
     warps: int
 
 
-GPU_TILE = Tile(lanes=512, blocks=4, warps=8)
+GPU_TILE = Tile(lanes=128, blocks=16, warps=4)
 INTERPRETER_TILE = Tile(lanes=16, blocks=2, warps=1)
 
 
@@ -121,7 +122,8 @@ class Launch:
         assert s is not None
         assert t is not None
         self.row_arguments: dict[str, Any] = {
-            "s_ptr": logits, "t_ptr": second, "mask_ptr": _or(call.mask, logits), "exclude_ptr": _or(call.exclude, logits),
+            "s_ptr": logits, "t_ptr": second, "mask_ptr": _or(call.mask, logits),
+            "exclude_ptr": _or(call.exclude, logits),
             "token_ptr": _or(call.token_parameters, logits),
             "s_inner": s[0], "s_outer": s[1], "s_stride": s[2], "t_inner": t[0], "t_outer": t[1], "t_stride": t[2],
             "n": self.rows, "slices": self.shape.slices,
@@ -131,14 +133,14 @@ class Launch:
             "PER_TOKEN": call.token_parameters is not None, "ALIGNED": self.aligned,
         }  # fmt: skip
         self.block_arguments: dict[str, Any] = {
-            "vocab": call.vocab_size, "slice_columns": self.shape.slice_columns,
+            "vocab": call.vocab_size, "SLICE": self.shape.slice_columns,
             "EVEN": call.vocab_size % self.shape.columns == 0, "R": self.shape.lanes, "C": self.shape.columns,
         }  # fmt: skip
 
     @property
     def fills_the_device(self) -> bool:
-        """Whether a program a row keeps all processors busy: two programs of 8 warps fit into each at a time."""
-        return self.rows >= (4 if self.interpreted else 2 * _processors(self.device))
+        """Whether a program a row keeps all processors busy: four programs fit into each at a time."""
+        return self.rows >= (4 if self.interpreted else 4 * _processors(self.device))
 
     def _run(self, kernel: Any, programs: int, warps: int, arguments: dict[str, Any]) -> None:
         if programs == 0:
@@ -186,9 +188,7 @@ class Launch:
             )  # fmt: skip
         return ds, dt
 
-    def loss(
-        self, coefficients: Tensor, student: bool, reference: bool
-    ) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    def loss(self, coefficients: Tensor, student: bool, reference: bool) -> tuple[Tensor, Tensor | None, Tensor | None]:
         if not self.fills_the_device:
             values, state = self.statistics(with_state=True)
             return values, *self.gradients(state, coefficients, student, reference)
@@ -255,5 +255,7 @@ def _aligned(tensor: Tensor) -> bool:
     """Whether every row starts at a multiple of 16 bytes."""
     size = tensor.element_size()
     return tensor.data_ptr() % 16 == 0 and all(
-        stride * size % 16 == 0 for length, stride in zip(tensor.shape[:-1], tensor.stride()[:-1], strict=True) if length > 1
+        stride * size % 16 == 0
+        for length, stride in zip(tensor.shape[:-1], tensor.stride()[:-1], strict=True)
+        if length > 1
     )

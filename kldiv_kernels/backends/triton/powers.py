@@ -9,10 +9,10 @@ import triton
 import triton.language as tl
 
 from kldiv_kernels.backends.triton.divergences import INFINITY
-from kldiv_kernels.backends.triton.math import exp, expm1, kl_term, log, log1p
+from kldiv_kernels.backends.triton.math import exp, expm1, kl_term, log1p
 
 
-# --- alpha: (p^a q^(1-a) - a p - (1-a) q) / (a (a-1)); the KL divergences at a = 1 and 0 -------------------------------
+# --- alpha: (p^a q^(1-a) - a p - (1-a) q) / (a (a-1)); the KL divergences at a = 1 and 0
 # Best for a >= 1/2; p and q change places for the others. For small u a term is
 # q u² (1/2 + (1+a) u/6 + (1+a+a²) u²/24 + ...).
 @triton.jit
@@ -92,7 +92,7 @@ def alpha_grad_logp(p, q, lp, lq, u, alpha, beta):
     return g
 
 
-# --- Renyi: log(sum p^a q^(1-a)) / (a-1), a above 0 and not 1. Its gradient is a softmax of a lp + (1-a) lq ------------
+# --- Renyi: log(sum p^a q^(1-a)) / (a-1), a above 0 and not 1. Its gradient is a softmax of a lp + (1-a) lq
 @triton.jit
 def renyi_terms(p, q, lp, lq, u, alpha, beta):
     return (_alpha_term(p, q, lp, u, alpha),)
@@ -122,7 +122,7 @@ def renyi_grad_logp(p, q, lp, lq, u, alpha, beta, log_sum):
     return alpha / (alpha - 1.0) * exp(renyi_log_weight(p, q, lp, lq, u, alpha, beta) - log_sum)
 
 
-# --- alpha-beta: -1/(ab) sum (p^a q^b - a/(a+b) p^(a+b) - b/(a+b) q^(a+b)), a, b, a+b not 0 ----------------------------
+# --- alpha-beta: -1/(ab) sum (p^a q^b - a/(a+b) p^(a+b) - b/(a+b) q^(a+b)), a, b, a+b not 0
 # For small u a term is q^l u² (1/2 + (a+l) u/6 + (a²+al+l²) u²/24 + ...), l = a+b; the quotients
 # (l^n − a^n) / b by recurrence, which has no pole at b = 0.
 @triton.jit
@@ -178,7 +178,7 @@ def alpha_beta_grad_logp(p, q, lp, lq, u, alpha, beta):
     return tl.where(_near(u, alpha, beta), -(p_power * expm1(-(beta * u))), p_power - cross) / beta
 
 
-# --- collision: log sum q² ---------------------------------------------------------------------------------------------
+# --- collision: log sum q²
 @triton.jit
 def collision_terms(p, q, lp, lq, u, alpha, beta):
     return (q * q,)
@@ -194,8 +194,9 @@ def collision_grad_logq(p, q, lp, lq, u, alpha, beta, scale):
     return scale * q * q
 
 
-# --- Cauchy-Schwarz: -log((sum pq)² / (sum p² sum q²)) -----------------------------------------------------------------
-# With d = p - q, A = sum q², P = sum p², X = sum pq, B = sum q d, C = sum d²: the quotient is 1 - (A C - B²) / (A P), and
+# --- Cauchy-Schwarz: -log((sum pq)² / (sum p² sum q²))
+# With d = p - q, A = sum q², P = sum p², X = sum pq, B = sum q d, C = sum d²: the quotient is
+# 1 - (A C - B²) / (A P), and
 #   grad_logq = 2 q (q / A - p / X) = (2 q / A) (p B / X - d),
 #   grad_logp = 2 p (p / P - q / X) = (2 p / P) (d - q (B + C) / X).
 # These are exact where p and q are close; where they are far, X may underflow and its logarithm is used.

@@ -13,7 +13,7 @@ NO_MASS = tl.constexpr(-1e30)
 
 @triton.jit
 def offset(index, inner, outer_stride, inner_stride):
-    """Elements before row `index` of a tensor with two leading dimensions [*, inner]; 64 bits from the first product."""
+    """Elements before row `index` of a tensor with leading dimensions [*, inner]; 64 bits from the first product."""
     return (index // inner) * outer_stride + (index % inner) * inner_stride
 
 

@@ -13,6 +13,9 @@ from kldiv_kernels.backends.triton.hooks import add_terms, gradient_logp, gradie
 from kldiv_kernels.backends.triton.rows import block_columns, block_limit, normalised, read
 from kldiv_kernels.backends.triton.state import TEACHER, add_block, empty, merge
 
+# Blocks under way at a time in a loop, through shared memory: registers do not hold enough of them to hide the latency.
+STAGES = tl.constexpr(3)
+
 
 @triton.jit
 def _add_state(
@@ -36,7 +39,7 @@ def slice_state(
     state = empty(R)
     end = block_limit(end, C, EVEN)
     whole = begin + (end - begin) // (R * C) * (R * C)
-    for start in range(begin, whole, R * C):
+    for start in tl.range(begin, whole, R * C, num_stages=STAGES):
         state = _add_state(state, start, end, s_side, t_side, exclude, FIRST, EXCLUDE, False, R, C)
     if whole < end:
         state = _add_state(state, whole, end, s_side, t_side, exclude, FIRST, EXCLUDE, True, R, C)
@@ -69,7 +72,7 @@ def slice_sums(
     whole = begin + blocks * (R * C)
     if whole < end:
         sums = _add_sums(sums, whole, end, s_side, t_side, state, exclude, alpha, beta, TWO, EXCLUDE, True, R, C)
-    for i in range(blocks):
+    for i in tl.range(blocks, num_stages=STAGES):
         start = whole - (i + 1) * (R * C)
         sums = _add_sums(sums, start, end, s_side, t_side, state, exclude, alpha, beta, TWO, EXCLUDE, False, R, C)
     return merge_sums(sums)
@@ -149,7 +152,7 @@ def slice_gradient(
             ds, dt, labels, coefficients_s, coefficients_t, n, label_count,
             STUDENT, REFERENCE, LABEL_S, LABEL_T, TWO, EXCLUDE, True, R, C,
         )  # fmt: skip
-    for i in range(blocks):
+    for i in tl.range(blocks, num_stages=STAGES):
         start = whole - (i + 1) * (R * C)
         _block_gradient(
             start, end, s_side, t_side, state, exclude, alpha, beta, scale_s, scale_t, c, finished, share_q, share_p,

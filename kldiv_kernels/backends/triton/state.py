@@ -1,7 +1,7 @@
 """The first sweep: the state of some columns of a row, a monoid without cancellation.
 
-Notation (logits x, exponents y = (x − m) c in base 2, c = log2(e)/temperature): of the student m_s, the reference of its
-exponents, and z_s = Σ 2^y; of the teacher m_t, z_t. p̃ = 2^y_t and q̃ = 2^y_s, u = (y_t − y_s) ln 2 = log(p̃/q̃).
+Notation (logits x, exponents y = (x − m) c in base 2, c = log2(e)/temperature): of the student m_s, the reference of
+its exponents, and z_s = Σ 2^y; of the teacher m_t, z_t. p̃ = 2^y_t and q̃ = 2^y_s, u = (y_t − y_s) ln 2 = log(p̃/q̃).
 
     entropy      a = −Σ q̃ y_s
     forward KL   g = Σ p̃ u − p̃ + q̃ ≥ 0, term by term
@@ -135,7 +135,9 @@ def _log_sum(m, z, c):
     """The log-sum-exp of lanes [R], and their maximum where that has none."""
     top = tl.max(m, axis=0)
     total = tl.sum(z * tl.exp2((m - top) * c), axis=0)
-    return tl.where(total > 0.0, top + tl.log2(tl.where(total > 0.0, total, 1.0)) / c, tl.where(total == 0.0, top, total))
+    return tl.where(
+        total > 0.0, top + tl.log2(tl.where(total > 0.0, total, 1.0)) / c, tl.where(total == 0.0, top, total)
+    )
 
 
 @triton.jit
