@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+
 import oracle
 import torch
 from torch import Tensor
@@ -9,7 +11,10 @@ from torch import Tensor
 import kldiv_kernels as kk
 from kldiv_kernels.registry import STATISTICS, Statistic
 
-BACKENDS = [name for name, state in kk.backends().items() if state == "available"]
+# Under TRITON_INTERPRET=1 the suite is about the Triton backend alone: a process has its kernels compiled or interpreted,
+# not both.
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+BACKENDS = ["triton"] if INTERPRETED else [name for name, state in kk.backends().items() if state == "available"]
 BACKEND_DTYPES = [
     (backend, dtype)
     for backend in BACKENDS
@@ -83,6 +88,15 @@ def check_gradient(got: Tensor, expected: Tensor, floor: Tensor) -> None:
     )
 
 
+def on(device: str, tensor: Tensor) -> Tensor:
+    """The tensor on that device, strides included: `.to(device)` closes the gaps of a view."""
+    if device == "cpu":
+        return tensor
+    elements = tensor.untyped_storage().nbytes() // tensor.element_size()
+    storage = tensor.detach().as_strided((elements,), (1,), 0).to(device)
+    return storage.as_strided(tensor.shape, tensor.stride(), tensor.storage_offset())
+
+
 def check_statistic(
     name: str,
     logits: Tensor,
@@ -90,22 +104,29 @@ def check_statistic(
     labels: Tensor | None = None,
     *,
     backend: str,
+    device: str = "cpu",
     **options: float | Tensor,
 ) -> None:
-    """The statistic `name` of these logits and its gradients to both sides, with random coefficients."""
+    """The statistic `name` of these logits and its gradients to both sides, with random coefficients.
+
+    The tensors are on the CPU, where the oracle reads them; `device` is where the backend gets them.
+    """
     statistic = STATISTICS[name]
-    student, teacher = logits.detach().requires_grad_(), reference.detach().requires_grad_()
-    value = kk.token_stats(student, teacher, labels, stats=(name,), backend=backend, **options)[name]
+    student, teacher = (on(device, x.detach()).requires_grad_() for x in (logits, reference))
+    there = {key: on(device, x) if isinstance(x, Tensor) else x for key, x in options.items()}
+    given_labels = None if labels is None else on(device, labels)
+    value = kk.token_stats(student, teacher, given_labels, stats=(name,), backend=backend, **there)[name]
     cotangent = (torch.rand(value.shape) + 0.5) * torch.randn(value.shape).sign()
     columns = options.pop("vocab_size", logits.shape[-1])
     expected = oracle.evaluate(
         name, logits[..., :columns], reference[..., :columns], labels, cotangent=cotangent, **options
     )
-    check_value(value, expected.value, logits.dtype)
+    check_value(value.cpu(), expected.value, logits.dtype)
     if not statistic.differentiable:
         assert not value.requires_grad
         return
-    ds, dt = torch.autograd.grad((cotangent.to(value.dtype) * value).sum(), [student, teacher], allow_unused=True)
+    weighted = cotangent.to(value.device, value.dtype) * value
+    ds, dt = torch.autograd.grad(weighted.sum(), [student, teacher], allow_unused=True)
     for got, side, floor, touched in (
         (ds, expected.student, expected.student_floor, statistic.student),
         (dt, expected.teacher, expected.teacher_floor, statistic.reference),
@@ -114,5 +135,6 @@ def check_statistic(
             assert got is None or not got.any()
             continue
         assert got.dtype == logits.dtype
+        got = got.cpu()
         check_gradient(got[..., :columns], side, floor)
         assert not got[..., columns:].any()

@@ -26,9 +26,8 @@ class Tile:
     """A block is `lanes` x `columns` neighbouring columns, a slice of a row is `blocks` of them.
 
     On a GPU: 16 bytes a thread and access, one such access a thread, tensor and block, three blocks under way at a
-    time; slices of 16 blocks, 16,384 bf16 columns, so that a single row of 152k gives 10 programs work. Programs of 4 warps,
-    because the kernels need up to 128 registers a thread: a processor then holds at least 4 programs.
-    The interpreter gets sizes at which small tests have several blocks and slices.
+    time; slices of 16 blocks, 16,384 bf16 columns, so that a single row of 152k gives 10 programs work. Programs of
+    4 warps, because the kernels need up to 128 registers a thread: a processor then holds at least 4 programs.
     """
 
     lanes: int
@@ -37,7 +36,11 @@ class Tile:
 
 
 GPU_TILE = Tile(lanes=128, blocks=16, warps=4)
-INTERPRETER_TILE = Tile(lanes=16, blocks=2, warps=1)
+
+
+def interpreter_tile(vocab: int, columns: int) -> Tile:
+    """Several blocks and slices a row at any size, and few of them: the interpreter is slow by the operation."""
+    return Tile(lanes=max(2, triton.next_power_of_2(vocab // (6 * columns))), blocks=2, warps=1)
 
 
 @dataclass(frozen=True)
@@ -52,8 +55,9 @@ class Shape:
     warps: int
 
     @staticmethod
-    def of(vocab: int, element_bytes: int, tile: Tile) -> Shape:
+    def of(vocab: int, element_bytes: int, interpreted: bool) -> Shape:
         columns = 16 // element_bytes
+        tile = interpreter_tile(vocab, columns) if interpreted else GPU_TILE
         slice_columns = tile.lanes * columns * tile.blocks
         while triton.cdiv(vocab, slice_columns) > _MOST_SLICES:
             slice_columns *= 2
@@ -113,7 +117,7 @@ class Launch:
         self.bound = bound_for(call.stats, self.device.type == "cuda" and torch.version.hip is None)
         tensors = [logits] if reference is None else [logits, reference]
         element = max(t.element_size() for t in tensors)
-        self.shape = Shape.of(call.vocab_size, element, INTERPRETER_TILE if interpreted else GPU_TILE)
+        self.shape = Shape.of(call.vocab_size, element, interpreted)
         self.rows = call.rows
         self.value_rows = value_rows(call.stats, call.labels_per_row)
         self.aligned = all(_aligned(t) for t in tensors)
@@ -186,7 +190,7 @@ class Launch:
                 self.bound.gradient_kernel, self.rows * self.shape.slices, self.shape.warps,
                 {"state_ptr": state, **arguments},
             )  # fmt: skip
-        return ds, dt
+        return self._rounded(ds, dt)
 
     def loss(self, coefficients: Tensor, student: bool, reference: bool) -> tuple[Tensor, Tensor | None, Tensor | None]:
         if not self.fills_the_device:
@@ -202,7 +206,13 @@ class Launch:
                     "S_PAD": self.shape.padded_slices, **arguments,
                 },
             )  # fmt: skip
-        return values, ds, dt
+        return values, *self._rounded(ds, dt)
+
+    def _rounded(self, ds: Tensor | None, dt: Tensor | None) -> tuple[Tensor | None, Tensor | None]:
+        if self.interpreted:
+            ds = None if ds is None else ds.to(self.call.logits.dtype)
+            dt = None if dt is None or self.call.reference is None else dt.to(self.call.reference.dtype)
+        return ds, dt
 
     def _gradient_arguments(
         self, coefficients: Tensor, student: bool, reference: bool
@@ -210,12 +220,12 @@ class Launch:
         call = self.call
         reference = reference and call.reference is not None
         # contiguous_format: a strided view's gradient has the view's shape and no holes.
-        ds = torch.empty_like(call.logits, memory_format=torch.contiguous_format) if student else None
-        dt = (
-            torch.empty_like(call.reference, memory_format=torch.contiguous_format)
-            if reference and call.reference is not None
-            else None
-        )
+        # The interpreter rounds to bfloat16 towards zero: there PyTorch rounds.
+        options: dict[str, Any] = {"memory_format": torch.contiguous_format}
+        if self.interpreted:
+            options["dtype"] = torch.float32
+        ds = torch.empty_like(call.logits, **options) if student else None
+        dt = torch.empty_like(call.reference, **options) if reference and call.reference is not None else None
         second = call.logits if call.reference is None else call.reference
         row = {**self.row_arguments, **self.block_arguments}
         row["ALIGNED"] = self.aligned and all(g is None or _aligned(g) for g in (ds, dt))
