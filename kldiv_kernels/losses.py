@@ -8,7 +8,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from kldiv_kernels import inputs, ops, registry  # noqa: F401  (ops registers the operators)
+from kldiv_kernels import inputs, ops, registry
 from kldiv_kernels.inputs import Parameter
 
 Reduction = Literal["mean", "sum", "none"]
@@ -91,11 +91,9 @@ def divergence_loss(
         scale = torch.where(call.mask, scale, torch.zeros_like(scale))
     student = torch.is_grad_enabled() and logits.requires_grad
     teacher = torch.is_grad_enabled() and reference_logits.requires_grad
-    arguments = inputs.operator_arguments(call, chosen)
     if reduction != "none" and (student or teacher) and not scale.requires_grad:
-        loss: Tensor = torch.ops.kldiv_kernels.loss(*arguments, scale[None], student, teacher)[0]
-        return loss
-    values, _ = torch.ops.kldiv_kernels.statistics(*arguments, student or teacher)
+        return ops.loss(call, chosen, scale[None], student, teacher)
+    values = ops.statistics(call, chosen, student or teacher)
     terms = torch.where(scale == 0, torch.zeros_like(scale), scale * values[0])
     return terms.reshape(leading) if reduction == "none" else terms.sum()
 

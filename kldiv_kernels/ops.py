@@ -2,17 +2,20 @@
 
 `statistics` reads the logits and returns per-token values; `statistics_backward` turns one coefficient per token
 and statistic into gradients; `loss` takes the coefficients beforehand and does both in one read. All three are
-functional. `torch.compile` sees them as opaque operators.
+functional. `torch.compile` sees them as opaque operators, but for those of the Triton backend, which it gets in a form
+that it sees through (`backends/triton/ops.py`).
 """
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from kldiv_kernels import backends
+from kldiv_kernels import backends, inputs
 from kldiv_kernels.backends import Call
 
 _CALL_SCHEMA = (
@@ -20,6 +23,47 @@ _CALL_SCHEMA = (
     "float[] parameters, str[] stats, int vocab_size, str backend"
 )
 _CALL_ARGUMENTS = 10
+
+
+def statistics(call: Call, backend: str, with_state: bool) -> Tensor:
+    """Values [value_rows, N], differentiable."""
+    prefix, arguments = _operators(call, backend)
+    values: Tensor = getattr(torch.ops.kldiv_kernels, f"{prefix}statistics")(*arguments, with_state)[0]
+    return values
+
+
+def loss(call: Call, backend: str, coefficients: Tensor, student: bool, teacher: bool) -> Tensor:
+    """Σ coefficients · values, a scalar, differentiable."""
+    prefix, arguments = _operators(call, backend)
+    reduced: Tensor = getattr(torch.ops.kldiv_kernels, f"{prefix}loss")(*arguments, coefficients, student, teacher)[0]
+    return reduced
+
+
+def _operators(call: Call, backend: str) -> tuple[str, tuple[object, ...]]:
+    """The prefix of the operators' names, and their leading arguments."""
+    if backend == "triton" and torch.compiler.is_compiling():
+        version = _traced_version(call.stats)
+        if version:
+            from kldiv_kernels.backends.triton import ops
+
+            return "triton_", ops.arguments(call, version)
+    return "", inputs.operator_arguments(call, backend)
+
+
+def _version(stats: tuple[str, ...]) -> str:
+    from kldiv_kernels.backends.triton import interpreted
+
+    if interpreted():
+        return ""
+    from kldiv_kernels.backends.triton import ops
+
+    return ops.version(stats)
+
+
+# What an operator that torch.compile sees through has to say of these statistics, "" where it would see nothing.
+# torch.compile takes the answer as it is instead of tracing it.
+_traced_version: Callable[[tuple[str, ...]], str] = torch.compiler.assume_constant_result(_version)  # type: ignore[no-untyped-call]
+
 
 _library: Any = torch.library.Library("kldiv_kernels", "DEF")  # type: ignore[no-untyped-call]
 _library.define(f"statistics({_CALL_SCHEMA}, bool with_state) -> (Tensor, Tensor)")
@@ -40,8 +84,13 @@ def _call(arguments: tuple[Any, ...]) -> tuple[Call, backends.Backend]:
     return call, backends.get(backend)
 
 
-def _or_empty(gradient: Tensor | None, like: Tensor) -> Tensor:
+def or_empty(gradient: Tensor | None, like: Tensor) -> Tensor:
     return like.new_empty(0) if gradient is None else gradient
+
+
+def weighted_sum(coefficients: Tensor, values: Tensor) -> Tensor:
+    """A token of weight 0 takes no part, whatever its value is: 0 * inf is not NaN here."""
+    return torch.where(coefficients == 0, torch.zeros_like(values), coefficients * values).sum()
 
 
 def _statistics(*arguments: Any) -> tuple[Tensor, Tensor]:
@@ -52,16 +101,14 @@ def _statistics(*arguments: Any) -> tuple[Tensor, Tensor]:
 def _statistics_backward(*arguments: Any) -> tuple[Tensor, Tensor]:
     call, backend = _call(arguments[:_CALL_ARGUMENTS])
     dlogits, dreference = backend.backward(call, *arguments[_CALL_ARGUMENTS:])
-    return _or_empty(dlogits, call.logits), _or_empty(dreference, call.logits)
+    return or_empty(dlogits, call.logits), or_empty(dreference, call.logits)
 
 
 def _loss(*arguments: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     call, backend = _call(arguments[:_CALL_ARGUMENTS])
     coefficients = arguments[_CALL_ARGUMENTS]
     values, dlogits, dreference = backend.one_read(call, *arguments[_CALL_ARGUMENTS:])
-    # A token of weight 0 takes no part, whatever its value is: 0 * inf is not NaN here.
-    terms = torch.where(coefficients == 0, torch.zeros_like(values), coefficients * values)
-    return terms.sum(), values, _or_empty(dlogits, call.logits), _or_empty(dreference, call.logits)
+    return weighted_sum(coefficients, values), values, or_empty(dlogits, call.logits), or_empty(dreference, call.logits)
 
 
 for _name, _function in (
@@ -116,22 +163,20 @@ torch.library.register_fake("kldiv_kernels::loss", _fake_loss)
 
 
 def _save_statistics(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-    call = inputs[:_CALL_ARGUMENTS]
     ctx.mark_non_differentiable(output[1])
     ctx.set_materialize_grads(False)
-    ctx.save_for_backward(*call[:6], output[1])
-    ctx.rest = call[6:]
+    ctx.save_for_backward(*inputs[:6], output[1])
+    ctx.rest = inputs[6:-1]
 
 
-def _statistics_gradient(ctx: Any, values: Tensor | None, _: Any) -> tuple[Any, ...]:
-    nothing = (None,) * (_CALL_ARGUMENTS - 1)
+def _statistics_gradient(backward: str, ctx: Any, values: Tensor | None, _: Any) -> tuple[Any, ...]:
+    nothing = (None,) * (5 + len(ctx.rest))
     if values is None:
         return None, None, *nothing
     *tensors, saved = ctx.saved_tensors
     student, teacher = ctx.needs_input_grad[0], ctx.needs_input_grad[1]
-    dlogits, dreference = torch.ops.kldiv_kernels.statistics_backward(
-        *tensors, *ctx.rest, saved, values, student, teacher
-    )
+    operator = getattr(torch.ops.kldiv_kernels, backward)
+    dlogits, dreference = operator(*tensors, *ctx.rest, saved, values, student, teacher)
     return dlogits if student else None, dreference if teacher else None, *nothing
 
 
@@ -140,6 +185,7 @@ def _save_loss(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) ->
     ctx.mark_non_differentiable(values, dlogits, dreference)
     ctx.set_materialize_grads(False)
     ctx.save_for_backward(dlogits, dreference)
+    ctx.inputs = len(inputs)
 
 
 _DOUBLE_BACKWARD = (
@@ -149,7 +195,7 @@ _DOUBLE_BACKWARD = (
 
 
 def _loss_gradient(ctx: Any, loss: Tensor | None, *_: Any) -> tuple[Any, ...]:
-    nothing = (None,) * (_CALL_ARGUMENTS + 1)
+    nothing = (None,) * (ctx.inputs - 2)
     if loss is None:
         return None, None, *nothing
     if torch.is_grad_enabled():
@@ -180,6 +226,15 @@ def _no_double_backward(ctx: Any, *gradients: Any) -> None:
     raise RuntimeError(_DOUBLE_BACKWARD)
 
 
-torch.library.register_autograd("kldiv_kernels::statistics", _statistics_gradient, setup_context=_save_statistics)
-torch.library.register_autograd("kldiv_kernels::loss", _loss_gradient, setup_context=_save_loss)
-torch.library.register_autograd("kldiv_kernels::statistics_backward", _no_double_backward, setup_context=_save_nothing)
+def register_autograd(prefix: str) -> None:
+    """Autograd of the three operators whose names start with this."""
+    statistics, backward = f"{prefix}statistics", f"{prefix}statistics_backward"
+    for name, function, save in (
+        (statistics, functools.partial(_statistics_gradient, backward), _save_statistics),
+        (backward, _no_double_backward, _save_nothing),
+        (f"{prefix}loss", _loss_gradient, _save_loss),
+    ):
+        torch.library.register_autograd(f"kldiv_kernels::{name}", function, setup_context=save)
+
+
+register_autograd("")

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from kldiv_kernels import inputs, ops  # noqa: F401  (ops registers the operators)
+from kldiv_kernels import inputs, ops
 from kldiv_kernels.inputs import Parameter
 from kldiv_kernels.registry import STATISTICS
 
@@ -86,7 +86,7 @@ def token_stats(
     needs_gradient = torch.is_grad_enabled() and (
         logits.requires_grad or (call.reference is not None and call.reference.requires_grad)
     )
-    values, _ = torch.ops.kldiv_kernels.statistics(*inputs.operator_arguments(call, chosen), needs_gradient)
+    values = ops.statistics(call, chosen, needs_gradient)
     return _named(call.stats, values, labels, logits.shape[:-1])
 
 

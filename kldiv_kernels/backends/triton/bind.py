@@ -37,7 +37,6 @@ class Bound:
     finish_kernel: Any
     gradient_kernel: Any
     loss_kernel: Any
-    scale_kernel: Any
     first: int
     sums: int
     state_rows: int
@@ -53,6 +52,7 @@ def bind(statistics: tuple[Statistic, ...], functions: tuple[TritonStatistic, ..
     for module in (math, rows, state, divergences, powers, slices, kernels):
         namespace.update({name: value for name, value in vars(module).items() if _is_triton(value)})
     namespace["NVIDIA"] = tl.constexpr(nvidia)
+    namespace["INFINITY"] = tl.constexpr(_Infinity("inf"))
     if not isinstance(kernels.sweep_kernel, triton.JITFunction):  # the interpreter wants plain numbers
         namespace = {k: v.value if isinstance(v, tl.constexpr) else v for k, v in namespace.items()}
     for name, function in hooks.used().items():
@@ -73,6 +73,13 @@ def bind(statistics: tuple[Statistic, ...], functions: tuple[TritonStatistic, ..
     )
 
 
+class _Infinity(float):
+    """Inductor prints constants by their repr, and has no name `inf`."""
+
+    def __repr__(self) -> str:
+        return 'float("inf")'
+
+
 def _is_jit(value: Any) -> bool:
     return callable(value) and hasattr(value, "fn") and hasattr(value, "arg_names")
 
@@ -89,12 +96,14 @@ def _jit_in(function: Callable[..., Any], namespace: dict[str, Any]) -> Any:
     copy.__annotations__ = function.__annotations__
     copy.__module__ = function.__module__
     copy.__qualname__ = function.__qualname__
-    # Alignment is a constexpr of the kernels, not a property of each argument: nothing else may recompile them.
-    arguments = None
-    if function.__name__.endswith("_kernel"):
-        parameters = inspect.signature(copy).parameters.items()
-        arguments = [name for name, one in parameters if "constexpr" not in str(one.annotation)]
-    return triton.jit(copy, do_not_specialize=arguments, do_not_specialize_on_alignment=arguments)
+    return unspecialised(copy) if function.__name__.endswith("_kernel") else triton.jit(copy)
+
+
+def unspecialised(kernel: Callable[..., Any]) -> Any:
+    """The kernel, compiled once for all values and alignments of its arguments; alignment is a constexpr of its own."""
+    parameters = inspect.signature(kernel).parameters.items()
+    arguments = [name for name, one in parameters if "constexpr" not in str(one.annotation)]
+    return triton.jit(kernel, do_not_specialize=arguments, do_not_specialize_on_alignment=arguments)
 
 
 def _compile(source: str, namespace: dict[str, Any]) -> dict[str, Any]:

@@ -120,7 +120,8 @@ def jeffreys_grad_logp(p, q, lp, lq, u, alpha, beta):
 # With v = beta (1 - beta) and K(u) = log(m/q) = beta u + v u²/2 + v (1-2 beta) u³/6 + ..., a Bernoulli cumulant
 # function, a term is m (u K' − K) = m u² v (1/2 + (1-2 beta) u/3 + (1-6v) u²/8 + ...).
 @triton.jit
-def _log_mixture_over_q(p, q, lq, u, beta):
+def _log_q_over_mixture(p, q, lq, u, beta):
+    """log(q/m), m, log m"""
     v = beta * (1.0 - beta)
     skewness = 1.0 - 2.0 * beta
     y = tl.fma(u, v * skewness * (1.0 - 12.0 * v) / 120.0, v * (1.0 - 6.0 * v) / 24.0)
@@ -128,8 +129,8 @@ def _log_mixture_over_q(p, q, lq, u, beta):
     y = tl.fma(y, u, 0.5 * v)
     y = tl.fma(y, u, beta)
     m = tl.fma(beta, p, (1.0 - beta) * q)
-    far = log(tl.maximum(m, SMALLEST_NORMAL)) - lq
-    return tl.where(tl.abs(u) < 0.25, y * u, far), m
+    log_m = log(tl.maximum(m, SMALLEST_NORMAL))
+    return tl.where(tl.abs(u) < 0.25, -(y * u), lq - log_m), m, log_m
 
 
 @triton.jit
@@ -141,17 +142,15 @@ def js_terms(p, q, lp, lq, u, alpha, beta):
         value = kl_term(q, p, -u)
         of_q = value
     else:
-        k, m = _log_mixture_over_q(p, q, lq, u, beta)
-        of_q = -(1.0 - beta) * q * k
+        log_ratio, m, log_m = _log_q_over_mixture(p, q, lq, u, beta)
+        of_q = (1.0 - beta) * q * log_ratio
         v = beta * (1.0 - beta)
         skewness = 1.0 - 2.0 * beta
         y = tl.fma(u, v * (1.0 - 30.0 * v + 120.0 * v * v) / 144.0, v * skewness * (1.0 - 12.0 * v) / 30.0)
         y = tl.fma(y, u, v * (1.0 - 6.0 * v) / 8.0)
         y = tl.fma(y, u, v * skewness / 3.0)
         y = tl.fma(y, u, 0.5 * v)
-        # log(p/m) = log(q/m) + u, but not where one of the two has no mass.
-        log_p_over_m = tl.where(tl.abs(u) < 80.0, u - k, lp - (lq + k))
-        value = tl.where(tl.abs(u) < 0.25, (m * u) * (u * y), tl.fma(beta * p, log_p_over_m, of_q))
+        value = tl.where(tl.abs(u) < 0.25, (m * u) * (u * y), tl.fma(beta * p, lp - log_m, of_q))
     return value, of_q
 
 
@@ -170,8 +169,8 @@ def js_grad_logq(p, q, lp, lq, u, alpha, beta):
     elif beta >= 1.0:
         g = -(q * u)
     else:
-        k, m = _log_mixture_over_q(p, q, lq, u, beta)
-        g = -(1.0 - beta) * q * k
+        log_ratio, m, log_m = _log_q_over_mixture(p, q, lq, u, beta)
+        g = (1.0 - beta) * q * log_ratio
     return g
 
 
@@ -182,8 +181,8 @@ def js_grad_logp(p, q, lp, lq, u, alpha, beta):
     elif beta >= 1.0:
         g = p - q
     else:
-        k, m = _log_mixture_over_q(q, p, lp, -u, 1.0 - beta)
-        g = -beta * p * k
+        log_ratio, m, log_m = _log_q_over_mixture(q, p, lp, -u, 1.0 - beta)
+        g = beta * p * log_ratio
     return g
 
 

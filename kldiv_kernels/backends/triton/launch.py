@@ -14,8 +14,8 @@ from torch import Tensor
 
 from kldiv_kernels import registry
 from kldiv_kernels.backends import Call, value_rows
-from kldiv_kernels.backends.triton import state, table
-from kldiv_kernels.backends.triton.bind import Bound, bind
+from kldiv_kernels.backends.triton import kernels, state, table
+from kldiv_kernels.backends.triton.bind import Bound, bind, unspecialised
 
 # The slices of a row are merged by a warp.
 _MOST_SLICES = 32
@@ -40,7 +40,7 @@ GPU_TILE = Tile(lanes=128, blocks=16, warps=4)
 
 def interpreter_tile(vocab: int, columns: int) -> Tile:
     """Several blocks and slices a row at any size, and few of them: the interpreter is slow by the operation."""
-    return Tile(lanes=max(2, triton.next_power_of_2(vocab // (6 * columns))), blocks=2, warps=1)
+    return Tile(lanes=max(2, triton.next_power_of_2(vocab // (4 * columns))), blocks=2, warps=1)
 
 
 @dataclass(frozen=True)
@@ -108,9 +108,9 @@ def _processors(device: torch.device) -> int:
 
 
 class Launch:
-    """One call's launches. `wrap` turns a kernel into what is launched: itself, or under torch.compile a traced one."""
+    """One call's launches. `wrap` makes them visible to torch.compile: while it traces, tensors have no addresses."""
 
-    def __init__(self, call: Call, interpreted: bool, wrap: Callable[[Any], Any] = lambda kernel: kernel) -> None:
+    def __init__(self, call: Call, interpreted: bool, wrap: Callable[[Any], Any] | None = None) -> None:
         self.call, self.interpreted, self.wrap = call, interpreted, wrap
         logits, reference = call.logits, call.reference
         self.device = logits.device
@@ -120,7 +120,7 @@ class Launch:
         self.shape = Shape.of(call.vocab_size, element, interpreted)
         self.rows = call.rows
         self.value_rows = value_rows(call.stats, call.labels_per_row)
-        self.aligned = all(_aligned(t) for t in tensors)
+        self.aligned = all(self._is_aligned(t) for t in tensors)
         second = logits if reference is None else reference
         s, t = leading(logits), leading(second)
         assert s is not None
@@ -149,8 +149,9 @@ class Launch:
     def _run(self, kernel: Any, programs: int, warps: int, arguments: dict[str, Any]) -> None:
         if programs == 0:
             return
+        kernel = kernel if self.wrap is None else self.wrap(kernel)
         # No contraction: every kernel gives a row the same bits, and the sums that want it are written as one.
-        self.wrap(kernel)[(programs,)](**arguments, num_warps=warps, **_options(self.interpreted))
+        kernel[(programs,)](**arguments, num_warps=warps, **_options(self.interpreted))
 
     def statistics(self, with_state: bool) -> tuple[Tensor, Tensor]:
         call, shape, bound = self.call, self.shape, self.bound
@@ -158,7 +159,9 @@ class Launch:
         values = torch.empty((self.value_rows, self.rows), **f32)  # type: ignore[call-overload]
         saved = torch.empty((bound.state_rows if with_state else 0, self.rows), **f32)  # type: ignore[call-overload]
         partial = torch.empty((self.rows, shape.slices, state.STATE_SIZE.value), **f32)  # type: ignore[call-overload]
-        sums = torch.empty((self.rows, shape.slices, bound.sums), **f32)  # type: ignore[call-overload]
+        sums = partial
+        if bound.sums:
+            sums = torch.empty((self.rows, shape.slices, bound.sums), **f32)  # type: ignore[call-overload]
         programs = self.rows * shape.slices
         with self._on_device():
             self._run(
@@ -175,7 +178,7 @@ class Launch:
                 bound.finish_kernel, self.rows, 1,
                 {
                     "values_ptr": values, "state_ptr": saved, "partial_ptr": partial, "sums_ptr": sums,
-                    "labels_ptr": _or(call.labels, values), "label_count": call.labels_per_row,
+                    "labels_ptr": _or(call.labels, call.logits), "label_count": call.labels_per_row,
                     "value_rows": self.value_rows, "SAVE": with_state, **self.row_arguments, **padded,
                 },
             )  # fmt: skip
@@ -228,28 +231,51 @@ class Launch:
         dt = torch.empty_like(call.reference, **options) if reference and call.reference is not None else None
         second = call.logits if call.reference is None else call.reference
         row = {**self.row_arguments, **self.block_arguments}
-        row["ALIGNED"] = self.aligned and all(g is None or _aligned(g) for g in (ds, dt))
+        row["ALIGNED"] = self.aligned and all(g is None or self._is_aligned(g) for g in (ds, dt))
         return ds, dt, {
             "ds_ptr": _or(ds, call.logits), "dt_ptr": _or(dt, second),
             "s_width": call.logits.shape[-1], "t_width": second.shape[-1],
-            "coefficients_ptr": coefficients, "labels_ptr": _or(call.labels, coefficients),
+            "coefficients_ptr": coefficients, "labels_ptr": _or(call.labels, call.logits),
             "label_count": call.labels_per_row, "STUDENT": student, "REFERENCE": reference,
             "LABEL_S": self.bound.label_s, "LABEL_T": self.bound.label_t, **row,
         }  # fmt: skip
 
+    def _is_aligned(self, tensor: Tensor) -> bool:
+        """Whether every row starts at a multiple of 16 bytes. Inductor keeps what it traced with: it allocates aligned
+        memory, and copies an input that turns out not to be."""
+        size = tensor.element_size()
+        first = tensor.data_ptr() if self.wrap is None else tensor.storage_offset() * size
+        return first % 16 == 0 and all(
+            stride * size % 16 == 0
+            for length, stride in zip(tensor.shape[:-1], tensor.stride()[:-1], strict=True)
+            if length > 1
+        )
+
     def _on_device(self) -> contextlib.AbstractContextManager[Any]:
-        if self.device.type == "cpu":
-            return contextlib.nullcontext()
-        manager: contextlib.AbstractContextManager[Any] = torch.get_device_module(self.device).device(self.device)
-        return manager
+        return contextlib.nullcontext() if self.wrap is not None else on_device(self.device)
 
 
-def scale_in_place(gradient: Tensor, factor: Tensor, kernel: Any, interpreted: bool) -> None:
-    """gradient *= factor, where only the device reads the factor."""
-    block = 4096
-    programs = triton.cdiv(gradient.numel(), block)
-    if programs:
-        kernel[(programs,)](gradient, factor, gradient.numel(), BLOCK=block, num_warps=4, **_options(interpreted))
+def on_device(device: torch.device) -> contextlib.AbstractContextManager[Any]:
+    if device.type == "cpu":
+        return contextlib.nullcontext()
+    manager: contextlib.AbstractContextManager[Any] = torch.get_device_module(device).device(device)
+    return manager
+
+
+# Reads and writes the gradient once, or nothing where the factor is 1.
+_scale = unspecialised(kernels.scale_kernel.fn)
+_SCALED_BY_A_PROGRAM = 4096
+
+
+def scale_in_place(gradient: Tensor, factor: Tensor, interpreted: bool) -> None:
+    """gradient *= factor for a contiguous gradient, where only the device reads the factor."""
+    programs = triton.cdiv(gradient.numel(), _SCALED_BY_A_PROGRAM)
+    if programs == 0:
+        return
+    with on_device(gradient.device):
+        _scale[(programs,)](
+            gradient, factor, gradient.numel(), BLOCK=_SCALED_BY_A_PROGRAM, num_warps=4, **_options(interpreted)
+        )
 
 
 def _options(interpreted: bool) -> dict[str, Any]:
@@ -259,13 +285,3 @@ def _options(interpreted: bool) -> dict[str, Any]:
 def _or(tensor: Tensor | None, instead: Tensor) -> Tensor:
     """A pointer for an argument that the kernel does not read."""
     return instead if tensor is None else tensor
-
-
-def _aligned(tensor: Tensor) -> bool:
-    """Whether every row starts at a multiple of 16 bytes."""
-    size = tensor.element_size()
-    return tensor.data_ptr() % 16 == 0 and all(
-        stride * size % 16 == 0
-        for length, stride in zip(tensor.shape[:-1], tensor.stride()[:-1], strict=True)
-        if length > 1
-    )
