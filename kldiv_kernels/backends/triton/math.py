@@ -13,7 +13,8 @@ import triton.language as tl
 LOG2E = tl.constexpr(1.44269504)
 LOG2E_LOW = tl.constexpr(1.92596299e-8)
 LN2 = tl.constexpr(0.6931471805599453)
-SMALLEST_NORMAL = tl.constexpr(1.17549435e-38)
+# As a power: Triton 3.6 makes a float64 of a constant below it, which the nine digits 1.17549435e-38 are.
+SMALLEST_NORMAL = tl.constexpr(2.0**-126)
 # The instruction lg2.approx takes the place of a logarithm of twenty instructions; set when kernels are bound.
 NVIDIA = tl.constexpr(False)
 
