@@ -1,0 +1,64 @@
+"""Where these tests run: on the GPU, or with KLDIV_TEST_DEVICE=cpu small ones in Triton's interpreter.
+
+Logits are drawn on the CPU, where the float64 oracle reads them, and put on the device for the backend.
+KLDIV_TEST_QUICK=1 leaves a few statistics and small sizes: it tests the tests.
+"""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+
+import pytest
+import torch
+from checks import BACKENDS, DIVERGENCES, STATISTIC_NAMES, on
+from torch import Tensor
+
+import kldiv_kernels as kk
+from kldiv_kernels.registry import STATISTICS
+
+DEVICE = os.environ.get("KLDIV_TEST_DEVICE", "cuda")
+QUICK = os.environ.get("KLDIV_TEST_QUICK") == "1"
+_QUICK_NAMES = ("logprob", "js")
+
+if DEVICE == "cuda" and not torch.cuda.is_available():
+    pytest.skip("needs a GPU", allow_module_level=True)
+
+# The C++ backend serves CPU tensors, and the reference is no kernel: it is tested here in a few cases of its own.
+KERNELS = [name for name in BACKENDS if name not in ("cpu", "reference")]
+NAMES = [name for name in STATISTIC_NAMES if not QUICK or name in _QUICK_NAMES]
+LOSSES = [name for name in DIVERGENCES if name in NAMES]
+DTYPES = (torch.bfloat16,) if QUICK else (torch.bfloat16, torch.float32, torch.float16)
+
+if not KERNELS:
+    pytest.skip(f"no backend with kernels for {DEVICE}: {kk.backends()}", allow_module_level=True)
+
+
+@dataclass(frozen=True)
+class Computed:
+    """A statistic and its gradients with coefficients of 1, on the CPU."""
+
+    value: Tensor
+    student: Tensor | None
+    teacher: Tensor | None
+
+
+def rows(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
+    return (3 * torch.randn(shape)).to(dtype)
+
+
+def labels_for(logits: Tensor) -> Tensor:
+    return torch.randint(logits.shape[-1], logits.shape[:-1])
+
+
+def compute(
+    name: str, logits: Tensor, reference: Tensor, labels: Tensor | None, backend: str, **options: float | Tensor
+) -> Computed:
+    student, teacher = (on(DEVICE, x.detach().clone()).requires_grad_() for x in (logits, reference))
+    given = {key: on(DEVICE, x) if isinstance(x, Tensor) else x for key, x in options.items()}
+    given_labels = None if labels is None else on(DEVICE, labels)
+    value = kk.token_stats(student, teacher, given_labels, stats=[name], backend=backend, **given)[name]
+    if STATISTICS[name].differentiable:
+        value.sum().backward()
+    gradients = [None if x.grad is None else x.grad.cpu() for x in (student, teacher)]
+    return Computed(value.detach().cpu(), *gradients)

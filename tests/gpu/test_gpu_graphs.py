@@ -1,0 +1,105 @@
+"""CUDA graphs and torch.compile: captured and compiled calls give what eager ones give."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+import torch
+from setting import DEVICE, KERNELS, LOSSES, QUICK
+from torch import Tensor
+
+import kldiv_kernels as kk
+
+COLUMNS = 300 if QUICK else 5003
+# Few rows run as slices, many in the one-program form.
+ROWS = (3,) if QUICK else (3, 2048)
+Step = Callable[[Tensor, Tensor, Tensor, str], Tensor]
+
+
+def _inputs(rows: int) -> tuple[Tensor, Tensor, Tensor]:
+    student, teacher = (torch.randn(rows, COLUMNS, device=DEVICE).mul_(3).to(torch.bfloat16) for _ in range(2))
+    return student.requires_grad_(), teacher, torch.randint(COLUMNS, (rows,), device=DEVICE)
+
+
+def _distillation(student: Tensor, teacher: Tensor, labels: Tensor, backend: str) -> Tensor:
+    return 2 * kk.divergence_loss(student, teacher, "forward_kl", temperature=2.0, backend=backend)
+
+
+def _masked(student: Tensor, teacher: Tensor, labels: Tensor, backend: str) -> Tensor:
+    return kk.js_divergence(student, teacher, labels=labels, ignore_index=7, backend=backend)
+
+
+def _entropy(student: Tensor, teacher: Tensor, labels: Tensor, backend: str) -> Tensor:
+    stats = kk.token_stats(student, teacher, stats=["entropy", "reverse_kl"], backend=backend)
+    return (stats.entropy * 0.3 + stats.reverse_kl.square()).mean()
+
+
+def _policy(student: Tensor, teacher: Tensor, labels: Tensor, backend: str) -> Tensor:
+    stats = kk.token_stats(student, labels=labels, stats=["logprob", "entropy"], backend=backend)
+    return -stats.logprob.mean() - 0.01 * stats.entropy.mean()
+
+
+STEPS = [_distillation, _masked, _entropy, _policy]
+
+
+def _run(step: Step, inputs: tuple[Tensor, Tensor, Tensor], backend: str) -> tuple[Tensor, Tensor]:
+    student = inputs[0]
+    student.grad = None
+    loss = step(*inputs, backend)
+    loss.backward()
+    assert student.grad is not None
+    return loss.detach().clone(), student.grad.clone()
+
+
+@pytest.mark.skipif(DEVICE != "cuda", reason="CUDA graphs need a GPU")
+@pytest.mark.parametrize("rows", ROWS)
+@pytest.mark.parametrize("step", STEPS)
+@pytest.mark.parametrize("backend", KERNELS)
+def test_a_captured_step_replays_on_new_logits(step: Step, rows: int, backend: str) -> None:
+    inputs, fresh = _inputs(rows), _inputs(rows)
+    wanted = _run(step, fresh, backend)
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        for _ in range(2):
+            before = _run(step, inputs, backend)
+    torch.cuda.current_stream().wait_stream(stream)
+    inputs[0].grad = None
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        loss = step(*inputs, backend)
+        loss.backward()
+    gradient = inputs[0].grad
+    assert gradient is not None
+    with torch.no_grad():
+        for old, new in zip(inputs, fresh, strict=True):
+            old.copy_(new)
+    graph.replay()
+    torch.cuda.synchronize()
+    assert torch.equal(loss.detach(), wanted[0])
+    assert torch.equal(gradient, wanted[1])
+    assert not torch.equal(gradient, before[1])
+
+
+@pytest.mark.parametrize("rows", ROWS)
+@pytest.mark.parametrize("step", STEPS)
+@pytest.mark.parametrize("backend", KERNELS)
+def test_a_compiled_step(step: Step, rows: int, backend: str) -> None:
+    inputs = _inputs(rows)
+    loss, gradient = _run(step, inputs, backend)
+    torch._dynamo.reset()
+    # Inductor is what runs on a GPU; on a CPU it would compile C++ for a minute.
+    compiled = torch.compile(step, fullgraph=True, backend="inductor" if DEVICE == "cuda" else "aot_eager")
+    for _ in range(2):
+        again, its_gradient = _run(compiled, inputs, backend)
+        assert torch.allclose(again, loss, rtol=1e-5)
+        # The kernels are the same; what is around them may be fused differently.
+        difference = (its_gradient.double() - gradient.double()).abs()
+        scale = gradient.double().abs().amax(-1, keepdim=True)
+        assert (difference <= 2e-5 * scale + torch.finfo(torch.bfloat16).eps * gradient.double().abs()).all()
+        assert gradient.any()
+
+
+def test_losses_are_tested() -> None:
+    assert "js" in LOSSES
