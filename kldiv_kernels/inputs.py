@@ -1,6 +1,8 @@
 """Checks and normalises the arguments of the public functions, once, above the backends.
 
-Everything here costs O(tokens): the logits themselves are neither read nor copied.
+Everything here costs O(tokens): the logits themselves are neither read nor copied. Values on the device (labels, excluded
+columns, parameters per token) are checked too, which waits for the device; not under torch.compile, nor while a CUDA
+graph is captured.
 """
 
 from __future__ import annotations
@@ -207,10 +209,17 @@ def _exclude(where: str, exclude: Tensor | None, logits: Tensor, leading: torch.
     return table
 
 
+def _may_look_at(tensor: Tensor) -> bool:
+    """Whether values may decide what happens: not while torch.compile traces, nor while a CUDA graph is captured."""
+    if torch.compiler.is_compiling():
+        return False
+    return tensor.device.type != "cuda" or not torch.cuda.is_current_stream_capturing()
+
+
 def _in_range(
     where: str, name: str, table: Tensor, allowed: Tensor, low: int, high: int, shape: torch.Size, also: str
 ) -> None:
-    if torch.compiler.is_compiling():  # a data-dependent check would break the graph
+    if not _may_look_at(table):
         return
     wrong = ~allowed & ((table < low) | (table >= high))
     if bool(wrong.any()):
@@ -275,7 +284,7 @@ def _parameter_type(where: str, name: str, value: Parameter, logits: Tensor, lea
 
 def _bounded(where: str, name: str, value: Parameter, bound: Bound, purpose: str) -> None:
     if isinstance(value, Tensor):
-        if torch.compiler.is_compiling():
+        if not _may_look_at(value):
             return
         outside = value[~torch.as_tensor(bound.allows(value))].reshape(-1)
         wrong = outside[0].item() if outside.numel() else None

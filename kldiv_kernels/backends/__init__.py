@@ -130,8 +130,15 @@ def _refusal(backend: Backend, call: Call) -> str | None:
 
 
 def scale_in_place(gradient: Tensor, upstream: Tensor) -> Tensor:
-    """gradient *= upstream; where the compiled part runs, a scalar of 1 costs no pass over the gradient."""
-    if gradient.device.type == "cpu" and upstream.dtype == torch.float32 and get("cpu").unavailable() is None:
+    """gradient *= upstream; where compiled code or Triton runs, a scalar of 1 costs no pass over the gradient."""
+    device = gradient.device.type
+    if device == "cpu" and upstream.dtype == torch.float32 and get("cpu").unavailable() is None:
         torch.ops.kldiv_kernels_native.scale_(gradient, upstream)
+        return gradient
+    fits = upstream.dtype == torch.float32 and gradient.dtype != torch.float64 and gradient.is_contiguous()
+    if fits and device in ("cuda", "xpu") and get("triton").unavailable() is None:
+        from kldiv_kernels.backends.triton import interpreted, launch
+
+        launch.scale_in_place(gradient, upstream, interpreted())
         return gradient
     return gradient.mul_(upstream)
