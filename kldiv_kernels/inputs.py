@@ -1,8 +1,8 @@
 """Checks and normalises the arguments of the public functions, once, above the backends.
 
-Everything here costs O(tokens): the logits themselves are neither read nor copied. Values on the device (labels, excluded
-columns, parameters per token) are checked too, which waits for the device; not under torch.compile, nor while a CUDA
-graph is captured.
+Everything here costs O(tokens): the logits themselves are neither read nor copied. Values on the device (labels,
+excluded columns, parameters per token) are checked too, which waits for the device; not under torch.compile, nor while
+a CUDA graph is captured.
 """
 
 from __future__ import annotations

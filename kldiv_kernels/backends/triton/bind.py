@@ -7,11 +7,11 @@ torch.compile needs to print the kernels into the code that it generates.
 
 from __future__ import annotations
 
+import ast
 import functools
 import hashlib
 import inspect
 import linecache
-import re
 import textwrap
 import types
 from collections.abc import Callable
@@ -344,8 +344,24 @@ def _function(head: str, lines: list[str]) -> str:
 
 
 def renamed(function: Any, name: str) -> Any:
-    """A copy of a jit function under another name, for names that two users may have chosen."""
-    source = textwrap.dedent(inspect.getsource(function.fn))
-    source = source[re.search(r"^def\s", source, re.MULTILINE).start() :]  # type: ignore[union-attr]
-    source = re.sub(r"^def\s+\w+", f"def {name}", source, count=1)
-    return _compile(source, function.fn.__globals__)[name]
+    """A copy of a jit function under another name, and of what it uses: two users may have chosen the same names, or
+    one of this package's."""
+    tree = ast.parse(textwrap.dedent(inspect.getsource(function.fn)))
+    (definition,) = tree.body
+    assert isinstance(definition, ast.FunctionDef)
+    definition.name, definition.decorator_list = name, []
+    namespace: dict[str, Any] = dict(function.fn.__globals__)
+    names = {}
+    for used in function.fn.__code__.co_names:
+        value: Any = namespace.get(used)
+        new = f"{name}_{used}"
+        if _is_jit(value) and not value.fn.__module__.startswith("triton."):
+            names[used], namespace[new] = new, renamed(value, new)
+        elif isinstance(value, (tl.constexpr, int, float)):
+            number = value.value if isinstance(value, tl.constexpr) else value
+            interpreted = not isinstance(function, triton.JITFunction)
+            names[used], namespace[new] = new, number if interpreted else tl.constexpr(number)
+    for node in ast.walk(definition):
+        if isinstance(node, ast.Name) and node.id in names:
+            node.id = names[node.id]
+    return _compile(ast.unparse(tree), namespace)[name]

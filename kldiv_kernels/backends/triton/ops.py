@@ -25,7 +25,7 @@ def arguments(call: Call, version: str) -> tuple[object, ...]:
     """The leading arguments of the operators."""
     table = call.token_parameters
     if table is None:
-        # A product, which torch.compile keeps for all values of the factor; it recompiles for every value of torch.full.
+        # A product: torch.compile keeps it for all values of the factor, and recompiles for every value of torch.full.
         ones = torch.ones(call.rows, dtype=torch.float32, device=call.logits.device)
         table = torch.stack([ones * value for value in call.parameters])
     return (
