@@ -157,7 +157,9 @@ class Launch:
         call, shape, bound = self.call, self.shape, self.bound
         f32 = {"dtype": torch.float32, "device": self.device}
         values = torch.empty((self.value_rows, self.rows), **f32)  # type: ignore[call-overload]
-        saved = torch.empty((bound.state_rows if with_state else 0, self.rows), **f32)  # type: ignore[call-overload]
+        # Nothing is saved for a masked row, and no output holds what happened to be in memory.
+        make = torch.empty if call.mask is None else torch.zeros
+        saved = make((bound.state_rows if with_state else 0, self.rows), **f32)  # type: ignore[call-overload]
         partial = torch.empty((self.rows, shape.slices, state.STATE_SIZE.value), **f32)  # type: ignore[call-overload]
         sums = partial
         if bound.sums:
