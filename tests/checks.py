@@ -11,8 +11,8 @@ from torch import Tensor
 import kldiv_kernels as kk
 from kldiv_kernels.registry import STATISTICS, Statistic
 
-# Under TRITON_INTERPRET=1 the suite is about the Triton backend alone: a process has its kernels compiled or interpreted,
-# not both.
+# Under TRITON_INTERPRET=1 the suite is about the Triton backend alone: a process has its kernels compiled or
+# interpreted, not both.
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 BACKENDS = ["triton"] if INTERPRETED else [name for name, state in kk.backends().items() if state == "available"]
 BACKEND_DTYPES = [
