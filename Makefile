@@ -4,6 +4,7 @@
 # TORCH   what pip is asked for where .venv has no PyTorch. Pinned, because a range can resolve to a build with
 #         gigabytes of CUDA packages; pip options may follow the name.
 # DEMO_OPTIONS  options of `kldiv demo`.
+# GPU_CHECK_OPTIONS  options of benchmarks/gpu_check.py.
 PYTHON ?= python3
 TORCH ?= torch==2.13.0
 DEMO_OPTIONS ?= --output runs/demo
@@ -14,7 +15,7 @@ SOURCES := $(shell find csrc -type f 2>/dev/null)
 CXX_SOURCES := $(filter %.h %.cpp %.cuh %.cu,$(SOURCES))
 PYTHON_SOURCES := $(wildcard kldiv_kernels tests benchmarks setup.py)
 
-.PHONY: demo test lint format sanitize bench clean
+.PHONY: demo test lint format sanitize bench gpu-check clean
 
 demo: $(VENV)/.installed
 	$(VENV)/bin/kldiv demo $(DEMO_OPTIONS)
@@ -40,6 +41,11 @@ sanitize: $(VENV)/.installed
 
 bench: $(VENV)/.installed
 	$(VENV)/bin/kldiv bench --output runs/bench
+
+# On a machine with a GPU: everything that only a GPU can show, in less than eight minutes, into runs/gpu-check (or
+# $OUT). Installs nothing: PyTorch, Triton, pytest and NumPy have to be there.
+gpu-check:
+	$(if $(wildcard $(PY)),$(PY),$(PYTHON)) benchmarks/gpu_check.py $(GPU_CHECK_OPTIONS)
 
 clean:
 	rm -rf build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis .benchmarks

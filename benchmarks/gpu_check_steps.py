@@ -1,0 +1,164 @@
+"""How `gpu_check.py` runs a step: a process, or several that share the tests, within a time limit."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+ROOT = Path(__file__).resolve().parent.parent
+Status = Literal["pass", "fail", "skip"]
+_MOST_LOG = 1 << 20
+_MOST_FAILURES = 12
+# The tests need none of the plugins that happen to be installed.
+_PYTEST = {"PYTEST_DISABLE_PLUGIN_AUTOLOAD": "1"}
+
+
+@dataclass
+class Step:
+    """One line of the report. `details` goes into the JSON."""
+
+    name: str
+    status: Status
+    seconds: float
+    summary: str
+    details: dict[str, Any] = field(default_factory=dict)
+
+
+@dataclass
+class Runner:
+    """Starts processes in the source tree; their output goes to `log`."""
+
+    log: Path
+    variables: Mapping[str, str]
+    say: Callable[[str], None]
+    python: str = sys.executable
+    root: Path = ROOT
+
+    def environment(self) -> dict[str, str]:
+        path = os.pathsep.join(x for x in (str(self.root), os.environ.get("PYTHONPATH", "")) if x)
+        return {**os.environ, "PYTHONPATH": path, "PYTHONUNBUFFERED": "1", **_PYTEST, **self.variables}
+
+    def start(self, command: list[str], output: Path, **variables: str) -> subprocess.Popen[bytes]:
+        # A session of its own, so that a time limit ends its children too.
+        with output.open("wb") as file:
+            return subprocess.Popen(
+                command, cwd=self.root, env={**self.environment(), **variables}, stdout=file, stderr=subprocess.STDOUT,
+                stdin=subprocess.DEVNULL, start_new_session=True,
+            )  # fmt: skip
+
+    def run(self, command: list[str], limit: float, **variables: str) -> tuple[int | None, str, float]:
+        """Exit status (None: stopped at the limit), output, seconds."""
+        with tempfile.TemporaryDirectory() as folder:
+            output = Path(folder) / "output"
+            begin = time.monotonic()
+            process = self.start(command, output, **variables)
+            wait([process], begin + limit)
+            text = output.read_text(errors="replace")
+            self.keep(" ".join(command), text)
+            code = None if process.returncode == -signal.SIGKILL else process.returncode
+            return code, text, time.monotonic() - begin
+
+    def keep(self, title: str, text: str) -> None:
+        with self.log.open("a") as file:
+            file.write(f"==== {title}\n{text[-_MOST_LOG:]}\n")
+
+    def tests(self, name: str, files: list[str], shards: int, limit: float) -> Step:
+        """pytest on these files of tests/gpu, in so many processes."""
+        begin = time.monotonic()
+        with tempfile.TemporaryDirectory() as folder:
+            reports = [Path(folder) / f"report{i}" for i in range(shards)]
+            outputs = [Path(folder) / f"output{i}" for i in range(shards)]
+            processes = [
+                self.start(
+                    [
+                        self.python, "-m", "pytest", "-p", "no:cacheprovider", "-W", "ignore", "--tb=short",
+                        f"--maxfail={_MOST_FAILURES}", *(f"tests/gpu/{file}" for file in files),
+                    ],
+                    output, KLDIV_TEST_SHARD=f"{i}/{shards}", KLDIV_TEST_REPORT=str(report),
+                )
+                for i, (report, output) in enumerate(zip(reports, outputs, strict=True))
+            ]  # fmt: skip
+            wait(processes, begin + limit, lambda: self.say(f"{name}: {Results.read(reports).brief()}"))
+            results = Results.read(reports)
+            for output in outputs:
+                self.keep(f"{name}: {output.name}", output.read_text(errors="replace"))
+            # 5: no test was collected, which is right for a shard that none was left for.
+            codes = {process.returncode for process in processes}
+            return results.step(name, time.monotonic() - begin, codes - {0, 5})
+
+
+def wait(processes: list[subprocess.Popen[bytes]], deadline: float, tick: Callable[[], None] = lambda: None) -> None:
+    """Until all have ended or the deadline is there; what still runs is killed. `tick` is called now and then."""
+    told = time.monotonic()
+    while any(process.poll() is None for process in processes) and time.monotonic() < deadline:
+        time.sleep(0.1)
+        if time.monotonic() - told > 15:
+            told = time.monotonic()
+            tick()
+    for process in processes:
+        if process.poll() is None:
+            os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
+
+
+@dataclass
+class Results:
+    """What the lines that tests/gpu/conftest.py writes add up to."""
+
+    collected: int = 0
+    passed: int = 0
+    skipped: list[dict[str, Any]] = field(default_factory=list)
+    failed: list[dict[str, Any]] = field(default_factory=list)
+    slowest: list[tuple[float, str]] = field(default_factory=list)
+
+    @staticmethod
+    def read(paths: list[Path]) -> Results:
+        results = Results()
+        for path in paths:
+            lines = path.read_text().splitlines() if path.exists() else []
+            for line in lines:
+                try:
+                    results._add(json.loads(line))
+                except json.JSONDecodeError:  # half a line: its process was killed
+                    continue
+        results.slowest = sorted(results.slowest, reverse=True)[:5]
+        return results
+
+    def _add(self, line: dict[str, Any]) -> None:
+        if "collected" in line:
+            self.collected += line["collected"]
+            return
+        self.slowest.append((line["seconds"], line["test"]))
+        if line["outcome"] == "passed":
+            self.passed += 1
+        else:
+            (self.failed if line["outcome"] == "failed" else self.skipped).append(line)
+
+    def brief(self) -> str:
+        done = self.passed + len(self.failed) + len(self.skipped)
+        left = "" if done >= self.collected else f" of {self.collected}"
+        text = f"{done}{left} tests, {self.passed} passed, {len(self.failed)} failed, {len(self.skipped)} skipped"
+        return text if self.collected else f"{text} (nothing collected yet)"
+
+    def step(self, name: str, seconds: float, bad_codes: set[int | None]) -> Step:
+        done = self.passed + len(self.failed) + len(self.skipped)
+        why = sorted({str(line.get("message", "")) for line in self.skipped})
+        details = {
+            "passed": self.passed, "failed": self.failed[:50], "skipped": len(self.skipped), "slowest": self.slowest,
+            "collected": self.collected, "why_skipped": why,
+        }  # fmt: skip
+        if self.failed or bad_codes or done < self.collected:
+            stopped = "" if done >= self.collected or self.failed else "; stopped at the time limit or died"
+            return Step(name, "fail", seconds, self.brief() + stopped, details)
+        if not self.passed:
+            return Step(name, "skip", seconds, f"nothing ran: {'; '.join(why) or 'no tests'}", details)
+        return Step(name, "pass", seconds, self.brief(), details)

@@ -1,0 +1,164 @@
+"""The cases on a GPU, in the order in which they are measured, and the speed that the project promises on an H200.
+
+1u is one pass over one [N, V] bf16 logits tensor. The floor of a case is what has to be moved at least: 3u for a
+divergence with its gradient (read student and teacher, write dlogits), 2u for a loss of one tensor, 1u for its
+statistics alone.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from kldiv_kernels.benchmarking.cases import LOGPROB_ENTROPY, Case, Inputs
+
+# Llama 2, Llama 3, Qwen 2.5 and 3, Gemma 2 and later (with a little padding).
+VOCABULARIES = (32_000, 128_256, 151_936, 262_144)
+ROWS, VOCAB = 8192, 151_936
+SMALL_ROWS = (1, 8, 64)
+PROMISED_ON = "H200"
+# Two runs of one kernel differ by this much; a smaller difference to a peer is none.
+NOISE = 1.02
+
+
+@dataclass(frozen=True)
+class GpuCase:
+    """A loss with its gradient; `gradient=False`: per-token log-probability and entropy alone."""
+
+    kind: str
+    rows: int = ROWS
+    vocab: int = VOCAB
+    gradient: bool = True
+    # Whether torch.compile takes part: it needs seconds to compile each case.
+    compiled: bool = True
+    dtype: torch.dtype = torch.bfloat16
+
+    @property
+    def name(self) -> str:
+        return self.kind if self.gradient else f"{self.kind} forward"
+
+    @property
+    def on_cpu(self) -> Case:
+        """The case of `kldiv bench` with the same loss."""
+        return Case(self.kind, self.dtype, self.rows, self.vocab)
+
+    @property
+    def two_tensors(self) -> bool:
+        return self.kind != LOGPROB_ENTROPY
+
+    @property
+    def unit_bytes(self) -> int:
+        return self.rows * self.vocab * self.dtype.itemsize
+
+    @property
+    def floor_units(self) -> int:
+        return 1 + self.two_tensors + self.gradient
+
+    @property
+    def floor_bytes(self) -> int:
+        return self.floor_units * self.unit_bytes
+
+    def inputs(self, device: str, seed: int) -> Inputs:
+        """randn × 3 drawn on the device: about the spread of a language model's logits."""
+        generator = torch.Generator(device).manual_seed(seed)
+
+        def rows() -> Tensor:
+            shape = (self.rows, self.vocab)
+            return torch.randn(shape, dtype=self.dtype, device=device, generator=generator).mul_(3)
+
+        logits = rows().requires_grad_(self.gradient)
+        if self.two_tensors:
+            return Inputs(logits, rows(), None)
+        labels = torch.randint(self.vocab, (self.rows,), device=device, generator=generator)
+        return Inputs(logits, None, labels)
+
+
+def cases() -> list[GpuCase]:
+    """What has a promise first: a run that is out of time leaves out the last ones."""
+    first = [
+        GpuCase("forward_kl"),
+        GpuCase(LOGPROB_ENTROPY, gradient=False),
+        GpuCase(LOGPROB_ENTROPY),
+        GpuCase("js"),
+    ]
+    small = [GpuCase("forward_kl", rows=rows) for rows in SMALL_ROWS]
+    others = [vocab for vocab in VOCABULARIES if vocab != VOCAB]
+    one_tensor = [
+        GpuCase(LOGPROB_ENTROPY, vocab=vocab, gradient=gradient, compiled=False)
+        for vocab in others
+        for gradient in (False, True)
+    ]
+    rest = [
+        GpuCase(kind, vocab=vocab, compiled=kind == "forward_kl")
+        for kind in ("forward_kl", "js", "reverse_kl", "hellinger")
+        for vocab in others
+    ]
+    return [*first, *small, GpuCase("reverse_kl"), GpuCase("hellinger"), *one_tensor, *rest]
+
+
+def quick_cases() -> list[GpuCase]:
+    """For tests of the benchmark itself."""
+    return [
+        GpuCase("forward_kl", 2, 67, compiled=False),
+        GpuCase(LOGPROB_ENTROPY, 2, 67, gradient=False, compiled=False),
+        GpuCase(LOGPROB_ENTROPY, 2, 67, compiled=False),
+    ]
+
+
+@dataclass(frozen=True)
+class Promise:
+    """At ROWS × VOCAB in bf16 on PROMISED_ON: at most so many milliseconds."""
+
+    kind: str
+    gradient: bool
+    milliseconds: float
+
+
+PROMISES = (
+    Promise(LOGPROB_ENTROPY, False, 0.75),
+    Promise("forward_kl", True, 3.3),
+    Promise("js", True, 4.5),
+    Promise(LOGPROB_ENTROPY, True, 2.1),
+)
+
+
+def targets(rows: Iterable[Mapping[str, Any]], ours: Iterable[str], device: str) -> list[dict[str, Any]]:
+    """What was promised, what was measured, and whether it was kept; None where the run cannot tell."""
+    ours = set(ours)
+    measured = [row for row in rows if row["milliseconds"] is not None]
+
+    def best(key: tuple[Any, ...]) -> float | None:
+        times = [row["milliseconds"] for row in measured if _key(row) == key and row["implementation"] in ours]
+        return min(times, default=None)
+
+    out: list[dict[str, Any]] = []
+    for promise in PROMISES:
+        time = best((promise.kind, promise.gradient, ROWS, VOCAB))
+        name = GpuCase(promise.kind, gradient=promise.gradient).name
+        out.append(
+            {
+                "target": f"{name} at {ROWS} × {VOCAB} bf16 on an {PROMISED_ON}: ≤ {promise.milliseconds:g} ms",
+                "measured": time,
+                "met": None if time is None or PROMISED_ON not in device else time <= promise.milliseconds,
+            }
+        )
+    pairs = [
+        (row, best(_key(row))) for row in measured if row["implementation"] == "trl" and row["kind"] == LOGPROB_ENTROPY
+    ]
+    ratios = [time / row["milliseconds"] for row, time in pairs if time is not None]
+    out.append(
+        {
+            "target": f"logprob and entropy: no slower than TRL's kernel on any shape (time ratio ≤ {NOISE:g})",
+            "measured": max(ratios, default=None),
+            "met": max(ratios) <= NOISE if ratios and device != "cpu" else None,
+        }
+    )
+    return out
+
+
+def _key(row: Mapping[str, Any]) -> tuple[Any, ...]:
+    return row["kind"], row["gradient"], row["rows"], row["vocab"]

@@ -1,0 +1,173 @@
+"""The implementations that are compared on a GPU: our kernels, PyTorch eager and compiled, TRL, Liger.
+
+Peers that are not installed take no part. What a user would have to do to call a peer is part of its time: Liger's
+divergences take log-probabilities, so their log-softmaxes count.
+"""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F  # noqa: N812
+from torch import Tensor
+
+import kldiv_kernels as kk
+from kldiv_kernels.benchmarking import peers
+from kldiv_kernels.benchmarking.cases import ENTROPY_COEFFICIENT, JS_BETA, Inputs
+from kldiv_kernels.benchmarking.gpu_cases import GpuCase
+
+# A scalar loss, or log-probabilities and entropies.
+Function = Callable[[Inputs], tuple[Tensor, ...]]
+
+GRPO = "liger-grpo"
+NOTES = {GRPO: "no entropy, all rows but the last"}
+_LIGER_BETA = {"reverse_kl": 1.0, "js": JS_BETA}
+_PACKAGES = {"trl": "trl", "liger": "liger_kernel", GRPO: "liger_kernel"}
+
+
+def ours() -> list[str]:
+    """Our backends with kernels for this device; the others would be measured only by mistake."""
+    return [name for name, state in kk.backends().items() if state == "available" and name not in ("cpu", "reference")]
+
+
+def missing() -> list[str]:
+    """Packages of peers that are not installed."""
+    return [name for name in dict.fromkeys(_PACKAGES.values()) if importlib.util.find_spec(name) is None]
+
+
+def names_for(case: GpuCase) -> list[str]:
+    names = [*ours(), "eager"]
+    if case.compiled:
+        names.append("compile")
+    # TRL's divergences are PyTorch functions, like `eager`; its kernel is for one tensor.
+    if "trl" in peers.names_for(case.on_cpu, ("trl",)) and (case.compiled or not case.two_tensors):
+        names.append("trl")
+    if case.two_tensors and (case.kind == "forward_kl" or case.kind in _LIGER_BETA):
+        names.append("liger")
+    if not case.two_tensors and case.gradient:
+        names.append(GRPO)
+    absent = missing()
+    return [name for name in names if _PACKAGES.get(name) not in absent]
+
+
+def value(case: GpuCase, outputs: tuple[Tensor, ...]) -> float:
+    """One number by which implementations are compared."""
+    if case.gradient:
+        return float(outputs[0])
+    logprob, entropy = outputs
+    return float(-logprob.mean() - ENTROPY_COEFFICIENT * entropy.mean())
+
+
+def run(case: GpuCase, function: Function, inputs: Inputs) -> tuple[Tensor, ...]:
+    """The work that is timed; the gradient is left in `inputs.logits.grad`."""
+    if not case.gradient:
+        with torch.no_grad():
+            return function(inputs)
+    (loss,) = function(inputs)
+    loss.backward()  # type: ignore[no-untyped-call]
+    return (loss.detach(),)
+
+
+def build(name: str, case: GpuCase) -> Function:
+    """The implementation of that name. ImportError where its package, or a part of it, is missing."""
+    if name in ours():
+        return _ours(name, case)
+    if name in ("liger", GRPO):
+        return _liger(name, case)
+    if name == "trl" and not case.two_tensors:
+        return _trl(case)
+    if case.gradient:
+        loss = peers.build(name, case.on_cpu)
+        return lambda inputs: (loss(inputs),)
+    function = _logprob_and_entropy
+    if name == "compile":
+        torch.compiler.reset()
+        function = torch.compile(function, fullgraph=True, dynamic=False)
+    return lambda inputs: function(inputs.logits, _labels(inputs))
+
+
+def _labels(inputs: Inputs) -> Tensor:
+    assert inputs.labels is not None
+    return inputs.labels
+
+
+def _loss_of(logprob: Tensor, entropy: Tensor) -> tuple[Tensor]:
+    return (-logprob.mean() - ENTROPY_COEFFICIENT * entropy.mean(),)
+
+
+def _logprob_and_entropy(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+    logq = F.log_softmax(logits.float(), -1)
+    return logq.gather(-1, labels[:, None]).squeeze(-1), -(logq.exp() * logq).sum(-1)
+
+
+def _ours(backend: str, case: GpuCase) -> Function:
+    if case.two_tensors:
+
+        def divergence(inputs: Inputs) -> tuple[Tensor, ...]:
+            assert inputs.reference is not None
+            return (kk.divergence_loss(inputs.logits, inputs.reference, case.kind, beta=JS_BETA, backend=backend),)
+
+        return divergence
+
+    def statistics(inputs: Inputs) -> tuple[Tensor, ...]:
+        stats = kk.token_stats(inputs.logits, labels=inputs.labels, stats=("logprob", "entropy"), backend=backend)
+        return _loss_of(stats.logprob, stats.entropy) if case.gradient else (stats.logprob, stats.entropy)
+
+    return statistics
+
+
+def _trl(case: GpuCase) -> Function:
+    kernel = _trl_kernel()
+
+    def statistics(inputs: Inputs) -> tuple[Tensor, ...]:
+        logprob, entropy = kernel(inputs.logits, _labels(inputs))
+        return _loss_of(logprob, entropy) if case.gradient else (logprob, entropy)
+
+    return statistics
+
+
+def _trl_kernel() -> Callable[..., tuple[Tensor, Tensor]]:
+    """TRL's Triton kernel from its file, which needs Triton alone; `import trl.kernels` needs all that TRL needs."""
+    package = importlib.util.find_spec("trl")
+    folders = [] if package is None else list(package.submodule_search_locations or [])
+    for folder in folders:
+        path = Path(folder) / "kernels" / "logprob_entropy.py"
+        spec = importlib.util.spec_from_file_location("kldiv_kernels_trl_logprob_entropy", path)
+        if path.exists() and spec is not None and spec.loader is not None:
+            module = importlib.util.module_from_spec(spec)
+            spec.loader.exec_module(module)
+            function: Callable[..., tuple[Tensor, Tensor]] = module.selective_log_softmax_and_entropy
+            return function
+    raise ImportError("this TRL has no kernels/logprob_entropy.py (TRL 1.16.0 has)")
+
+
+def _liger(name: str, case: GpuCase) -> Function:
+    if name == GRPO:
+        grpo: Callable[..., Any] = importlib.import_module("liger_kernel.transformers.grpo_loss").triton_grpo_loss
+
+        def policy(inputs: Inputs) -> tuple[Tensor, ...]:
+            # It takes [batch, tokens + 1, vocab] and leaves out the last row; in place it would destroy the inputs.
+            labels = _labels(inputs)[None, :-1].contiguous()
+            advantages = torch.ones(1, device=labels.device)
+            loss, _ = grpo(
+                inputs.logits[None], None, None, labels, advantages,
+                temperature=1.0, beta=0.0, inplace=False, loss_type="bnpo", reduce=True,
+            )  # fmt: skip
+            return (loss,)
+
+        return policy
+    functional = importlib.import_module("liger_kernel.transformers.functional")
+
+    def divergence(inputs: Inputs) -> tuple[Tensor, ...]:
+        assert inputs.reference is not None
+        logq, logp = inputs.logits.float().log_softmax(-1), inputs.reference.float().log_softmax(-1)
+        if case.kind == "forward_kl":
+            return (functional.liger_kl_div(logq, logp, reduction="batchmean", log_target=True),)
+        return (functional.liger_jsd(logq, logp, beta=_LIGER_BETA[case.kind]),)
+
+    return divergence
