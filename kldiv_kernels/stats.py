@@ -67,7 +67,8 @@ def token_stats(
         `argmax` is int64, -1 in a row that has none.
 
     Raises:
-        TypeError, ValueError, IndexError: naming the argument, what it was and what is allowed.
+        TypeError, ValueError, IndexError: naming the argument, what it was and what is allowed. The values of labels,
+        exclude and parameters per token are not checked under torch.compile, nor while a CUDA graph is captured.
 
     >>> import torch, kldiv_kernels as kk
     >>> logits = torch.tensor([[2.0, 0.5, -1.0, 0.0]], requires_grad=True)

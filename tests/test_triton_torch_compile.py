@@ -72,12 +72,19 @@ class NoDriver:
         return 0
 
 
+def _unsupported_on_gpus(self: backend.TritonBackend, call: ops.Call) -> str | None:
+    """The checks that torch.compile traces, but for the one of the device."""
+    if backend._leading_dimensions(call.logits) > 2 or any(backend._missing(name) for name in call.stats):
+        return "it does not serve this"
+    return None
+
+
 @pytest.fixture(autouse=True)
 def _on_a_gpu_that_is_not_there(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[None]:
     """Fake CPU tensors, which autograd has here, are taken for those of a GPU with 132 processors."""
     bound_for = launch.bound_for
     monkeypatch.setattr(backend.TritonBackend, "unavailable", lambda self: None)
-    monkeypatch.setattr(backend.TritonBackend, "unsupported", lambda self, call: None)
+    monkeypatch.setattr(backend.TritonBackend, "unsupported", _unsupported_on_gpus)
     monkeypatch.setattr(launch, "bound_for", lambda stats, nvidia: bound_for(stats, True))
     monkeypatch.setattr(launch, "_processors", lambda device: 132)
     monkeypatch.setattr(triton.runtime.driver, "_active", NoDriver())

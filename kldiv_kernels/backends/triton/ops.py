@@ -3,6 +3,9 @@
 Functional, of the same meaning as those of `kldiv_kernels/ops.py`, whose autograd they share. The parameters are always
 a table [4, N]: as numbers they would be constants of the compiled graph, and float64 in the code that Inductor writes.
 `stats` are joined by commas. `version` is not used: it tells caches of compiled graphs apart (see `version`).
+
+Inductor does not pass enable_fp_fusion on: where Triton contracts by default (before 3.10), compiled results may differ
+from eager ones by roundings.
 """
 
 from __future__ import annotations
