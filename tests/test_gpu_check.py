@@ -11,6 +11,8 @@ from pathlib import Path
 import pytest
 import torch
 
+from kldiv_kernels.benchmarking import gpu_cases
+
 ROOT = Path(__file__).resolve().parent.parent
 SCRIPT = ROOT / "benchmarks" / "gpu_check.py"
 PNG = b"\x89PNG"
@@ -152,3 +154,29 @@ def test_what_becomes_of_a_step(body: str, status: str, summary: str, tmp_path: 
     assert summary in step.summary
     if "broken" in body:
         assert "broken" in step.details["failed"][0]["message"]
+
+
+def _row(implementation: str, milliseconds: float | None, **case: object) -> dict[str, object]:
+    shape = {"kind": "logprob_entropy", "gradient": False, "rows": gpu_cases.ROWS, "vocab": gpu_cases.VOCAB}
+    return {"implementation": implementation, "milliseconds": milliseconds, **shape, **case}
+
+
+def test_targets_are_about_the_best_of_ours_on_the_promised_gpu() -> None:
+    rows = [_row("triton", 0.9), _row("cuda", 0.6), _row("trl", 0.61), _row("eager", 0.1), _row("liger", None)]
+    other_shape = [_row("triton", 0.9, vocab=32_000), _row("trl", 0.5, vocab=32_000)]
+
+    def verdicts(measured: list[dict[str, object]], device: str) -> list[object]:
+        return [target["met"] for target in gpu_cases.targets(measured, ["triton", "cuda"], device)]
+
+    assert verdicts(rows, "NVIDIA H200") == [True, None, None, None, True]
+    assert verdicts(rows, "NVIDIA A100") == [None, None, None, None, True]
+    assert verdicts([*rows, *other_shape], "NVIDIA H200")[-1] is False
+    assert verdicts(rows[:1], "NVIDIA H200") == [False, None, None, None, None]
+
+
+def test_the_floor_of_a_case() -> None:
+    units = {case.name: case.floor_units for case in gpu_cases.cases()}
+    assert units["forward_kl"] == units["js"] == 3
+    assert (units["logprob_entropy"], units["logprob_entropy forward"]) == (2, 1)
+    assert gpu_cases.GpuCase("js", 4, 10).floor_bytes == 3 * 4 * 10 * 2
+    assert len(set(gpu_cases.cases())) == len(gpu_cases.cases())
