@@ -120,17 +120,23 @@ def jeffreys_grad_logp(p, q, lp, lq, u, alpha, beta):
 # With v = beta (1 - beta) and K(u) = log(m/q) = beta u + v u²/2 + v (1-2 beta) u³/6 + ..., a Bernoulli cumulant
 # function, a term is m (u K' − K) = m u² v (1/2 + (1-2 beta) u/3 + (1-6v) u²/8 + ...).
 @triton.jit
+def _log_mixture(p, q, beta):
+    """m, log m"""
+    m = tl.fma(beta, p, (1.0 - beta) * q)
+    return m, log(tl.maximum(m, SMALLEST_NORMAL))
+
+
+@triton.jit
 def _log_q_over_mixture(p, q, lq, u, beta):
-    """log(q/m), m, log m"""
+    """log(q/m), by its series where the rows are close: there the logarithms would leave only their roundings."""
     v = beta * (1.0 - beta)
     skewness = 1.0 - 2.0 * beta
     y = tl.fma(u, v * skewness * (1.0 - 12.0 * v) / 120.0, v * (1.0 - 6.0 * v) / 24.0)
     y = tl.fma(y, u, v * skewness / 6.0)
     y = tl.fma(y, u, 0.5 * v)
     y = tl.fma(y, u, beta)
-    m = tl.fma(beta, p, (1.0 - beta) * q)
-    log_m = log(tl.maximum(m, SMALLEST_NORMAL))
-    return tl.where(tl.abs(u) < 0.25, -(y * u), lq - log_m), m, log_m
+    m, log_m = _log_mixture(p, q, beta)
+    return tl.where(tl.abs(u) < 0.25, -(y * u), lq - log_m)
 
 
 @triton.jit
@@ -142,8 +148,8 @@ def js_terms(p, q, lp, lq, u, alpha, beta):
         value = kl_term(q, p, -u)
         of_q = value
     else:
-        log_ratio, m, log_m = _log_q_over_mixture(p, q, lq, u, beta)
-        of_q = (1.0 - beta) * q * log_ratio
+        m, log_m = _log_mixture(p, q, beta)
+        of_q = (1.0 - beta) * q * (lq - log_m)
         v = beta * (1.0 - beta)
         skewness = 1.0 - 2.0 * beta
         y = tl.fma(u, v * (1.0 - 30.0 * v + 120.0 * v * v) / 144.0, v * skewness * (1.0 - 12.0 * v) / 30.0)
@@ -169,8 +175,7 @@ def js_grad_logq(p, q, lp, lq, u, alpha, beta):
     elif beta >= 1.0:
         g = -(q * u)
     else:
-        log_ratio, m, log_m = _log_q_over_mixture(p, q, lq, u, beta)
-        g = (1.0 - beta) * q * log_ratio
+        g = (1.0 - beta) * q * _log_q_over_mixture(p, q, lq, u, beta)
     return g
 
 
@@ -181,8 +186,7 @@ def js_grad_logp(p, q, lp, lq, u, alpha, beta):
     elif beta >= 1.0:
         g = p - q
     else:
-        log_ratio, m, log_m = _log_q_over_mixture(q, p, lp, -u, 1.0 - beta)
-        g = beta * p * log_ratio
+        g = beta * p * _log_q_over_mixture(q, p, lp, -u, 1.0 - beta)
     return g
 
 

@@ -31,7 +31,7 @@ from kldiv_kernels.backends.triton.hooks import (
 from kldiv_kernels.backends.triton.math import LN2, expm1_minus
 from kldiv_kernels.backends.triton.rows import no_mass, parameters, side
 from kldiv_kernels.backends.triton.slices import slice_gradient, slice_state, slice_sums, write_zeros
-from kldiv_kernels.backends.triton.state import BLOCKED, STATE_SIZE, TEACHER, empty, merge, put
+from kldiv_kernels.backends.triton.state import P_IS_ZERO, Q_IS_ZERO, STATE_SIZE, TEACHER, empty, merge, put
 
 # 1 / LOG2E: dividing by the float32 log2(e) undoes the multiplication, rounding included.
 EXPONENT_TO_LOG = tl.constexpr(0.6931471898132927)
@@ -82,17 +82,17 @@ def load_states(partial_ptr, index, slices, S_PAD: tl.constexpr, FIRST: tl.const
 
 
 @triton.jit
-def take_row(state, s_side, t_side, FIRST: tl.constexpr):
+def take_row(state, FIRST: tl.constexpr):
     """From the merged state of a row: (ms, zs, mt, zt), with z NaN where there is no softmax, and the values of the
     first sweep: entropies, forward KL, reverse KL, Hellinger."""
     ms, zs, es, bs, mt, zt, et, bt, forward, reverse, hellinger, best, column = state
     nan = float("nan")
-    zs = tl.where(no_mass(s_side, ms, zs), nan, zs)
+    zs = tl.where(no_mass(ms, zs), nan, zs)
     log_zs = tl.log(zs)
     entropy = tl.fma(es / zs, LN2, log_zs)
     reference_entropy = 0.0
     if FIRST & TEACHER:
-        zt = tl.where(no_mass(t_side, mt, zt), nan, zt)
+        zt = tl.where(no_mass(mt, zt), nan, zt)
         log_zt = tl.log(zt)
         reference_entropy = tl.fma(et / zt, LN2, log_zt)
         x = log_zs - log_zt
@@ -119,9 +119,10 @@ def finish_row(state, m_and_z, first, sums, s_side, t_side, alpha, beta, FIRST: 
     bad_t = never
     if FIRST & TEACHER:
         bad_t = zt != zt
-    if FIRST & BLOCKED:
-        q_is_zero = (state[7] - mt) * t_side[1] > ZERO_EXPONENT
-        p_is_zero = (state[3] - ms) * s_side[1] > ZERO_EXPONENT
+    if FIRST & Q_IS_ZERO:
+        q_is_zero = tl.fma(state[7], t_side[1], -mt) > ZERO_EXPONENT
+    if FIRST & P_IS_ZERO:
+        p_is_zero = tl.fma(state[3], s_side[1], -ms) > ZERO_EXPONENT
     return finish(first, sums, q_is_zero, p_is_zero, zs != zs, bad_t, alpha, beta)
 
 
@@ -133,8 +134,8 @@ def write_row(
     """A row's column of the table of values."""
     ms, zs, mt, zt = m_and_z
     _, over_zs, log_zs, _, over_zt, log_zt = softmaxes(ms, zs, mt, zt, TWO)
-    lse = tl.fma(ms * s_side[1], EXPONENT_TO_LOG, log_zs)
-    max_logprob = tl.fma((state[11] - ms) * s_side[1], LN2, -log_zs)
+    lse = tl.fma(ms, EXPONENT_TO_LOG, log_zs)
+    max_logprob = tl.fma(tl.fma(state[11], s_side[1], -ms), LN2, -log_zs)
     argmax = tl.where(zs != zs, -1.0, state[12].to(tl.float32))
     write_values(
         finished, values_ptr + index, n, lse, max_logprob, argmax,
@@ -196,8 +197,8 @@ def sums_kernel(
         index, s_ptr, s_inner, s_outer, s_stride, t_ptr, t_inner, t_outer, t_stride, exclude_ptr, token_ptr, n,
         temperature, reference_temperature, alpha, beta, TWO, EXCLUDE, PER_TOKEN, ALIGNED,
     )  # fmt: skip
-    state = merge(load_states(partial_ptr, index, slices, S_PAD, FIRST), s_side, t_side, FIRST)
-    m_and_z, _ = take_row(state, s_side, t_side, FIRST)
+    state = merge(load_states(partial_ptr, index, slices, S_PAD, FIRST), FIRST)
+    m_and_z, _ = take_row(state, FIRST)
     ms, zs, mt, zt = m_and_z
     begin = (program % slices).to(tl.int32) * SLICE
     end = tl.minimum(begin + SLICE, vocab)
@@ -227,8 +228,8 @@ def finish_kernel(
         index, s_ptr, s_inner, s_outer, s_stride, t_ptr, t_inner, t_outer, t_stride, exclude_ptr, token_ptr, n,
         temperature, reference_temperature, alpha, beta, TWO, EXCLUDE, PER_TOKEN, ALIGNED,
     )  # fmt: skip
-    state = merge(load_states(partial_ptr, index, slices, S_PAD, FIRST), s_side, t_side, FIRST)
-    m_and_z, first = take_row(state, s_side, t_side, FIRST)
+    state = merge(load_states(partial_ptr, index, slices, S_PAD, FIRST), FIRST)
+    m_and_z, first = take_row(state, FIRST)
     lanes = tl.arange(0, S_PAD)
     empty_sums = zero_sums(S_PAD)
     sums = ()
@@ -353,8 +354,8 @@ def loss_kernel(
         begin = i * SLICE
         end = tl.minimum(begin + SLICE, vocab)
         states = put(states, i, lanes, slice_state(begin, end, s_side, t_side, exclude, FIRST, EXCLUDE, EVEN, R, C))
-    state = merge(states, s_side, t_side, FIRST)
-    m_and_z, first = take_row(state, s_side, t_side, FIRST)
+    state = merge(states, FIRST)
+    m_and_z, first = take_row(state, FIRST)
     ms, zs, mt, zt = m_and_z
     row = softmaxes(ms, zs, mt, zt, TWO)
     sums = zero_sums(S_PAD)

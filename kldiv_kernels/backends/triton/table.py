@@ -30,7 +30,8 @@ class TritonStatistic:
 
 
 _TWO = state.TEACHER.value
-_BLOCKED = _TWO | state.BLOCKED.value
+_Q_ZERO = _TWO | state.Q_IS_ZERO.value
+_P_ZERO = _TWO | state.P_IS_ZERO.value
 
 # Statistics that are no divergences have no functions: the kernels know log-probabilities, logsumexp and maxima.
 TABLE: dict[str, TritonStatistic] = {
@@ -46,11 +47,11 @@ TABLE: dict[str, TritonStatistic] = {
     ),
     "forward_kl": TritonStatistic(
         d.forward_kl_finish, d.forward_kl_grad_logq, d.forward_kl_grad_logp,
-        first=2, takes=_BLOCKED | state.FORWARD_KL.value,
+        first=2, takes=_Q_ZERO | state.FORWARD_KL.value,
     ),
     "reverse_kl": TritonStatistic(
         d.reverse_kl_finish, d.reverse_kl_grad_logq, d.reverse_kl_grad_logp,
-        first=3, takes=_BLOCKED | state.REVERSE_KL.value,
+        first=3, takes=_P_ZERO | state.REVERSE_KL.value,
     ),
     "hellinger": TritonStatistic(
         d.hellinger_finish, d.hellinger_grad_logq, d.hellinger_grad_logp, first=4, takes=_TWO | state.HELLINGER.value
@@ -58,18 +59,18 @@ TABLE: dict[str, TritonStatistic] = {
 }  # fmt: skip
 
 for _name, _module, _sums, _takes in (
-    ("cross_entropy", d, 1, _BLOCKED),
-    ("jeffreys", d, 2, _BLOCKED),
-    ("js", d, 2, _BLOCKED),
-    ("skew_kl", d, 2, _BLOCKED),
-    ("skew_reverse_kl", d, 2, _BLOCKED),
+    ("cross_entropy", d, 1, _Q_ZERO),
+    ("jeffreys", d, 2, _Q_ZERO | _P_ZERO),
+    ("js", d, 2, _Q_ZERO | _P_ZERO),
+    ("skew_kl", d, 2, _Q_ZERO),
+    ("skew_reverse_kl", d, 2, _P_ZERO),
     ("tvd", d, 2, _TWO),
-    ("forward_chi2", d, 1, _BLOCKED),
-    ("reverse_chi2", d, 1, _BLOCKED),
+    ("forward_chi2", d, 1, _Q_ZERO),
+    ("reverse_chi2", d, 1, _P_ZERO),
     ("triangular", d, 2, _TWO),
-    ("alpha", w, 1, _BLOCKED),
-    ("renyi", w, 1, _BLOCKED),
-    ("alpha_beta", w, 2, _BLOCKED),
+    ("alpha", w, 1, _Q_ZERO | _P_ZERO),
+    ("renyi", w, 1, _Q_ZERO),
+    ("alpha_beta", w, 2, _P_ZERO),
     ("collision", w, 1, 0),
     ("cauchy_schwarz", w, 4, _TWO),
 ):
