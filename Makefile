@@ -13,6 +13,9 @@ VENV := .venv
 PY := $(VENV)/bin/python
 SOURCES := $(shell find csrc -type f 2>/dev/null)
 CXX_SOURCES := $(filter %.h %.cpp %.cuh %.cu,$(SOURCES))
+# What Triton's interpreter runs: the shared suite on the Triton backend (thinned, see tests/conftest.py), and its own.
+INTERPRETED_TESTS := $(addprefix tests/test_,$(addsuffix .py,statistics contract small_divergences autograd losses \
+	golden triton triton_launch))
 PYTHON_SOURCES := $(wildcard kldiv_kernels tests benchmarks setup.py)
 
 .PHONY: demo test lint format sanitize bench gpu-check clean
@@ -23,6 +26,7 @@ demo: $(VENV)/.installed
 test: $(VENV)/.installed
 	$(PY) -m pytest tests
 	$(PY) -m pytest --doctest-modules kldiv_kernels
+	TRITON_INTERPRET=1 $(PY) -m pytest -n 2 $(INTERPRETED_TESTS)
 
 lint: $(VENV)/.installed
 	$(PY) -m ruff check $(PYTHON_SOURCES)

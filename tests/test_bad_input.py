@@ -152,7 +152,9 @@ NAMES: dict[str, Case] = {
     "no statistics": (_stats(ROWS, stats=[]), ValueError, "stats is empty; expected at least one of logprob"),
     "twice": (_stats(ROWS, stats=["entropy", "entropy"]), ValueError, "stats names a statistic twice"),
     "reduction": (_loss(ROWS, ROWS, reduction="avg"), ValueError, "reduction is 'avg'; expected mean, sum or none"),
-    "backend": (_stats(ROWS, backend="tpu"), ValueError, "backend is 'tpu'; expected auto or one of cpu, reference"),
+    "backend": (
+        _stats(ROWS, backend="tpu"), ValueError, "backend is 'tpu'; expected auto or one of cpu, triton, reference",
+    ),
     "no reference": (
         _stats(ROWS, stats=["js"]), ValueError, "reference_logits is None; js compares two rows and needs them",
     ),
@@ -241,7 +243,7 @@ def test_bad_input(case: str) -> None:
 
 def test_the_backend_from_the_environment_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("KLDIV_BACKEND", "tpu")
-    with pytest.raises(ValueError, match="KLDIV_BACKEND is 'tpu'; expected auto or one of cpu, reference"):
+    with pytest.raises(ValueError, match="KLDIV_BACKEND is 'tpu'; expected auto or one of cpu, triton, reference"):
         kk.entropy(ROWS)
 
 

@@ -17,8 +17,8 @@ from kldiv_kernels.registry import STATISTICS, Statistic
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text()
 COMMANDS = [line for block in re.findall(r"```console\n(.*?)```", README, re.S) for line in block.splitlines()]
-# Run by .ci/run and by tests/test_packaging.py.
-ELSEWHERE = ("make demo", "make test", "pip install ")
+# Run by .ci/run, by tests/test_packaging.py and by tests/test_gpu_check.py.
+ELSEWHERE = ("make demo", "make test", "make gpu-check", "pip install ")
 # The README's runs are long or need the demo's models: the same commands on small data.
 SMALLER = {
     "bench": "--rows 2 --vocab 1000 --kinds forward_kl --dtypes fp32 --peers none --repeats 1 --no-memory",
@@ -66,5 +66,5 @@ def test_the_command_runs(command: str, tmp_path: Path, monkeypatch: pytest.Monk
 def test_the_make_targets_exist() -> None:
     makefile = (ROOT / "Makefile").read_text()
     wanted = [line.split()[1] for line in COMMANDS if line.startswith("make ")]
-    assert sorted(wanted) == ["demo", "test"]
+    assert sorted(wanted) == ["demo", "gpu-check", "test"]
     assert all(re.search(rf"^{target}:", makefile, re.M) for target in wanted)

@@ -255,7 +255,7 @@ class _Hooks:
                 lines += [
                     "for k in range(label_count):",
                     "    label = tl.load(labels + k).to(tl.int32)",
-                    f"    value = log_softmax_at({row_of}, {bad}, label, exclude)",
+                    f"    value = log_softmax_at({row_of}, {bad}, label, exclude, vocab)",
                     f"    tl.store(out + ({row} + k) * n, value)",
                 ]
                 continue
@@ -265,7 +265,7 @@ class _Hooks:
             lines.append(f"tl.store(out + ({row}) * n, {value})")
         head = (
             "write_values(finished, out, n, lse, max_logprob, argmax, s_side, ms, log_zs, t_side, mt, log_zt, "
-            "exclude, labels, label_count)"
+            "exclude, vocab, labels, label_count)"
         )
         return _function(head, lines)
 

@@ -39,8 +39,9 @@ def finish(first, sums, q_is_zero, p_is_zero, bad_s, bad_t, alpha, beta):
 
 @triton.jit
 def write_values(
-    finished, out, n, lse, max_logprob, argmax, s_side, ms, log_zs, t_side, mt, log_zt, exclude, labels, label_count
-):
+    finished, out, n, lse, max_logprob, argmax, s_side, ms, log_zs, t_side, mt, log_zt,
+    exclude, vocab, labels, label_count,
+):  # fmt: skip
     """A row's column of the table of values [value_rows, n]."""
     pass
 

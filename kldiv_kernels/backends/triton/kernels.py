@@ -82,17 +82,17 @@ def load_states(partial_ptr, index, slices, S_PAD: tl.constexpr, FIRST: tl.const
 
 
 @triton.jit
-def take_row(state, FIRST: tl.constexpr):
+def take_row(state, s_side, t_side, FIRST: tl.constexpr):
     """From the merged state of a row: (ms, zs, mt, zt), with z NaN where there is no softmax, and the values of the
     first sweep: entropies, forward KL, reverse KL, Hellinger."""
     ms, zs, es, bs, mt, zt, et, bt, forward, reverse, hellinger, best, column = state
     nan = float("nan")
-    zs = tl.where(no_mass(ms, zs), nan, zs)
+    zs = tl.where(no_mass(s_side, ms, zs), nan, zs)
     log_zs = tl.log(zs)
     entropy = tl.fma(es / zs, LN2, log_zs)
     reference_entropy = 0.0
     if FIRST & TEACHER:
-        zt = tl.where(no_mass(mt, zt), nan, zt)
+        zt = tl.where(no_mass(t_side, mt, zt), nan, zt)
         log_zt = tl.log(zt)
         reference_entropy = tl.fma(et / zt, LN2, log_zt)
         x = log_zs - log_zt
@@ -120,26 +120,27 @@ def finish_row(state, m_and_z, first, sums, s_side, t_side, alpha, beta, FIRST: 
     if FIRST & TEACHER:
         bad_t = zt != zt
     if FIRST & Q_IS_ZERO:
-        q_is_zero = tl.fma(state[7], t_side[1], -mt) > ZERO_EXPONENT
+        q_is_zero = (state[7] - mt) * t_side[1] > ZERO_EXPONENT
     if FIRST & P_IS_ZERO:
-        p_is_zero = tl.fma(state[3], s_side[1], -ms) > ZERO_EXPONENT
+        p_is_zero = (state[3] - ms) * s_side[1] > ZERO_EXPONENT
     return finish(first, sums, q_is_zero, p_is_zero, zs != zs, bad_t, alpha, beta)
 
 
 @triton.jit
 def write_row(
-    finished, state, m_and_z, s_side, t_side, exclude, values_ptr, index, n, labels_ptr, label_count,
+    finished, state, m_and_z, s_side, t_side, exclude, vocab, values_ptr, index, n, labels_ptr, label_count,
     TWO: tl.constexpr,
 ):  # fmt: skip
     """A row's column of the table of values."""
     ms, zs, mt, zt = m_and_z
     _, over_zs, log_zs, _, over_zt, log_zt = softmaxes(ms, zs, mt, zt, TWO)
-    lse = tl.fma(ms, EXPONENT_TO_LOG, log_zs)
-    max_logprob = tl.fma(tl.fma(state[11], s_side[1], -ms), LN2, -log_zs)
+    lse = tl.fma(ms * s_side[1], EXPONENT_TO_LOG, log_zs)
+    max_logprob = tl.fma((state[11] - ms) * s_side[1], LN2, -log_zs)
     argmax = tl.where(zs != zs, -1.0, state[12].to(tl.float32))
     write_values(
         finished, values_ptr + index, n, lse, max_logprob, argmax,
-        s_side, ms, log_zs, t_side, mt, log_zt, exclude, labels_ptr + index * label_count, label_count,
+        s_side, ms, log_zs, t_side, mt, log_zt, exclude, vocab,
+        labels_ptr + index * label_count, label_count,
     )  # fmt: skip
 
 
@@ -197,8 +198,8 @@ def sums_kernel(
         index, s_ptr, s_inner, s_outer, s_stride, t_ptr, t_inner, t_outer, t_stride, exclude_ptr, token_ptr, n,
         temperature, reference_temperature, alpha, beta, TWO, EXCLUDE, PER_TOKEN, ALIGNED,
     )  # fmt: skip
-    state = merge(load_states(partial_ptr, index, slices, S_PAD, FIRST), FIRST)
-    m_and_z, _ = take_row(state, FIRST)
+    state = merge(load_states(partial_ptr, index, slices, S_PAD, FIRST), s_side[1], t_side[1], FIRST)
+    m_and_z, _ = take_row(state, s_side, t_side, FIRST)
     ms, zs, mt, zt = m_and_z
     begin = (program % slices).to(tl.int32) * SLICE
     end = tl.minimum(begin + SLICE, vocab)
@@ -212,7 +213,7 @@ def sums_kernel(
 def finish_kernel(
     values_ptr, state_ptr, partial_ptr, sums_ptr, s_ptr, t_ptr, labels_ptr, mask_ptr, exclude_ptr, token_ptr,
     s_inner: tl.int64, s_outer: tl.int64, s_stride: tl.int64, t_inner: tl.int64, t_outer: tl.int64, t_stride: tl.int64,
-    n: tl.int64, slices: tl.int32, label_count: tl.int32, value_rows: tl.int32,
+    n: tl.int64, vocab: tl.int32, slices: tl.int32, label_count: tl.int32, value_rows: tl.int32,
     temperature: tl.float32, reference_temperature: tl.float32, alpha: tl.float32, beta: tl.float32,
     FIRST: tl.constexpr, MASK: tl.constexpr, EXCLUDE: tl.constexpr, PER_TOKEN: tl.constexpr,
     ALIGNED: tl.constexpr, SAVE: tl.constexpr, S_PAD: tl.constexpr,
@@ -228,8 +229,8 @@ def finish_kernel(
         index, s_ptr, s_inner, s_outer, s_stride, t_ptr, t_inner, t_outer, t_stride, exclude_ptr, token_ptr, n,
         temperature, reference_temperature, alpha, beta, TWO, EXCLUDE, PER_TOKEN, ALIGNED,
     )  # fmt: skip
-    state = merge(load_states(partial_ptr, index, slices, S_PAD, FIRST), FIRST)
-    m_and_z, first = take_row(state, FIRST)
+    state = merge(load_states(partial_ptr, index, slices, S_PAD, FIRST), s_side[1], t_side[1], FIRST)
+    m_and_z, first = take_row(state, s_side, t_side, FIRST)
     lanes = tl.arange(0, S_PAD)
     empty_sums = zero_sums(S_PAD)
     sums = ()
@@ -238,7 +239,9 @@ def finish_kernel(
         value = tl.load(at, mask=lanes < slices, other=0.0)
         sums = sums + (tl.where(lanes < slices, value, empty_sums[i]),)
     finished = finish_row(state, m_and_z, first, merge_sums(sums), s_side, t_side, alpha, beta, FIRST)
-    write_row(finished, state, m_and_z, s_side, t_side, exclude, values_ptr, index, n, labels_ptr, label_count, TWO)
+    write_row(
+        finished, state, m_and_z, s_side, t_side, exclude, vocab, values_ptr, index, n, labels_ptr, label_count, TWO
+    )
     if SAVE:
         for i in tl.static_range(4):
             tl.store(state_ptr + i * n + index, m_and_z[i])
@@ -316,9 +319,9 @@ def write_gradient(
             write_zeros(dt, begin, end, R, C)
     if last:
         if STUDENT:
-            write_zeros(ds, vocab, s_width.to(tl.int32), R, C)
+            write_zeros(ds, vocab, tl.cast(s_width, tl.int32), R, C)
         if REFERENCE:
-            write_zeros(dt, vocab, t_width.to(tl.int32), R, C)
+            write_zeros(dt, vocab, tl.cast(t_width, tl.int32), R, C)
 
 
 @triton.jit
@@ -339,9 +342,9 @@ def loss_kernel(
         if tl.load(mask_ptr + index) == 0:
             write_nothing(values_ptr, index, n, value_rows)
             if STUDENT:
-                write_zeros(ds_ptr + index * s_width, 0, s_width.to(tl.int32), R, C)
+                write_zeros(ds_ptr + index * s_width, 0, tl.cast(s_width, tl.int32), R, C)
             if REFERENCE:
-                write_zeros(dt_ptr + index * t_width, 0, t_width.to(tl.int32), R, C)
+                write_zeros(dt_ptr + index * t_width, 0, tl.cast(t_width, tl.int32), R, C)
             return
     TWO: tl.constexpr = (FIRST & TEACHER) != 0
     s_side, t_side, exclude, scale_s, scale_t, alpha, beta = open_row(
@@ -354,8 +357,8 @@ def loss_kernel(
         begin = i * SLICE
         end = tl.minimum(begin + SLICE, vocab)
         states = put(states, i, lanes, slice_state(begin, end, s_side, t_side, exclude, FIRST, EXCLUDE, EVEN, R, C))
-    state = merge(states, FIRST)
-    m_and_z, first = take_row(state, FIRST)
+    state = merge(states, s_side[1], t_side[1], FIRST)
+    m_and_z, first = take_row(state, s_side, t_side, FIRST)
     ms, zs, mt, zt = m_and_z
     row = softmaxes(ms, zs, mt, zt, TWO)
     sums = zero_sums(S_PAD)
@@ -367,7 +370,9 @@ def loss_kernel(
             added = slice_sums(begin, end, s_side, t_side, row, exclude, alpha, beta, TWO, EXCLUDE, EVEN, R, C)
             sums = put_sums(sums, i, lanes, added)
     finished = finish_row(state, m_and_z, first, merge_sums(sums), s_side, t_side, alpha, beta, FIRST)
-    write_row(finished, state, m_and_z, s_side, t_side, exclude, values_ptr, index, n, labels_ptr, label_count, TWO)
+    write_row(
+        finished, state, m_and_z, s_side, t_side, exclude, vocab, values_ptr, index, n, labels_ptr, label_count, TWO
+    )
     for j in range(slices):
         i = slices - 1 - j
         begin = i * SLICE

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from kldiv_kernels import registry
 from kldiv_kernels.backends import Call, value_rows
-from kldiv_kernels.backends.triton import kernels, state, table
+from kldiv_kernels.backends.triton import kernels, slices, state, table
 from kldiv_kernels.backends.triton.bind import Bound, bind, unspecialised
 
 # The slices of a row are merged by a warp.
@@ -27,7 +27,7 @@ class Tile:
 
     On a GPU: 16 bytes a thread and access, one such access a thread, tensor and block, three blocks under way at a
     time; slices of 16 blocks, 16,384 bf16 columns, so that a single row of 152k gives 10 programs work. Programs of
-    4 warps, because the kernels need up to 128 registers a thread: a processor then holds at least 4 programs.
+    4 warps, because most kernels need up to 128 registers a thread: a processor then holds 4 programs or more.
     """
 
     lanes: int
@@ -181,7 +181,8 @@ class Launch:
                 {
                     "values_ptr": values, "state_ptr": saved, "partial_ptr": partial, "sums_ptr": sums,
                     "labels_ptr": _or(call.labels, call.logits), "label_count": call.labels_per_row,
-                    "value_rows": self.value_rows, "SAVE": with_state, **self.row_arguments, **padded,
+                    "value_rows": self.value_rows, "SAVE": with_state, "vocab": call.vocab_size,
+                    **self.row_arguments, **padded,
                 },
             )  # fmt: skip
         return values, saved
@@ -233,13 +234,14 @@ class Launch:
         dt = torch.empty_like(call.reference, **options) if reference and call.reference is not None else None
         second = call.logits if call.reference is None else call.reference
         row = {**self.row_arguments, **self.block_arguments}
+        labels = slices.ONE_LABEL.value if call.labels_per_row == 1 else slices.MANY_LABELS.value
         row["ALIGNED"] = self.aligned and all(g is None or self._is_aligned(g) for g in (ds, dt))
         return ds, dt, {
             "ds_ptr": _or(ds, call.logits), "dt_ptr": _or(dt, second),
             "s_width": call.logits.shape[-1], "t_width": second.shape[-1],
             "coefficients_ptr": coefficients, "labels_ptr": _or(call.labels, call.logits),
             "label_count": call.labels_per_row, "STUDENT": student, "REFERENCE": reference,
-            "LABEL_S": self.bound.label_s, "LABEL_T": self.bound.label_t, **row,
+            "LABEL_S": self.bound.label_s * labels, "LABEL_T": self.bound.label_t * labels, **row,
         }  # fmt: skip
 
     def _is_aligned(self, tensor: Tensor) -> bool:

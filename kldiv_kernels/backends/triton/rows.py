@@ -6,7 +6,6 @@ import triton
 import triton.language as tl
 
 from kldiv_kernels.backends.triton.math import LN2, LOG2E
-from kldiv_kernels.backends.triton.state import NOTHING
 
 # A logit at or below this counts as -inf; finite, so that differences stay finite.
 NO_MASS = tl.constexpr(-1e30)
@@ -20,7 +19,7 @@ def offset(index, inner, outer_stride, inner_stride):
 
 @triton.jit
 def side(base_ptr, index, inner, outer_stride, inner_stride, temperature, ALIGNED: tl.constexpr):
-    """(pointer to the row, c = log2(e)/temperature, floor): exponents are x c − m, and x ≤ floor has no mass."""
+    """(pointer to the row, c = log2(e)/temperature, floor): exponents are (x − m) c, and x ≤ floor has no mass."""
     pointer = base_ptr + offset(index, inner, outer_stride, inner_stride)
     if ALIGNED:
         pointer = tl.multiple_of(pointer, 16)
@@ -76,11 +75,11 @@ def normalised(s, t, s_side, t_side, state, TEACHER: tl.constexpr):
     The logarithm of the ratio is a difference of exponents below the maxima, exact where the rows are close.
     """
     ms, over_zs, log_zs, mt, over_zt, log_zt = state
-    ys = tl.fma(s, s_side[1], -ms)
+    ys = (s - ms) * s_side[1]
     q = tl.exp2(ys) * over_zs
     lq = tl.fma(ys, LN2, -log_zs)
     if TEACHER:
-        yt = tl.fma(t, t_side[1], -mt)
+        yt = (t - mt) * t_side[1]
         p = tl.exp2(yt) * over_zt
         lp = tl.fma(yt, LN2, -log_zt)
         u = tl.fma(yt - ys, LN2, log_zs - log_zt)
@@ -90,16 +89,17 @@ def normalised(s, t, s_side, t_side, state, TEACHER: tl.constexpr):
 
 
 @triton.jit
-def log_softmax_at(one_side, m, log_z, bad, label, exclude):
-    """log softmax at one column; 0 for label −1, −inf where the column has no mass."""
+def log_softmax_at(one_side, m, log_z, bad, label, exclude, vocab):
+    """log softmax at one column; 0 for label −1, −inf where the column has no mass, NaN beyond the vocabulary."""
     pointer, c, floor = one_side
-    x = tl.load(pointer + tl.where(label < 0, 0, label)).to(tl.float32)
-    value = tl.fma(tl.fma(x, c, -m), LN2, -log_z)
+    bad = bad | (label >= vocab)
+    x = tl.load(pointer + tl.where((label < 0) | (label >= vocab), 0, label)).to(tl.float32)
+    value = tl.fma((x - m) * c, LN2, -log_z)
     value = tl.where((x <= floor) | (label == exclude), float("-inf"), value)
     return tl.where(label < 0, 0.0, tl.where(bad, float("nan"), value))
 
 
 @triton.jit
-def no_mass(m, z):
+def no_mass(one_side, m, z):
     """Whether a row is −inf everywhere, or holds NaN or +inf: it has no softmax."""
-    return (z != z) | (m <= 0.5 * NOTHING)
+    return (z != z) | (m <= 0.5 * one_side[2])

@@ -15,6 +15,9 @@ from kldiv_kernels.backends.triton.state import TEACHER, add_blocks, empty, merg
 
 # Blocks under way at a time in a loop, through shared memory: registers do not hold enough of them to hide the latency.
 STAGES = tl.constexpr(3)
+# Labels a row: LABEL_S and LABEL_T are 0 where there is none.
+ONE_LABEL = tl.constexpr(1)
+MANY_LABELS = tl.constexpr(2)
 
 
 @triton.jit
@@ -47,7 +50,7 @@ def slice_state(
         state = _add_state(state, start, end, s_side, t_side, exclude, FIRST, EXCLUDE, False, 2, R, C)
     for start in range(whole, end, R * C):
         state = _add_state(state, start, end, s_side, t_side, exclude, FIRST, EXCLUDE, True, 1, R, C)
-    return merge(state, FIRST)
+    return merge(state, s_side[1], t_side[1], FIRST)
 
 
 @triton.jit
@@ -95,12 +98,14 @@ def _add_labels(g, columns, start, labels, coefficients, n, label_count, R: tl.c
 
 @triton.jit
 def _write(
-    to, g, share, softmax, scale, columns, start, end, labels, coefficients, n, label_count, exclude,
+    to, g, share, softmax, scale, columns, start, end, one_label, labels, coefficients, n, label_count, exclude,
     LABEL: tl.constexpr, EXCLUDE: tl.constexpr, MASKED: tl.constexpr, R: tl.constexpr, C: tl.constexpr,
 ):  # fmt: skip
     # 0 * inf: a column without mass takes no share of an infinite sum.
     g += tl.where(softmax == 0.0, 0.0, share * softmax)
-    if LABEL:
+    if LABEL == ONE_LABEL:
+        g += tl.where(columns == one_label[0], one_label[1], 0.0)
+    elif LABEL == MANY_LABELS:
         g = _add_labels(g, columns, start, labels, coefficients, n, label_count, R, C)
     g *= scale
     if EXCLUDE:
@@ -115,7 +120,7 @@ def _write(
 @triton.jit
 def _block_gradient(
     start, end, s_side, t_side, state, exclude, alpha, beta, scale_s, scale_t, c, finished, share_q, share_p,
-    ds, dt, labels, coefficients_s, coefficients_t, n, label_count,
+    ds, dt, one_s, one_t, labels, coefficients_s, coefficients_t, n, label_count,
     STUDENT: tl.constexpr, REFERENCE: tl.constexpr, LABEL_S: tl.constexpr, LABEL_T: tl.constexpr,
     TWO: tl.constexpr, EXCLUDE: tl.constexpr, MASKED: tl.constexpr, R: tl.constexpr, C: tl.constexpr,
 ):  # fmt: skip
@@ -128,14 +133,14 @@ def _block_gradient(
     if STUDENT:
         g = gradient_logq(c, finished, p, q, lp, lq, u, alpha, beta)
         _write(
-            ds, g, share_q, q, scale_s, columns, start, end, labels, coefficients_s, n, label_count, exclude,
-            LABEL_S, EXCLUDE, MASKED, R, C,
+            ds, g, share_q, q, scale_s, columns, start, end, one_s, labels, coefficients_s, n, label_count,
+            exclude, LABEL_S, EXCLUDE, MASKED, R, C,
         )  # fmt: skip
     if REFERENCE:
         g = gradient_logp(c, finished, p, q, lp, lq, u, alpha, beta)
         _write(
-            dt, g, share_p, p, scale_t, columns, start, end, labels, coefficients_t, n, label_count, exclude,
-            LABEL_T, EXCLUDE, MASKED, R, C,
+            dt, g, share_p, p, scale_t, columns, start, end, one_t, labels, coefficients_t, n, label_count,
+            exclude, LABEL_T, EXCLUDE, MASKED, R, C,
         )  # fmt: skip
 
 
@@ -150,17 +155,23 @@ def slice_gradient(
     end = block_limit(end, C, EVEN)
     blocks = (end - begin) // (R * C)
     whole = begin + blocks * (R * C)
+    # (label, coefficient), read before the loop: a load inside keeps the compiler from pipelining it.
+    one_s, one_t = (-1, 0.0), (-1, 0.0)
+    if LABEL_S == ONE_LABEL:
+        one_s = (tl.load(labels).to(tl.int32), tl.load(coefficients_s))
+    if LABEL_T == ONE_LABEL:
+        one_t = (tl.load(labels).to(tl.int32), tl.load(coefficients_t))
     if whole < end:
         _block_gradient(
             whole, end, s_side, t_side, state, exclude, alpha, beta, scale_s, scale_t, c, finished, share_q, share_p,
-            ds, dt, labels, coefficients_s, coefficients_t, n, label_count,
+            ds, dt, one_s, one_t, labels, coefficients_s, coefficients_t, n, label_count,
             STUDENT, REFERENCE, LABEL_S, LABEL_T, TWO, EXCLUDE, True, R, C,
         )  # fmt: skip
     for i in tl.range(blocks, num_stages=STAGES):
         start = whole - (i + 1) * (R * C)
         _block_gradient(
             start, end, s_side, t_side, state, exclude, alpha, beta, scale_s, scale_t, c, finished, share_q, share_p,
-            ds, dt, labels, coefficients_s, coefficients_t, n, label_count,
+            ds, dt, one_s, one_t, labels, coefficients_s, coefficients_t, n, label_count,
             STUDENT, REFERENCE, LABEL_S, LABEL_T, TWO, EXCLUDE, False, R, C,
         )  # fmt: skip
 

@@ -1,19 +1,19 @@
 """The first sweep: the state of some columns of a row, a monoid without cancellation.
 
-Notation (logits x, exponents y = x c − m in base 2, c = log2(e)/temperature): of the student m_s, the reference of its
-exponents, and z_s = Σ 2^y; of the teacher m_t, z_t. p̃ = 2^y_t and q̃ = 2^y_s, u = (y_t − y_s) ln 2 = log(p̃/q̃).
+Notation (logits x, exponents y = (x − m) c in base 2, c = log2(e)/temperature): of the student m_s, the reference of
+its exponents, and z_s = Σ 2^y; of the teacher m_t, z_t. p̃ = 2^y_t and q̃ = 2^y_s, u = (y_t − y_s) ln 2 = log(p̃/q̃).
 
     entropy      a = −Σ q̃ y_s
     forward KL   g = Σ p̃ u − p̃ + q̃ ≥ 0, term by term
     reverse KL   the same with the roles exchanged
     Hellinger    g = ½ Σ (√p̃ − √q̃)²
 
-In a lane m is the largest x c so far; when columns are merged it becomes their log-sum-exp, so that z is near 1 and g
+In a lane m is the largest x so far; when columns are merged it becomes their log-sum-exp, so that z is near 1 and g
 near the divergence itself: terms of a lane are never much larger than what it contributes. All of them move exactly to
 other references (`move`), which is what merging is:
 
-    with a = 2^(m_s − m_s'), b = 2^(m_t − m_t'), x = log(a/b):
-    z_s' = a z_s, z_t' = b z_t, a_s' = a (a_s + z_s (m_s' − m_s))
+    with a = 2^((m_s − m_s') c_s), b = 2^((m_t − m_t') c_t), x = log(a/b):
+    z_s' = a z_s, z_t' = b z_t, a_s' = a (a_s + z_s (m_s' − m_s) c_s)
     KL:         g' = b (g + z_s (e^x − 1 − x) + (z_s − z_t) x) = b (g − z_t x) + (a − b) z_s
     Hellinger:  g' = √(ab) g + ½ (√b − √a) (√b z_t − √a z_s)
 """
@@ -41,21 +41,17 @@ ARGMAX = tl.constexpr(256)
 # Numbers in a state: m, z, a and blocked logit of the student, of the teacher; three g; the largest logit and where.
 STATE_SIZE = tl.constexpr(13)
 # Below every logit, and finite in units of c at any temperature above 1e-7.
-_NO_LOGIT = tl.constexpr(-2e30)
-# The m of a lane without mass. Below −2e9 a float m is not known to 2^7, and a lane counts as one.
-NOTHING = tl.constexpr(-1e25)
-_LOWEST = tl.constexpr(-2e9)
+_NOTHING = tl.constexpr(-2e30)
 _NO_COLUMN = tl.constexpr(2147483647)
 
 
 @triton.jit
 def empty(R: tl.constexpr):
     """The state of no columns, R times."""
-    nothing = tl.full([R], NOTHING, tl.float32)
-    low = tl.full([R], _NO_LOGIT, tl.float32)
+    low = tl.full([R], _NOTHING, tl.float32)
     zero = tl.zeros([R], tl.float32)
     column = tl.full([R], _NO_COLUMN, tl.int32)
-    return nothing, zero, zero, low, nothing, zero, zero, low, zero, zero, zero, low, column
+    return low, zero, zero, low, low, zero, zero, low, zero, zero, zero, low, column
 
 
 @triton.jit
@@ -67,10 +63,10 @@ def _move_kl(g, z_first, z_second, a, b, x):
 
 
 @triton.jit
-def move(state, to_s, to_t, FIRST: tl.constexpr):
+def move(state, to_s, to_t, cs, ct, FIRST: tl.constexpr):
     """The state in exponents relative to other references."""
     ms, zs, es, bs, mt, zt, et, bt, forward, reverse, hellinger, best, column = state
-    ds, dt = ms - to_s, mt - to_t
+    ds, dt = (ms - to_s) * cs, (mt - to_t) * ct
     a = tl.exp2(ds)
     if FIRST & TEACHER:
         b = tl.exp2(dt)
@@ -90,13 +86,12 @@ def move(state, to_s, to_t, FIRST: tl.constexpr):
 
 
 @triton.jit
-def _largest(m, blocks, c):
-    """The largest x c of lanes, m included."""
+def _largest(m, blocks):
+    """The largest logit of lanes, m included."""
     top = tl.max(blocks[0], axis=1)
     for i in tl.static_range(1, len(blocks)):
         top = tl.maximum(top, tl.max(blocks[i], axis=1))
-    top = top * c
-    return tl.maximum(m, tl.where(top < _LOWEST, NOTHING, top))
+    return tl.maximum(m, top)
 
 
 @triton.jit
@@ -104,8 +99,8 @@ def add_blocks(state, s_blocks, t_blocks, s_side, t_side, columns, FIRST: tl.con
     """The state [R] and some blocks of columns [R, C] of both rows, moved once for all of them."""
     to_t = state[4]
     if FIRST & TEACHER:
-        to_t = _largest(state[4], t_blocks, t_side[1])
-    state = move(state, _largest(state[0], s_blocks, s_side[1]), to_t, FIRST)
+        to_t = _largest(state[4], t_blocks)
+    state = move(state, _largest(state[0], s_blocks), to_t, s_side[1], t_side[1], FIRST)
     for i in tl.static_range(len(s_blocks)):
         state = _add_block(state, s_blocks[i], t_blocks[i], s_side, t_side, columns[i], FIRST)
     return state
@@ -114,7 +109,7 @@ def add_blocks(state, s_blocks, t_blocks, s_side, t_side, columns, FIRST: tl.con
 @triton.jit
 def _add_block(state, s, t, s_side, t_side, columns, FIRST: tl.constexpr):
     ms, zs, es, bs, mt, zt, et, bt, forward, reverse, hellinger, best, column = state
-    ys = tl.fma(s, s_side[1], -ms[:, None])
+    ys = (s - ms[:, None]) * s_side[1]
     if FIRST & HELLINGER:
         root_q = tl.exp2(0.5 * ys)
         q = root_q * root_q
@@ -124,7 +119,7 @@ def _add_block(state, s, t, s_side, t_side, columns, FIRST: tl.constexpr):
     if FIRST & ENTROPY:
         es -= tl.sum(q * ys, axis=1)
     if FIRST & TEACHER:
-        yt = tl.fma(t, t_side[1], -mt[:, None])
+        yt = (t - mt[:, None]) * t_side[1]
         if FIRST & HELLINGER:
             root_p = tl.exp2(0.5 * yt)
             p = root_p * root_p
@@ -141,9 +136,9 @@ def _add_block(state, s, t, s_side, t_side, columns, FIRST: tl.constexpr):
         if FIRST & REFERENCE_ENTROPY:
             et -= tl.sum(p * yt, axis=1)
         if FIRST & P_IS_ZERO:
-            bs = tl.maximum(bs, tl.max(tl.where(t <= t_side[2], s, _NO_LOGIT), axis=1))
+            bs = tl.maximum(bs, tl.max(tl.where(t <= t_side[2], s, _NOTHING), axis=1))
         if FIRST & Q_IS_ZERO:
-            bt = tl.maximum(bt, tl.max(tl.where(s <= s_side[2], t, _NO_LOGIT), axis=1))
+            bt = tl.maximum(bt, tl.max(tl.where(s <= s_side[2], t, _NOTHING), axis=1))
     if FIRST & ARGMAX:
         largest = tl.max(s, axis=1)
         where = tl.min(tl.where(s == largest[:, None], columns, _NO_COLUMN), axis=1)
@@ -153,21 +148,23 @@ def _add_block(state, s, t, s_side, t_side, columns, FIRST: tl.constexpr):
 
 
 @triton.jit
-def _log_sum(m, z):
+def _log_sum(m, z, c):
     """The log-sum-exp of lanes [R], and their maximum where that has none."""
     top = tl.max(m, axis=0)
-    total = tl.sum(z * tl.exp2(m - top), axis=0)
-    return tl.where(total > 0.0, top + tl.log2(tl.where(total > 0.0, total, 1.0)), tl.where(total == 0.0, top, total))
+    total = tl.sum(z * tl.exp2((m - top) * c), axis=0)
+    return tl.where(
+        total > 0.0, top + tl.log2(tl.where(total > 0.0, total, 1.0)) / c, tl.where(total == 0.0, top, total)
+    )
 
 
 @triton.jit
-def merge(states, FIRST: tl.constexpr):
+def merge(states, cs, ct, FIRST: tl.constexpr):
     """The states [R] of R sets of columns, merged into one (scalars)."""
-    to_s = _log_sum(states[0], states[1])
+    to_s = _log_sum(states[0], states[1], cs)
     to_t = states[4]
     if FIRST & TEACHER:
-        to_t = _log_sum(states[4], states[5])
-    moved = move(states, to_s, to_t, FIRST)
+        to_t = _log_sum(states[4], states[5], ct)
+    moved = move(states, to_s, to_t, cs, ct, FIRST)
     ms, zs, es, bs, mt, zt, et, bt, forward, reverse, hellinger, best, column = moved
     zero = 0.0 * to_s
     zs = tl.sum(zs, axis=0)
