@@ -29,7 +29,7 @@ from kldiv_kernels.backends.triton.hooks import (
     zero_sums,
 )
 from kldiv_kernels.backends.triton.math import LN2, expm1_minus
-from kldiv_kernels.backends.triton.rows import no_mass, parameters, side
+from kldiv_kernels.backends.triton.rows import no_mass, parameters, side, softmaxes
 from kldiv_kernels.backends.triton.slices import slice_gradient, slice_state, slice_sums, write_zeros
 from kldiv_kernels.backends.triton.state import P_IS_ZERO, Q_IS_ZERO, STATE_SIZE, TEACHER, empty, merge, put
 
@@ -57,15 +57,6 @@ def open_row(
     if EXCLUDE:
         exclude = tl.load(exclude_ptr + index).to(tl.int32)
     return s_side, t_side, exclude, 1.0 / temperature, 1.0 / reference_temperature, alpha, beta
-
-
-@triton.jit
-def softmaxes(ms, zs, mt, zt, TWO: tl.constexpr):
-    """(m, 1/z, log z) of the student and of the teacher, as `rows.normalised` takes them."""
-    if TWO:
-        return ms, 1.0 / zs, tl.log(zs), mt, 1.0 / zt, tl.log(zt)
-    else:
-        return ms, 1.0 / zs, tl.log(zs), 0.0, 0.0, 0.0
 
 
 @triton.jit
@@ -133,7 +124,8 @@ def write_row(
 ):  # fmt: skip
     """A row's column of the table of values."""
     ms, zs, mt, zt = m_and_z
-    _, over_zs, log_zs, _, over_zt, log_zt = softmaxes(ms, zs, mt, zt, TWO)
+    log_zs = tl.log(zs)
+    log_zt = tl.log(zt) if TWO else 0.0
     lse = tl.fma(ms * s_side[1], EXPONENT_TO_LOG, log_zs)
     max_logprob = tl.fma((state[11] - ms) * s_side[1], LN2, -log_zs)
     argmax = tl.where(zs != zs, -1.0, state[12].to(tl.float32))
@@ -203,7 +195,7 @@ def sums_kernel(
     ms, zs, mt, zt = m_and_z
     begin = (program % slices).to(tl.int32) * SLICE
     end = tl.minimum(begin + SLICE, vocab)
-    row = softmaxes(ms, zs, mt, zt, TWO)
+    row = softmaxes(ms, zs, mt, zt, s_side[1], t_side[1], TWO)
     sums = slice_sums(begin, end, s_side, t_side, row, exclude, alpha, beta, TWO, EXCLUDE, EVEN, R, C)
     for i in tl.static_range(len(sums)):
         tl.store(sums_ptr + program * len(sums) + i, sums[i])
@@ -279,7 +271,7 @@ def gradient_kernel(
     finished = load_finished(state_ptr + 4 * n + index, n)
     row = softmaxes(
         tl.load(state_ptr + index), tl.load(state_ptr + n + index),
-        tl.load(state_ptr + 2 * n + index), tl.load(state_ptr + 3 * n + index), TWO,
+        tl.load(state_ptr + 2 * n + index), tl.load(state_ptr + 3 * n + index), s_side[1], t_side[1], TWO,
     )  # fmt: skip
     write_gradient(
         slice_index == slices - 1, keep, begin, end, vocab, s_side, t_side, row, exclude, alpha, beta, scale_s, scale_t,
@@ -360,7 +352,7 @@ def loss_kernel(
     state = merge(states, s_side[1], t_side[1], FIRST)
     m_and_z, first = take_row(state, s_side, t_side, FIRST)
     ms, zs, mt, zt = m_and_z
-    row = softmaxes(ms, zs, mt, zt, TWO)
+    row = softmaxes(ms, zs, mt, zt, s_side[1], t_side[1], TWO)
     sums = zero_sums(S_PAD)
     if len(sums) > 0:
         for j in range(slices):

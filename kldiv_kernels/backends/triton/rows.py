@@ -69,20 +69,50 @@ def read(one_side, columns, limit, exclude, MASKED: tl.constexpr, EXCLUDE: tl.co
 
 
 @triton.jit
-def normalised(s, t, s_side, t_side, state, TEACHER: tl.constexpr):
-    """(p, q, log p, log q, log p − log q) of a block, from the finished softmaxes.
+def _softmax(m, z, c):
+    """(μ, r, 1/z', log z'): with y = x c − μ, softmax(x) = 2^y / z' and log softmax(x) = y ln 2 − log z'.
 
-    The logarithm of the ratio is a difference of exponents below the maxima, exact where the rows are close.
+    μ is m c, rounded, and r what that leaves out: so y is one fused multiply-add, rounded once.
     """
-    ms, over_zs, log_zs, mt, over_zt, log_zt = state
-    ys = (s - ms) * s_side[1]
+    reference = m * c
+    rest = tl.fma(m, c, -reference)
+    return reference, rest, tl.exp2(-rest) / z, tl.fma(rest, LN2, tl.log(z))
+
+
+@triton.jit
+def softmaxes(ms, zs, mt, zt, cs, ct, TWO: tl.constexpr):
+    """What `normalised` takes of a finished row: (μ, 1/z', log z') of both softmaxes, and (δ, slope, tilt, constant):
+
+        log p − log q = slope ((t − s) − δ) + tilt y_s + constant,
+
+    exact where the rows are close and their temperatures equal (then tilt is 0), however large the logits are.
+    """
+    reference_s, rest_s, over_zs, log_zs = _softmax(ms, zs, cs)
+    if TWO:
+        reference_t, rest_t, over_zt, log_zt = _softmax(mt, zt, ct)
+        delta = mt - ms
+        slope = ct * LN2
+        tilt = (ct - cs) / cs * LN2
+        # What the rounding of delta leaves out: mt − delta is exact where the two are close, or delta is.
+        left = (mt - delta) - ms
+        constant = (tl.log(zs) - tl.log(zt)) - left * slope - rest_s * tilt
+        return reference_s, over_zs, log_zs, reference_t, over_zt, log_zt, delta, slope, tilt, constant
+    else:
+        return reference_s, over_zs, log_zs, 0.0, 0.0, 0.0, 0.0, 0.0, 0.0, 0.0
+
+
+@triton.jit
+def normalised(s, t, s_side, t_side, row, TEACHER: tl.constexpr):
+    """(p, q, log p, log q, log p − log q) of a block; `row` is from `softmaxes`."""
+    reference_s, over_zs, log_zs, reference_t, over_zt, log_zt, delta, slope, tilt, constant = row
+    ys = tl.fma(s, s_side[1], -reference_s)
     q = tl.exp2(ys) * over_zs
     lq = tl.fma(ys, LN2, -log_zs)
     if TEACHER:
-        yt = (t - mt) * t_side[1]
+        yt = tl.fma(t, t_side[1], -reference_t)
         p = tl.exp2(yt) * over_zt
         lp = tl.fma(yt, LN2, -log_zt)
-        u = tl.fma(yt - ys, LN2, log_zs - log_zt)
+        u = tl.fma(ys, tilt, tl.fma((t - s) - delta, slope, constant))
     else:
         p, lp, u = q, lq, 0.0 * q
     return p, q, lp, lq, u
