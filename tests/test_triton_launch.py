@@ -138,9 +138,16 @@ def test_vocabularies_share_what_is_compiled(keys: Keys) -> None:
 @compiled_only
 def test_labels_and_their_number_compile_nothing(keys: Keys) -> None:
     student = _logits()
-    for labels in (torch.zeros(7, dtype=torch.int64), torch.zeros(7, 1, dtype=torch.int32), torch.zeros(7, 16).long()):
-        kk.selective_log_softmax(student.requires_grad_(), labels, backend="triton").sum().backward()
-    assert keys.counts() == {"sweep_kernel": 1, "finish_kernel": 1, "gradient_kernel": 1}
+
+    def run(*labels: Tensor) -> dict[str, int]:
+        for one in labels:
+            kk.selective_log_softmax(student.requires_grad_(), one, backend="triton").sum().backward()
+        return keys.counts()
+
+    once = {"sweep_kernel": 1, "finish_kernel": 1, "gradient_kernel": 1}
+    assert run(torch.zeros(7, dtype=torch.int64), torch.zeros(7, 1, dtype=torch.int32)) == once
+    # Several labels a row need a loop, which one does not pay for.
+    assert run(*(torch.zeros(7, count).long() for count in (2, 5, 16))) == {**once, "gradient_kernel": 2}
 
 
 @compiled_only
