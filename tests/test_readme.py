@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 import shlex
 from pathlib import Path
@@ -35,6 +36,24 @@ def row_of(statistic: Statistic) -> str:
 @pytest.mark.parametrize("name", [name for name, statistic in STATISTICS.items() if statistic.builtin])
 def test_the_table_has_the_statistic(name: str) -> None:
     assert row_of(STATISTICS[name]) in README
+
+
+def test_the_table_of_compiled_kernels() -> None:
+    resources = json.loads((ROOT / "benchmarks/triton_resources.json").read_text())
+    assert f"with Triton {resources['triton']}:" in README
+    cells = [
+        cell
+        for kernel in resources["kernels"]
+        for dtype in kernel.values()
+        if isinstance(dtype, dict)
+        for cell in dtype.values()
+    ]
+    assert f"the most that any kernel spills is {max(spilled for _, _, spilled, _ in cells)} bytes" in README
+    for name in ("forward_kl", "js"):
+        for kernel in resources["kernels"]:
+            if name in kernel["statistics"] and kernel["kernel"] != "finish_kernel":
+                row = " | ".join(f"{registers} · {programs}" for registers, _, _, programs in kernel["bf16"].values())
+                assert f"| {name} | `{kernel['kernel']}` | {row} |" in README
 
 
 def test_the_code_runs() -> None:
