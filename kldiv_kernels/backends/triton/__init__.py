@@ -2,7 +2,7 @@
 
 hooks.py      what a set of statistics gives the kernels
 math.py, divergences.py, powers.py, table.py    the statistics
-rows.py, state.py, slices.py, kernels.py        the kernels, the same for every statistic
+rows.py, state.py, row.py, slices.py, kernels.py    the kernels, the same for every statistic
 bind.py, hook_text.py    bring the two together
 launch.py     sizes, strides, launches
 """

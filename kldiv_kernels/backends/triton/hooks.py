@@ -1,4 +1,4 @@
-"""What a set of statistics gives the kernels: functions, written out by `bind.py` for each set that is asked for.
+"""What a set of statistics gives the kernels: functions, written out by `hook_text.py` for each set that is asked for.
 
 The kernels call these names; `bind.py` puts functions of the same names and signatures in their place. Those below are
 of the empty set.
