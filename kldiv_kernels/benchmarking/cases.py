@@ -110,17 +110,18 @@ class Case:
             return ()
         return (*_TARGETS.get((self.kind, self.dtype), ()), _MEMORY)
 
-    def inputs(self, seed: int = 0) -> Inputs:
+    def inputs(self, seed: int = 0, device: str = "cpu") -> Inputs:
         """randn × 3: about the spread of a language model's logits, so that no term is trivially 0."""
-        generator = torch.Generator().manual_seed(seed)
+        generator = torch.Generator(device).manual_seed(seed)
 
         def rows() -> Tensor:
-            return torch.randn(self.rows, self.vocab, dtype=self.dtype, generator=generator).mul_(3)
+            shape = (self.rows, self.vocab)
+            return torch.randn(shape, dtype=self.dtype, device=device, generator=generator).mul_(3)
 
         logits = rows().requires_grad_()
         if self.is_divergence:
             return Inputs(logits, rows(), None)
-        return Inputs(logits, None, torch.randint(self.vocab, (self.rows,), generator=generator))
+        return Inputs(logits, None, torch.randint(self.vocab, (self.rows,), device=device, generator=generator))
 
 
 def dtype(name: str) -> torch.dtype:

@@ -12,7 +12,6 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from kldiv_kernels.benchmarking.cases import LOGPROB_ENTROPY, Case, Inputs
 
@@ -48,11 +47,11 @@ class GpuCase:
 
     @property
     def two_tensors(self) -> bool:
-        return self.kind != LOGPROB_ENTROPY
+        return self.on_cpu.is_divergence
 
     @property
     def unit_bytes(self) -> int:
-        return self.rows * self.vocab * self.dtype.itemsize
+        return self.on_cpu.unit_bytes
 
     @property
     def floor_units(self) -> int:
@@ -63,18 +62,10 @@ class GpuCase:
         return self.floor_units * self.unit_bytes
 
     def inputs(self, device: str, seed: int) -> Inputs:
-        """randn × 3 drawn on the device: about the spread of a language model's logits."""
-        generator = torch.Generator(device).manual_seed(seed)
-
-        def rows() -> Tensor:
-            shape = (self.rows, self.vocab)
-            return torch.randn(shape, dtype=self.dtype, device=device, generator=generator).mul_(3)
-
-        logits = rows().requires_grad_(self.gradient)
-        if self.two_tensors:
-            return Inputs(logits, rows(), None)
-        labels = torch.randint(self.vocab, (self.rows,), device=device, generator=generator)
-        return Inputs(logits, None, labels)
+        """Those of the same loss on the CPU, drawn on the device."""
+        inputs = self.on_cpu.inputs(seed, device)
+        inputs.logits.requires_grad_(self.gradient)
+        return inputs
 
 
 def cases() -> list[GpuCase]:
