@@ -4,7 +4,7 @@ hooks.py      what a set of statistics gives the kernels
 math.py, divergences.py, powers.py, table.py    the statistics
 rows.py, state.py, row.py, slices.py, kernels.py    the kernels, the same for every statistic
 bind.py, hook_text.py    bring the two together
-launch.py     sizes, strides, launches
+launch.py, strides.py    sizes, strides, launches
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ from torch import Tensor
 
 from kldiv_kernels import registry
 from kldiv_kernels.backends import Call
+from kldiv_kernels.backends.triton.strides import leading
 
 if TYPE_CHECKING:
     from kldiv_kernels.backends.triton.launch import Launch
@@ -72,16 +73,6 @@ def _missing(name: str) -> bool:
     return name not in _builtin() if statistic.builtin else statistic.triton is None
 
 
-def _leading_dimensions(tensor: Tensor) -> int:
-    """Leading dimensions left after merging those that one stride can walk."""
-    left, last = 0, 0
-    for size, stride in zip(tensor.shape[:-1], tensor.stride()[:-1], strict=True):
-        if size != 1:
-            left += last != size * stride
-            last = stride
-    return left
-
-
 class TritonBackend:
     name = "triton"
 
@@ -97,7 +88,7 @@ class TritonBackend:
                 return f"it serves CUDA, ROCm and XPU tensors, not {tensor.device}"
             if tensor.dtype not in DTYPES:
                 return f"it serves float32, bfloat16 and float16, not {tensor.dtype}"
-            if _leading_dimensions(tensor) > 2:
+            if leading(tensor) is None:
                 return f"rows with strides {list(tensor.stride())} need more than two leading dimensions"
         missing = [name for name in call.stats if _missing(name)]
         if missing:

@@ -26,10 +26,10 @@ from kldiv_kernels.backends.triton.hooks import (
     weights,
     zero_sums,
 )
-from kldiv_kernels.backends.triton.row import finish_row, load_states, open_row, take_row, write_nothing, write_row
+from kldiv_kernels.backends.triton.row import finish_row, open_row, take_row, write_nothing, write_row
 from kldiv_kernels.backends.triton.rows import softmaxes
 from kldiv_kernels.backends.triton.slices import slice_gradient, slice_state, slice_sums, write_zeros
-from kldiv_kernels.backends.triton.state import STATE_SIZE, TEACHER, empty, merge, put
+from kldiv_kernels.backends.triton.state import STATE_SIZE, TEACHER, empty, load_slices, merge, put
 
 
 @triton.jit
@@ -79,7 +79,7 @@ def sums_kernel(
         index, s_ptr, s_inner, s_outer, s_stride, t_ptr, t_inner, t_outer, t_stride, exclude_ptr, token_ptr, n,
         temperature, reference_temperature, alpha, beta, TWO, EXCLUDE, PER_TOKEN, ALIGNED,
     )  # fmt: skip
-    state = merge(load_states(partial_ptr, index, slices, S_PAD, FIRST), s_side[1], t_side[1], FIRST)
+    state = merge(load_slices(partial_ptr, index, slices, empty(S_PAD)), s_side[1], t_side[1], FIRST)
     m_and_z, _ = take_row(state, s_side, t_side, FIRST)
     ms, zs, mt, zt = m_and_z
     begin = (program % slices).to(tl.int32) * SLICE
@@ -110,15 +110,11 @@ def finish_kernel(
         index, s_ptr, s_inner, s_outer, s_stride, t_ptr, t_inner, t_outer, t_stride, exclude_ptr, token_ptr, n,
         temperature, reference_temperature, alpha, beta, TWO, EXCLUDE, PER_TOKEN, ALIGNED,
     )  # fmt: skip
-    state = merge(load_states(partial_ptr, index, slices, S_PAD, FIRST), s_side[1], t_side[1], FIRST)
+    state = merge(load_slices(partial_ptr, index, slices, empty(S_PAD)), s_side[1], t_side[1], FIRST)
     m_and_z, first = take_row(state, s_side, t_side, FIRST)
-    lanes = tl.arange(0, S_PAD)
-    empty_sums = zero_sums(S_PAD)
-    sums = ()
-    for i in tl.static_range(len(empty_sums)):
-        at = sums_ptr + (index * slices + lanes) * len(empty_sums) + i
-        value = tl.load(at, mask=lanes < slices, other=0.0)
-        sums = sums + (tl.where(lanes < slices, value, empty_sums[i]),)
+    sums = zero_sums(S_PAD)
+    if len(sums) > 0:
+        sums = load_slices(sums_ptr, index, slices, sums)
     finished = finish_row(state, m_and_z, first, merge_sums(sums), s_side, t_side, alpha, beta, FIRST)
     write_row(
         finished, state, m_and_z, s_side, t_side, exclude, vocab, values_ptr, index, n, labels_ptr, label_count, TWO
@@ -249,7 +245,7 @@ def loss_kernel(
             begin = i * SLICE
             end = tl.minimum(begin + SLICE, vocab)
             added = slice_sums(begin, end, s_side, t_side, row, exclude, alpha, beta, TWO, EXCLUDE, EVEN, R, C)
-            sums = put_sums(sums, i, lanes, added)
+            sums = put(sums, i, lanes, added)
     finished = finish_row(state, m_and_z, first, merge_sums(sums), s_side, t_side, alpha, beta, FIRST)
     write_row(
         finished, state, m_and_z, s_side, t_side, exclude, vocab, values_ptr, index, n, labels_ptr, label_count, TWO
@@ -263,15 +259,6 @@ def loss_kernel(
             finished, ds_ptr, dt_ptr, s_width, t_width, coefficients_ptr, labels_ptr, index, n, label_count,
             STUDENT, REFERENCE, LABEL_S, LABEL_T, TWO, EXCLUDE, ALIGNED, EVEN, R, C,
         )  # fmt: skip
-
-
-@triton.jit
-def put_sums(sums, at, lanes, added):
-    here = lanes == at
-    out = ()
-    for i in tl.static_range(len(added)):
-        out = out + (tl.where(here, added[i], sums[i]),)
-    return out
 
 
 @triton.jit

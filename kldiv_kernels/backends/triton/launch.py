@@ -16,6 +16,7 @@ from kldiv_kernels import registry
 from kldiv_kernels.backends import Call, value_rows
 from kldiv_kernels.backends.triton import kernels, slices, state, table
 from kldiv_kernels.backends.triton.bind import Bound, bind, unspecialised
+from kldiv_kernels.backends.triton.strides import leading
 
 # The slices of a row are merged by a warp.
 _MOST_SLICES = 32
@@ -63,23 +64,6 @@ class Shape:
             slice_columns *= 2
         slices = triton.cdiv(vocab, slice_columns)
         return Shape(tile.lanes, columns, slice_columns, slices, max(2, triton.next_power_of_2(slices)), tile.warps)
-
-
-def leading(tensor: Tensor) -> tuple[int, int, int] | None:
-    """(inner, outer stride, inner stride) of the leading dimensions seen as [*, inner], or None if there are more."""
-    dims: list[tuple[int, int]] = []
-    for size, stride in zip(tensor.shape[:-1], tensor.stride()[:-1], strict=True):
-        if size == 1:
-            continue
-        if dims and dims[-1][1] == size * stride:
-            dims[-1] = (dims[-1][0] * size, stride)
-        else:
-            dims.append((size, stride))
-    if len(dims) > 2:
-        return None
-    if len(dims) == 2:
-        return dims[1][0], dims[0][1], dims[1][1]
-    return (dims[0][0], 0, dims[0][1]) if dims else (1, 0, 0)
 
 
 def bound_for(stats: tuple[str, ...], nvidia: bool) -> Bound:

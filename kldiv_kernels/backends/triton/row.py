@@ -8,7 +8,7 @@ import triton.language as tl
 from kldiv_kernels.backends.triton.hooks import finish, write_values
 from kldiv_kernels.backends.triton.math import LN2, expm1_minus
 from kldiv_kernels.backends.triton.rows import no_mass, parameters, side
-from kldiv_kernels.backends.triton.state import P_IS_ZERO, Q_IS_ZERO, STATE_SIZE, TEACHER, empty
+from kldiv_kernels.backends.triton.state import P_IS_ZERO, Q_IS_ZERO, TEACHER
 
 # 1 / LOG2E: dividing by the float32 log2(e) undoes the multiplication, rounding included.
 EXPONENT_TO_LOG = tl.constexpr(0.6931471898132927)
@@ -34,19 +34,6 @@ def open_row(
     if EXCLUDE:
         exclude = tl.load(exclude_ptr + index).to(tl.int32)
     return s_side, t_side, exclude, 1.0 / temperature, 1.0 / reference_temperature, alpha, beta
-
-
-@triton.jit
-def load_states(partial_ptr, index, slices, S_PAD: tl.constexpr, FIRST: tl.constexpr):
-    """The states of a row's slices, [S_PAD], as `sweep_kernel` left them."""
-    lanes = tl.arange(0, S_PAD)
-    states = empty(S_PAD)
-    out = ()
-    for i in tl.static_range(STATE_SIZE):
-        at = partial_ptr + (index * slices + lanes) * STATE_SIZE + i
-        value = tl.load(at, mask=lanes < slices, other=0.0).to(states[i].dtype)
-        out = out + (tl.where(lanes < slices, value, states[i]),)
-    return out
 
 
 @triton.jit

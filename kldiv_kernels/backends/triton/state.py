@@ -189,10 +189,22 @@ def merge(states, cs, ct, FIRST: tl.constexpr):
 
 
 @triton.jit
-def put(states, at, lanes, state):
-    """Lane `at` of states [R] replaced by a state (scalars)."""
+def put(slices, at, lanes, one):
+    """Lane `at` of what slices left [R] replaced by what one left (scalars)."""
     here = lanes == at
     out = ()
-    for i in tl.static_range(STATE_SIZE):
-        out = out + (tl.where(here, state[i], states[i]),)
+    for i in tl.static_range(len(slices)):
+        out = out + (tl.where(here, one[i], slices[i]),)
+    return out
+
+
+@triton.jit
+def load_slices(pointer, index, slices, nothing):
+    """What a row's slices left at `pointer` [n, slices, len(nothing)], in lanes; `nothing` in those behind them."""
+    lanes = tl.arange(0, nothing[0].shape[0])
+    out = ()
+    for i in tl.static_range(len(nothing)):
+        at = pointer + (index * slices + lanes) * len(nothing) + i
+        value = tl.load(at, mask=lanes < slices, other=0.0).to(nothing[i].dtype)
+        out = out + (tl.where(lanes < slices, value, nothing[i]),)
     return out
