@@ -74,7 +74,7 @@ class NoDriver:
 
 def _unsupported_on_gpus(self: backend.TritonBackend, call: ops.Call) -> str | None:
     """The checks that torch.compile traces, but for the one of the device."""
-    if backend._leading_dimensions(call.logits) > 2 or any(backend._missing(name) for name in call.stats):
+    if backend.leading(call.logits) is None or any(backend._missing(name) for name in call.stats):
         return "it does not serve this"
     return None
 
