@@ -1,0 +1,37 @@
+// Stacks, and changing from one to another.
+#pragma once
+
+#include <cstddef>
+
+#if !defined(__x86_64__)
+#include <ucontext.h>
+#endif
+
+#if defined(__SANITIZE_ADDRESS__)
+#define KLDIV_HOST_ASAN 1
+#endif
+
+namespace kldiv::gpu::host {
+
+struct Context {
+#if defined(__x86_64__)
+    void* stack_pointer = nullptr;
+#else
+    ucontext_t registers;
+#endif
+    const void* bottom = nullptr;
+    size_t size = 0;
+    void* fake_stack = nullptr;  // AddressSanitizer's
+};
+
+// Runs `entry`, which must not return, on stack `slot` when it is first changed to. Stacks are made once and kept.
+void prepare(Context* context, size_t slot, void (*entry)());
+void change(Context* from, Context* to);
+// Changes for good.
+[[noreturn]] void leave(Context* from, Context* to);
+// To be called first on a new stack.
+void arrived();
+// After contexts were given up in the middle: their stacks may be used again.
+void clean_stacks();
+
+}  // namespace kldiv::gpu::host
