@@ -16,9 +16,11 @@ TEST = Path(__file__).parent / "cuda_host" / "machine_test.cpp"
 ENVIRONMENT = {name: value for name, value in os.environ.items() if not name.startswith("KLDIV_HOST_")}
 
 
-@pytest.mark.parametrize(("sanitize", "seeds"), [(False, 60), (True, 10)], ids=["plain", "sanitized"])
-def test_the_machine_keeps_its_promises(sanitize: bool, seeds: int) -> None:
-    program = build("machine_test", [TEST], sanitize=sanitize)
+@pytest.mark.parametrize("how", ["plain", "sanitized", "without assembly"])
+def test_the_machine_keeps_its_promises(how: str) -> None:
+    defines = ["KLDIV_HOST_UCONTEXT"] if how == "without assembly" else []
+    program = build("machine_test", [TEST], sanitize=how == "sanitized", defines=defines)
+    seeds = 60 if how == "plain" else 10
     done = subprocess.run([program, "0", str(seeds)], capture_output=True, text=True, env=ENVIRONMENT, timeout=300)
     assert done.returncode == 0, done.stdout + done.stderr
     assert "every promise kept" in done.stdout

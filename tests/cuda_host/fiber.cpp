@@ -58,7 +58,7 @@ void after_change(void* fake_stack) {
 
 }  // namespace
 
-#if defined(__x86_64__)
+#ifdef KLDIV_HOST_OWN_CHANGE
 // Keeps what a call must keep (System V ABI) on the stack that is left, and takes it from the other one.
 extern "C" void kldiv_host_change(void** from, void* to);
 asm(R"(
