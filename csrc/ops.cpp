@@ -1,17 +1,10 @@
 // The tensor operators, on PyTorch's stable ABI: one build serves every Python and every PyTorch from 2.10 on.
 // They are functional but for scale_, carry no autograd and check only what would crash: kldiv_kernels/ops.py and
 // inputs.py stand above them.
-#include <torch/csrc/stable/library.h>
-#include <torch/csrc/stable/ops.h>
-#include <torch/csrc/stable/tensor.h>
-
-#include <optional>
-#include <string>
 #include <tuple>
-#include <vector>
 
 #include "cpu/rows.h"
-#include "plan.h"
+#include "op_arguments.h"
 
 #ifdef __linux__
 #include <sys/mman.h>
@@ -20,43 +13,21 @@
 namespace {
 
 using kldiv::Dtype;
-using torch::headeronly::ScalarType;
-using torch::stable::Tensor;
+using kldiv::ScalarType;
+using kldiv::Tensor;
+using torch::stable::new_empty;
 
-Dtype dtype_of(const Tensor& tensor, const char* name) {
-    switch (tensor.scalar_type()) {
-        case ScalarType::Float:
-            return Dtype::float32;
-        case ScalarType::BFloat16:
-            return Dtype::bfloat16;
-        case ScalarType::Half:
-            return Dtype::float16;
-        default:
-            break;
-    }
-    STD_TORCH_CHECK(false, name, " must be float32, bfloat16 or float16");
-}
+static_assert(static_cast<int>(Dtype::float32) == kldiv::kFloat32 &&
+              static_cast<int>(Dtype::bfloat16) == kldiv::kBfloat16 &&
+              static_cast<int>(Dtype::float16) == kldiv::kFloat16);
+Dtype dtype_of(const Tensor& tensor, const char* name) { return static_cast<Dtype>(kldiv::element_of(tensor, name)); }
 
-template <class T>
-const T* per_token(const std::optional<Tensor>& tensor, int64_t count, ScalarType type, const char* name) {
-    if (!tensor) return nullptr;
-    STD_TORCH_CHECK(
-        tensor->is_cpu() && tensor->is_contiguous() && tensor->scalar_type() == type && tensor->numel() == count, name,
-        " must be a contiguous CPU tensor of its type with ", count, " elements");
-    static const T empty{};  // an empty tensor may have no address
-    return count == 0 ? &empty : static_cast<const T*>(tensor->data_ptr());
-}
-
-kldiv::Rows rows_of(const Tensor& tensor, int64_t columns, const char* name) {
-    STD_TORCH_CHECK(tensor.is_cpu() && tensor.dim() >= 1, name, " must be a CPU tensor of at least one dimension");
-    const int64_t last = tensor.dim() - 1;
-    STD_TORCH_CHECK(columns >= 1 && columns <= tensor.size(last), "vocab_size must be 1 to the width of ", name);
-    STD_TORCH_CHECK(tensor.size(last) == 1 || tensor.stride(last) == 1, name, " must have unit stride in its columns");
+kldiv::Rows rows_of(const Tensor& tensor, const Tensor& logits, int64_t columns, const char* name) {
+    kldiv::check_rows(tensor, logits, columns, name);
     kldiv::Rows rows;
-    static const char empty = 0;  // an empty tensor may have no address
-    rows.data = tensor.numel() == 0 ? &empty : static_cast<const char*>(tensor.data_ptr());
+    rows.data = static_cast<const char*>(kldiv::address(tensor));
     rows.dtype = dtype_of(tensor, name);
-    for (int64_t i = 0; i < last; ++i) {
+    for (int64_t i = 0; i < tensor.dim() - 1; ++i) {
         rows.sizes.push_back(tensor.size(i));
         rows.strides.push_back(tensor.stride(i));
     }
@@ -77,7 +48,7 @@ void use_huge_pages(const Tensor& tensor) {
 }
 
 Tensor new_gradient(const Tensor& like, kldiv::Gradient* gradient, const char* name) {
-    const Tensor out = torch::stable::new_empty(like, like.sizes());
+    const Tensor out = new_empty(like, like.sizes());
     use_huge_pages(out);
     *gradient = {static_cast<char*>(out.data_ptr()), dtype_of(like, name), like.size(like.dim() - 1)};
     return out;
@@ -91,25 +62,11 @@ kldiv::Job make_job(const Tensor& logits, const std::optional<Tensor>& reference
     kldiv::Job job;
     job.kernels = &kldiv::best_kernels();
     job.columns = vocab_size;
-    job.student = rows_of(logits, vocab_size, "logits");
-    job.rows = logits.numel() / logits.size(logits.dim() - 1);
-    if (reference) {
-        job.teacher = rows_of(*reference, vocab_size, "reference");
-        STD_TORCH_CHECK(job.teacher.sizes == job.student.sizes, "reference must have the leading sizes of logits");
-    }
-    if (labels) {
-        STD_TORCH_CHECK(labels->dim() == 2, "labels must be [N, K]");
-        job.labels_per_row = labels->size(1);
-    }
-    job.labels = per_token<int64_t>(labels, job.rows * job.labels_per_row, ScalarType::Long, "labels");
-    if (job.labels)
-        for (int64_t i = 0; i < job.rows * job.labels_per_row; ++i)
-            STD_TORCH_CHECK(job.labels[i] < vocab_size, "labels must be below vocab_size");
-    job.mask = per_token<bool>(mask, job.rows, ScalarType::Bool, "mask");
-    job.exclude = per_token<int64_t>(exclude, job.rows, ScalarType::Long, "exclude");
-    job.token_parameters = per_token<float>(token_parameters, 4 * job.rows, ScalarType::Float, "token_parameters");
-    STD_TORCH_CHECK(parameters.size() == 4, "parameters must be temperature, reference temperature, alpha, beta");
-    std::copy(parameters.begin(), parameters.end(), job.parameters);
+    job.student = rows_of(logits, logits, vocab_size, "logits");
+    if (reference) job.teacher = rows_of(*reference, logits, vocab_size, "reference");
+    kldiv::take_tokens(job, logits, labels, mask, exclude, token_parameters, parameters);
+    for (int64_t i = 0; job.labels && i < job.rows * job.labels_per_row; ++i)
+        STD_TORCH_CHECK(job.labels[i] < vocab_size, "labels must be below vocab_size");
     for (const std::string& name : stats) {
         job.stats.push_back(kldiv::find_statistic(name));
         const kldiv::Request& request = job.stats.back();
@@ -132,10 +89,6 @@ void use_plan(kldiv::Job& job, const std::vector<std::string>& stats, bool gradi
     job.split_rows = plan.split_rows;
 }
 
-Tensor floats(const Tensor& like, int64_t rows, int64_t columns) {
-    return torch::stable::new_empty(like, {rows, columns}, ScalarType::Float);
-}
-
 std::tuple<Tensor, Tensor, Tensor, Tensor> forward(const Tensor& logits, std::optional<Tensor> reference,
                                                    std::optional<Tensor> labels, std::optional<Tensor> mask,
                                                    std::optional<Tensor> exclude,
@@ -146,13 +99,14 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> forward(const Tensor& logits, std::op
     kldiv::Job job =
         make_job(logits, reference, labels, mask, exclude, token_parameters, parameters, stats, vocab_size);
     use_plan(job, stats, coefficients.has_value(), true);
-    const Tensor values = floats(logits, job.value_rows(), job.rows);
+    const Tensor values = kldiv::new_floats(logits, job.value_rows(), job.rows);
     const int64_t state_rows = kldiv::kStateOfRow + kldiv::kStateOfStatistic * static_cast<int64_t>(stats.size());
-    const Tensor state = floats(logits, with_state ? state_rows : 0, job.rows);
+    const Tensor state = kldiv::new_floats(logits, with_state ? state_rows : 0, job.rows);
     job.values = static_cast<float*>(values.data_ptr());
     job.state = with_state ? static_cast<float*>(state.data_ptr()) : nullptr;
-    job.coefficients = per_token<float>(coefficients, job.value_rows() * job.rows, ScalarType::Float, "coefficients");
-    const Tensor none = torch::stable::new_empty(logits, {0});
+    job.coefficients =
+        kldiv::per_token<float>(coefficients, logits, job.value_rows() * job.rows, ScalarType::Float, "coefficients");
+    const Tensor none = new_empty(logits, {0});
     const Tensor dlogits = student ? new_gradient(logits, &job.d_student, "logits") : none;
     const Tensor dreference = teacher && reference ? new_gradient(*reference, &job.d_teacher, "reference") : none;
     kldiv::run_forward(job);
@@ -168,9 +122,11 @@ std::tuple<Tensor, Tensor> backward(const Tensor& logits, std::optional<Tensor> 
         make_job(logits, reference, labels, mask, exclude, token_parameters, parameters, stats, vocab_size);
     use_plan(job, stats, true, false);
     const int64_t state_rows = kldiv::kStateOfRow + kldiv::kStateOfStatistic * static_cast<int64_t>(stats.size());
-    job.state = const_cast<float*>(per_token<float>(state, state_rows * job.rows, ScalarType::Float, "state"));
-    job.coefficients = per_token<float>(coefficients, job.value_rows() * job.rows, ScalarType::Float, "coefficients");
-    const Tensor none = torch::stable::new_empty(logits, {0});
+    job.state =
+        const_cast<float*>(kldiv::per_token<float>(state, logits, state_rows * job.rows, ScalarType::Float, "state"));
+    job.coefficients =
+        kldiv::per_token<float>(coefficients, logits, job.value_rows() * job.rows, ScalarType::Float, "coefficients");
+    const Tensor none = new_empty(logits, {0});
     const Tensor dlogits = student ? new_gradient(logits, &job.d_student, "logits") : none;
     const Tensor dreference = teacher && reference ? new_gradient(*reference, &job.d_teacher, "reference") : none;
     kldiv::run_backward(job);
@@ -190,15 +146,9 @@ std::string isa() { return kldiv::best_kernels().isa; }
 
 }  // namespace
 
-#define KLDIV_CALL                                                                                                \
-    "Tensor logits, Tensor? reference, Tensor? labels, Tensor? mask, Tensor? exclude, Tensor? token_parameters, " \
-    "float[] parameters, str[] stats, int vocab_size"
-
 STABLE_TORCH_LIBRARY(kldiv_kernels_native, m) {
-    m.def("forward(" KLDIV_CALL
-          ", Tensor? coefficients, bool with_state, bool student, bool teacher) -> (Tensor, Tensor, Tensor, Tensor)");
-    m.def("backward(" KLDIV_CALL
-          ", Tensor state, Tensor coefficients, bool student, bool teacher) -> (Tensor, Tensor)");
+    m.def(KLDIV_FORWARD);
+    m.def(KLDIV_BACKWARD);
     m.def("scale_(Tensor(a!) gradient, Tensor factor) -> ()");
     m.def("served() -> str[]");
     m.def("isa() -> str");

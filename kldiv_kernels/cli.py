@@ -99,6 +99,7 @@ def plan(
     kind: Annotated[str | None, typer.Option(help="Divergence of a loss.", show_default="forward_kl")] = None,
     stats: Annotated[str | None, typer.Option(help="Statistics of token_stats, comma-separated.")] = None,
     gradient: Annotated[bool, typer.Option(help="Count the gradient of the logits.")] = True,
+    device: Annotated[str, typer.Option(help="cpu, cuda, or an architecture such as sm_90.")] = "cpu",
 ) -> None:
     """Which kernel a call would run and the bytes that it would move, without running it.
 
@@ -107,14 +108,16 @@ def plan(
       $ kldiv plan --rows 256 --vocab 151936 --kind js
 
       $ kldiv plan --rows 4096 --vocab 32000 --dtype fp32 --stats logprob,entropy
+
+      $ kldiv plan --rows 8192 --vocab 151936 --kind reverse_kl --device sm_90
     """
     try:
         chosen = kk.plan(
             rows=rows, vocab=vocab, dtype=_dtype(dtype, "--dtype"), kind=kind,
-            stats=None if stats is None else _names(stats), gradient=gradient,
+            stats=None if stats is None else _names(stats), gradient=gradient, device=device,
         )  # fmt: skip
     except ValueError as error:
-        raise _bad_option(error, "rows", "vocab", "kind", "stats") from None
+        raise _bad_option(error, "rows", "vocab", "kind", "stats", "device") from None
     table = Table(show_header=False)
     for name, value in dataclasses.asdict(chosen).items():
         if name == "bytes":

@@ -13,7 +13,7 @@ from typing import Literal, NamedTuple
 import torch
 
 from kldiv_kernels import machine
-from kldiv_kernels.backends import backends, native
+from kldiv_kernels.backends import backends, cuda, native
 from kldiv_kernels.version import __version__
 
 Status = Literal["ok", "missing", "note"]
@@ -75,8 +75,7 @@ def _backends() -> list[Check]:
     found = []
     for name, reason in backends().items():
         if reason == "available":
-            detail = f"{reason}, {native.instruction_set()} code" if name == "cpu" else reason
-            found.append(Check(f"backend {name}", "ok", detail))
+            found.append(Check(f"backend {name}", "ok", f"{reason}{_built_for(name)}"))
         else:
             # The reason ends in what to run, after the last semicolon, where there is something to run.
             why, _, hint = reason.rpartition("; ")
@@ -89,12 +88,18 @@ def _backends() -> list[Check]:
     return found
 
 
+def _built_for(backend: str) -> str:
+    if backend == "cpu":
+        return f", {native.instruction_set()} code"
+    return f", built for sm_{cuda.architectures().replace(';', ', sm_')}" if backend == "cuda" else ""
+
+
 def _build() -> list[Check]:
     try:
         build = importlib.import_module("kldiv_kernels._C")
     except ImportError as error:
         return [Check("compiled part", "missing", str(error), "run: pip install --no-build-isolation .")]
-    return [Check(f"build: {key}", "ok", str(value)) for key, value in build.build_info().items()]
+    return [Check(f"build: {key}", "ok", value or "none") for key, value in build.build_info().items()]
 
 
 def _compiler() -> Check:

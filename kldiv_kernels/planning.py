@@ -3,19 +3,27 @@
 from __future__ import annotations
 
 import importlib
+import importlib.util
 import os
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 
 from kldiv_kernels import inputs, registry
-from kldiv_kernels.backends import native
+from kldiv_kernels.backends import cuda, get, native
+from kldiv_kernels.registry import Statistic
 
 
 @dataclass(frozen=True)
 class Plan:
-    """The kernel that a call would run, and the bytes that it would move through main memory."""
+    """The kernel that a call would run, and the bytes that it would move through main memory.
+
+    `threads` are those of the CPU, or of a block of a GPU; `cluster` blocks share a row, hold `stages` rows at a time,
+    and have `shared_memory` bytes each.
+    """
 
     backend: str
     kernel: str
@@ -24,7 +32,30 @@ class Plan:
     bytes: int
     reason: str
     cluster: int | None = None
+    stages: int | None = None
     shared_memory: int | None = None
+
+
+@dataclass(frozen=True)
+class _Wanted:
+    rows: int
+    vocab: int
+    dtype: torch.dtype
+    stats: tuple[Statistic, ...]
+    gradient: bool
+    one_read: bool
+
+    @property
+    def tensors(self) -> int:
+        return 1 + any(s.reference for s in self.stats)
+
+    @property
+    def names(self) -> list[str]:
+        return [s.name for s in self.stats]
+
+    def moved(self, read_again: bool) -> int:
+        reads = self.tensors * (1 + (self.gradient and read_again))
+        return self.rows * self.vocab * self.dtype.itemsize * (reads + self.gradient)
 
 
 def plan(
@@ -42,7 +73,8 @@ def plan(
     Args:
         rows, vocab: N tokens and V columns.
         dtype: of the logits. stats or kind: one of them; default kind="forward_kl".
-        device: "cpu".
+        device: "cpu", a CUDA device of this machine such as "cuda:0", or an architecture such as "sm_90", which need
+            not be here.
         gradient: count the gradient of the logits too.
 
     Raises: ValueError naming the argument.
@@ -56,27 +88,136 @@ def plan(
     for name, value in (("rows", rows), ("vocab", vocab)):
         if not isinstance(value, int) or value < 1:
             raise ValueError(f"plan: {name} is {value!r}; expected an integer of at least 1")
-    if torch.device(device).type != "cpu":
-        raise ValueError(f"plan: device is {str(device)!r}; expected 'cpu'")
+    target = _target(device)
     if stats is None:
-        wanted = [registry.get(kind or "forward_kl", "plan: kind", registry.divergence_names())]
+        chosen = [registry.get(kind or "forward_kl", "plan: kind", registry.divergence_names())]
     else:
-        wanted = inputs.statistics(stats, "plan")
-    tensors = 1 + any(s.reference for s in wanted)
-    element = dtype.itemsize
-    table = rows * vocab * element
+        chosen = inputs.statistics(stats, "plan")
+    wanted = _Wanted(rows, vocab, dtype, tuple(chosen), gradient, stats is None and gradient)
+    return _on_cpu(wanted) if target == "cpu" else _on_gpu(wanted, target)
+
+
+def _target(device: str | torch.device) -> str | torch.device:
+    """What `device` names: "cpu", "sm_90" and the like, or a CUDA device that is here."""
+    if isinstance(device, str) and re.fullmatch(r"sm_\d+[af]?", device):
+        return device.rstrip("af")
+    expected = "expected 'cpu', a CUDA device or an architecture such as 'sm_90'"
+    try:
+        found = torch.device(device)
+    except (RuntimeError, TypeError):
+        raise ValueError(f"plan: device is {device!r}; {expected}") from None
+    if found.type == "cpu":
+        return "cpu"
+    if found.type != "cuda":
+        raise ValueError(f"plan: device is {str(device)!r}; {expected}")
+    if not torch.cuda.is_available():
+        raise ValueError(
+            f"plan: device is {str(device)!r}, but there is no CUDA device here; "
+            "name the architecture instead, such as 'sm_90'"
+        )
+    if (found.index or 0) >= torch.cuda.device_count():
+        raise ValueError(f"plan: device is {str(device)!r}; this machine has {torch.cuda.device_count()} CUDA devices")
+    return torch.device("cuda", torch.cuda.current_device() if found.index is None else found.index)
+
+
+def _on_cpu(wanted: _Wanted) -> Plan:
     asked = os.environ.get("KLDIV_BACKEND", "auto")
     refusal = f"KLDIV_BACKEND={asked}" if asked not in ("auto", "cpu") else native.load()
-    if refusal is None and dtype not in native.DTYPES:
-        refusal = f"the cpu backend does not serve {dtype}"
-    missing = [s.name for s in wanted if s.name not in native.served()]
+    if refusal is None and wanted.dtype not in native.DTYPES:
+        refusal = f"the cpu backend does not serve {wanted.dtype}"
+    missing = [name for name in wanted.names if name not in native.served()]
     if refusal is None and missing:
         refusal = f"the cpu backend has no {', '.join(missing)}"
     if refusal is not None:
-        moved = table * (tensors + gradient)
-        return Plan("reference", "PyTorch", 1 + gradient, torch.get_num_threads(), moved, f"reference: {refusal}")
-    chosen = importlib.import_module("kldiv_kernels._C").plan_cpu(
-        rows, vocab, [s.name for s in wanted], element, element if tensors == 2 else 0,
-        gradient, stats is None and gradient, torch.get_num_threads(),
+        return _reference(wanted, refusal)
+    element = wanted.dtype.itemsize
+    chosen = _compiled().plan_cpu(
+        wanted.rows, wanted.vocab, wanted.names, element, element if wanted.tensors == 2 else 0,
+        wanted.gradient, wanted.one_read, torch.get_num_threads(),
     )  # fmt: skip
     return Plan("cpu", chosen.kernel, chosen.sweeps, chosen.threads, chosen.bytes, chosen.reason)
+
+
+def _on_gpu(wanted: _Wanted, target: str | torch.device) -> Plan:
+    """The first backend that serves the call, as `backends.select` would have it."""
+    capability = int(target[3:]) if isinstance(target, str) else cuda.capability(target)
+    refusals = {
+        "cuda": _cuda_refusal(wanted, target),
+        "triton": _triton_refusal(wanted, target),
+        "reference": None,
+    }
+    asked = os.environ.get("KLDIV_BACKEND") or "auto"
+    if asked != "auto":
+        if asked not in refusals:
+            raise ValueError(f"plan: KLDIV_BACKEND is {asked!r}; expected auto or one of {', '.join(refusals)} there")
+        if refusals[asked]:
+            raise ValueError(f"plan: KLDIV_BACKEND {asked!r} cannot serve this call: {refusals[asked]}")
+    name = next(name for name, refusal in refusals.items() if refusal is None) if asked == "auto" else asked
+    if name == "cuda":
+        return _of_cuda(wanted, capability, str(target))
+    skipped = "; ".join(f"{one}: {why}" for one, why in refusals.items() if why)
+    reason = skipped if asked == "auto" else f"KLDIV_BACKEND={asked}"
+    return _of_triton(wanted, reason) if name == "triton" else _reference(wanted, reason)
+
+
+def _of_cuda(wanted: _Wanted, capability: int, device: str) -> Plan:
+    element = wanted.dtype.itemsize
+    try:
+        chosen = _compiled().plan_cuda(
+            capability=capability, rows=wanted.rows, columns=wanted.vocab, stats=wanted.names, student_bytes=element,
+            teacher_bytes=element if wanted.tensors == 2 else 0, student_gradient=wanted.gradient,
+            known_coefficients=wanted.one_read,
+        )  # fmt: skip
+    except ValueError as error:
+        argument = "" if str(error).startswith("KLDIV_CUDA_PLAN") else f"device is {device!r}; "
+        raise ValueError(f"plan: {argument}{error}") from None
+    return Plan(
+        "cuda", chosen.kernel, chosen.sweeps, chosen.threads, chosen.bytes, chosen.reason,
+        chosen.cluster, chosen.stages, chosen.shared_bytes,
+    )  # fmt: skip
+
+
+def _of_triton(wanted: _Wanted, reason: str) -> Plan:
+    from kldiv_kernels.backends.triton import launch
+
+    normalised = launch.bound_for(tuple(wanted.names), True).sums > 0
+    return Plan(
+        "triton", "two-sweep", 1 + normalised + wanted.gradient, 32 * launch.GPU_TILE.warps,
+        wanted.moved(read_again=True), f"triton: {reason}",
+    )  # fmt: skip
+
+
+def _reference(wanted: _Wanted, reason: str) -> Plan:
+    return Plan(
+        "reference", "PyTorch", 1 + wanted.gradient, torch.get_num_threads(), wanted.moved(read_again=False),
+        f"reference: {reason}",
+    )  # fmt: skip
+
+
+def _cuda_refusal(wanted: _Wanted, target: str | torch.device) -> str | None:
+    # An architecture by name is asked about for another machine and another build.
+    refusal = native.load() if isinstance(target, str) else get("cuda").unavailable()
+    if refusal is None and wanted.dtype not in native.DTYPES:
+        refusal = f"it serves float32, bfloat16 and float16, not {wanted.dtype}"
+    missing = [s.name for s in wanted.stats if not s.builtin]
+    if refusal is None and missing:
+        refusal = f"it has no {', '.join(missing)}"
+    if refusal is None and len(wanted.stats) > cuda.MOST_STATISTICS:
+        refusal = f"it takes at most {cuda.MOST_STATISTICS} statistics at a time, not {len(wanted.stats)}"
+    return refusal
+
+
+def _triton_refusal(wanted: _Wanted, target: str | torch.device) -> str | None:
+    if importlib.util.find_spec("triton") is None:
+        return "the package triton is not installed"
+    refusal = None if isinstance(target, str) else get("triton").unavailable()
+    if refusal is None and wanted.dtype not in native.DTYPES:
+        refusal = f"it serves float32, bfloat16 and float16, not {wanted.dtype}"
+    missing = [s.name for s in wanted.stats if not s.builtin and s.triton is None]
+    if refusal is None and missing:
+        refusal = f"it has no {', '.join(missing)} (register_statistic takes triton= for that)"
+    return refusal
+
+
+def _compiled() -> Any:
+    return importlib.import_module("kldiv_kernels._C")

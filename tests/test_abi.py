@@ -6,24 +6,24 @@ import shutil
 import subprocess
 
 import pytest
+import torch
 
 import kldiv_kernels as kk
+from kldiv_kernels.backends import cuda
 from kldiv_kernels.backends.native import LIBRARY
 
 pytestmark = pytest.mark.skipif(kk.backends()["cpu"] != "available", reason="the compiled part is not built")
 
 
-def undefined_symbols() -> list[str]:
+def dynamic_symbols(which: str = "--undefined-only") -> list[str]:
     if shutil.which("nm") is None:
         pytest.skip("nm (binutils) is not installed")
-    listing = subprocess.run(
-        ["nm", "--dynamic", "--undefined-only", str(LIBRARY)], capture_output=True, text=True, check=True
-    ).stdout
-    return [line.split()[-1] for line in listing.splitlines()]
+    listing = subprocess.run(["nm", "--dynamic", which, str(LIBRARY)], capture_output=True, text=True, check=True)
+    return [line.split()[-1] for line in listing.stdout.splitlines()]
 
 
 def test_no_pytorch_symbol_is_mangled() -> None:
-    symbols = undefined_symbols()
+    symbols = dynamic_symbols()
     mangled = [name for name in symbols if any(part in name for part in ("2at", "3c10", "5torch", "5caffe"))]
     assert mangled == []
     # The list is the right one: the stable interface does stand in it.
@@ -31,7 +31,15 @@ def test_no_pytorch_symbol_is_mangled() -> None:
 
 
 def test_no_python_symbol() -> None:
-    assert [name for name in undefined_symbols() if name.startswith(("Py", "_Py"))] == []
+    assert [name for name in dynamic_symbols() if name.startswith(("Py", "_Py"))] == []
+
+
+def test_the_cuda_runtime_is_neither_needed_nor_offered() -> None:
+    """It is linked statically: the library loads where there is none, and PyTorch's own stays apart from it."""
+    assert [name for name in dynamic_symbols() if name.startswith(("cuda", "cu", "__cuda"))] == []
+    assert [name for name in dynamic_symbols("--defined-only") if name.startswith(("cuda", "__cuda"))] == []
+    # The architectures are said where there is a CUDA part.
+    assert bool(cuda.architectures()) == hasattr(torch.ops.kldiv_kernels_native, "cuda_served")
 
 
 def test_name_carries_no_python_version() -> None:

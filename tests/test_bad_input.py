@@ -153,7 +153,8 @@ NAMES: dict[str, Case] = {
     "twice": (_stats(ROWS, stats=["entropy", "entropy"]), ValueError, "stats names a statistic twice"),
     "reduction": (_loss(ROWS, ROWS, reduction="avg"), ValueError, "reduction is 'avg'; expected mean, sum or none"),
     "backend": (
-        _stats(ROWS, backend="tpu"), ValueError, "backend is 'tpu'; expected auto or one of cpu, triton, reference",
+        _stats(ROWS, backend="tpu"), ValueError,
+        "backend is 'tpu'; expected auto or one of cpu, cuda, triton, reference",
     ),
     "no reference": (
         _stats(ROWS, stats=["js"]), ValueError, "reference_logits is None; js compares two rows and needs them",
@@ -243,7 +244,9 @@ def test_bad_input(case: str) -> None:
 
 def test_the_backend_from_the_environment_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("KLDIV_BACKEND", "tpu")
-    with pytest.raises(ValueError, match="KLDIV_BACKEND is 'tpu'; expected auto or one of cpu, triton, reference"):
+    with pytest.raises(
+        ValueError, match="KLDIV_BACKEND is 'tpu'; expected auto or one of cpu, cuda, triton, reference"
+    ):
         kk.entropy(ROWS)
 
 
@@ -257,7 +260,18 @@ def test_a_backend_says_why_it_cannot() -> None:
     [
         ({"rows": 0, "vocab": 8}, "plan: rows is 0; expected an integer of at least 1"),
         ({"rows": 4, "vocab": 2.5}, "plan: vocab is 2.5; expected an integer"),
-        ({"rows": 4, "vocab": 8, "device": "cuda"}, "plan: device is 'cuda'; expected 'cpu'"),
+        (
+            {"rows": 4, "vocab": 8, "device": "cuda:99"},
+            "plan: device is 'cuda:99'; this machine has"
+            if torch.cuda.is_available()
+            else "plan: device is 'cuda:99', but there is no CUDA device here; name the architecture instead, such as "
+            "'sm_90'",
+        ),
+        (
+            {"rows": 4, "vocab": 8, "device": "mps"},
+            "plan: device is 'mps'; expected 'cpu', a CUDA device or an architecture such as 'sm_90'",
+        ),
+        ({"rows": 4, "vocab": 8, "device": "H200"}, "plan: device is 'H200'; expected 'cpu', a CUDA device or an"),
         ({"rows": 4, "vocab": 8, "kind": "jss"}, "plan: kind: unknown statistic 'jss'; did you mean js"),
         ({"rows": 4, "vocab": 8, "kind": "js", "stats": ["js"]}, "plan: stats and kind are both given"),
     ],

@@ -41,6 +41,11 @@ def test_help_has_examples(command: str) -> None:
         (("plan", "--rows", "0", "--vocab", "8"), "--rows", "0; expected an integer of at least 1"),
         (("plan", "--rows", "8", "--vocab", "-1"), "--vocab", "-1; expected an integer of at least 1"),
         (("plan", "--rows", "8", "--vocab", "8", "--dtype", "int8"), "--dtype", "'int8' is no dtype"),
+        (
+            ("plan", "--rows", "8", "--vocab", "8", "--device", "H200"),
+            "--device",
+            "'H200'; expected 'cpu', a CUDA device",
+        ),
         (("plan", "--rows", "8", "--vocab", "8", "--kind", "helinger"), "--kind", "did you mean hellinger"),
         (("plan", "--rows", "8", "--vocab", "8", "--stats", "entropi"), "--stats", "did you mean entropy"),
         (("bench", "--rows", "0"), "--rows", "0; expected at least 1"),
@@ -67,6 +72,15 @@ def test_plan_shows_what_the_api_says() -> None:
     assert result.exit_code == 0, result.output
     assert f"{expected.bytes:,}" in result.output
     assert expected.kernel in result.output
+
+
+def test_plan_of_a_gpu_that_is_not_here() -> None:
+    pytest.importorskip("kldiv_kernels._C")
+    result = invoke("plan", "--rows", "8192", "--vocab", "151936", "--kind", "reverse_kl", "--device", "sm_90")
+    assert result.exit_code == 0, result.output
+    expected = kk.plan(rows=8192, vocab=151_936, kind="reverse_kl", device="sm_90")
+    for value in (expected.kernel, expected.reason, str(expected.cluster), str(expected.shared_memory)):
+        assert value in result.output
 
 
 def test_plan_of_statistics_without_gradient() -> None:

@@ -81,12 +81,14 @@ class Backend(Protocol):
 
 @functools.cache
 def _all() -> dict[str, Backend]:
+    from kldiv_kernels.backends.cuda import CudaBackend
     from kldiv_kernels.backends.native import NativeCpuBackend
     from kldiv_kernels.backends.reference import ReferenceBackend
     from kldiv_kernels.backends.triton import TritonBackend
 
     # Fastest first: `auto` takes the first that serves the call.
-    return {backend.name: backend for backend in (NativeCpuBackend(), TritonBackend(), ReferenceBackend())}
+    found: tuple[Backend, ...] = (NativeCpuBackend(), CudaBackend(), TritonBackend(), ReferenceBackend())
+    return {backend.name: backend for backend in found}
 
 
 def names() -> list[str]:
@@ -113,9 +115,9 @@ def select(call: Call, requested: str, where: str) -> str:
     if requested == "auto" and os.environ.get("KLDIV_BACKEND"):
         requested, source = os.environ["KLDIV_BACKEND"], "KLDIV_BACKEND"
     if requested == "auto":
-        # On a CPU Triton is an interpreter: only for those who ask for it.
+        # On a CPU Triton is an interpreter: only for those who ask for it. Asking the cuda backend would start CUDA.
         on_cpu = call.logits.device.type == "cpu"
-        usable = ((name, one) for name, one in _all().items() if not (on_cpu and name == "triton"))
+        usable = ((name, one) for name, one in _all().items() if not (on_cpu and name in ("cuda", "triton")))
         return next(name for name, backend in usable if _refusal(backend, call) is None)
     if requested not in _all():
         raise ValueError(f"{where}: {source} is {requested!r}; expected auto or one of {', '.join(_all())}")

@@ -1,10 +1,11 @@
-"""The compiled backends: loads the shared library and calls its operators."""
+"""The compiled part: loads the shared library and calls its operators. The backend on CPU tensors."""
 
 from __future__ import annotations
 
 import functools
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -57,7 +58,34 @@ def instruction_set() -> str:
     return str(torch.ops.kldiv_kernels_native.isa())
 
 
-class NativeCpuBackend:
+class Compiled:
+    """What compiled backends have in common: operators `forward` and `backward` of one schema."""
+
+    def _operators(self) -> Any:
+        return torch.ops.kldiv_kernels_native
+
+    def forward(self, call: Call, with_state: bool) -> tuple[Tensor, Tensor]:
+        values, state, _, _ = self._operators().forward(*_arguments(call), None, with_state, False, False)
+        return values, state
+
+    def backward(
+        self, call: Call, state: Tensor, coefficients: Tensor, student: bool, reference: bool
+    ) -> tuple[Tensor | None, Tensor | None]:
+        dlogits, dreference = self._operators().backward(
+            *_arguments(call), state, coefficients.contiguous(), student, reference
+        )
+        return dlogits, dreference
+
+    def one_read(
+        self, call: Call, coefficients: Tensor, student: bool, reference: bool
+    ) -> tuple[Tensor, Tensor | None, Tensor | None]:
+        values, _, dlogits, dreference = self._operators().forward(
+            *_arguments(call), coefficients.contiguous(), False, student, reference
+        )
+        return values, dlogits, dreference
+
+
+class NativeCpuBackend(Compiled):
     name = "cpu"
 
     def unavailable(self) -> str | None:
@@ -77,26 +105,6 @@ class NativeCpuBackend:
 
     def state_rows(self, stats: tuple[str, ...]) -> int:
         return _STATE_OF_ROW + _STATE_OF_STATISTIC * len(stats)
-
-    def forward(self, call: Call, with_state: bool) -> tuple[Tensor, Tensor]:
-        values, state, _, _ = torch.ops.kldiv_kernels_native.forward(*_arguments(call), None, with_state, False, False)
-        return values, state
-
-    def backward(
-        self, call: Call, state: Tensor, coefficients: Tensor, student: bool, reference: bool
-    ) -> tuple[Tensor | None, Tensor | None]:
-        dlogits, dreference = torch.ops.kldiv_kernels_native.backward(
-            *_arguments(call), state, coefficients.contiguous(), student, reference
-        )
-        return dlogits, dreference
-
-    def one_read(
-        self, call: Call, coefficients: Tensor, student: bool, reference: bool
-    ) -> tuple[Tensor, Tensor | None, Tensor | None]:
-        values, _, dlogits, dreference = torch.ops.kldiv_kernels_native.forward(
-            *_arguments(call), coefficients.contiguous(), False, student, reference
-        )
-        return values, dlogits, dreference
 
 
 def _arguments(call: Call) -> tuple[object, ...]:

@@ -1,0 +1,206 @@
+// The operators of ops.cpp for CUDA tensors. A C++ compiler without CUDA builds this file.
+//
+// Under KLDIV_CUDA_HOST it is the library kldiv_cuda_host of tests/cuda_host: the same operators on CPU tensors, above
+// a model of the machine.
+#include "../op_arguments.h"
+#include "job.h"
+
+#include <tuple>
+#include <utility>
+
+#ifdef KLDIV_CUDA_HOST
+#define KLDIV_LIBRARY kldiv_cuda_host
+#define KLDIV_DEVICE_KEY CPU
+#define KLDIV_CUDA_ARCHS "host"
+#else
+#define KLDIV_LIBRARY kldiv_kernels_native
+#define KLDIV_DEVICE_KEY CUDA
+#include <dlfcn.h>
+#endif
+
+namespace {
+
+using kldiv::ScalarType;
+using kldiv::Tensor;
+using kldiv::gpu::Job;
+using torch::stable::new_empty;
+
+#ifdef KLDIV_CUDA_HOST
+struct OnDevice {
+    explicit OnDevice(const Tensor&) {}
+    void* stream() const { return nullptr; }
+};
+#else
+// The current device while it lives, and PyTorch's stream there.
+class OnDevice {
+  public:
+    explicit OnDevice(const Tensor& tensor) : index_(tensor.get_device_index()), guard_(index_) {}
+
+    void* stream() const {
+        using CurrentStream = AOTITorchError (*)(int32_t, void**);
+        // A CPU-only PyTorch does not have it, and this library has to load there; nor is it in reach of the linker
+        // where it exists, since the library names libtorch_cpu alone among its needs.
+        static const auto current = []() -> CurrentStream {
+            void* library = dlopen("libtorch_cuda.so", RTLD_LAZY | RTLD_NOLOAD);
+            return library ? reinterpret_cast<CurrentStream>(dlsym(library, "aoti_torch_get_current_cuda_stream"))
+                           : nullptr;
+        }();
+        STD_TORCH_CHECK(current, "this PyTorch does not say which CUDA stream is current");
+        void* stream = nullptr;
+        STD_TORCH_CHECK(current(index_, &stream) == AOTI_TORCH_SUCCESS, "PyTorch has no current CUDA stream");
+        return stream;
+    }
+
+  private:
+    int32_t index_;
+    torch::stable::accelerator::DeviceGuard guard_;
+};
+#endif
+
+// The leading dimensions seen as [*, inner]; backends/triton/strides.py is its twin.
+kldiv::gpu::Rows rows_of(const Tensor& tensor, const Tensor& logits, int64_t columns, const char* name) {
+    kldiv::check_rows(tensor, logits, columns, name);
+    std::vector<std::pair<int64_t, int64_t>> dims;  // size and stride
+    for (int64_t i = 0; i < tensor.dim() - 1; ++i) {
+        const int64_t size = tensor.size(i), stride = tensor.stride(i);
+        if (size == 1) continue;
+        if (!dims.empty() && dims.back().second == size * stride)
+            dims.back() = {dims.back().first * size, stride};
+        else
+            dims.emplace_back(size, stride);
+    }
+    STD_TORCH_CHECK(dims.size() <= 2, name, " has strides that need more than two leading dimensions");
+    kldiv::gpu::Rows rows;
+    rows.data = kldiv::address(tensor);
+    rows.element = kldiv::element_of(tensor, name);
+    if (!dims.empty()) {
+        rows.inner = dims.back().first;
+        rows.inner_stride = dims.back().second;
+    }
+    if (dims.size() == 2) rows.outer_stride = dims.front().second;
+    return rows;
+}
+
+bool needs_labels(const std::string& name) { return name == "logprob" || name == "reference_logprob"; }
+
+bool needs_reference(const std::string& name) {
+    static const std::vector<std::string> of_the_student = {"logprob",     "logsumexp", "entropy",
+                                                            "max_logprob", "argmax",    "collision"};
+    return std::find(of_the_student.begin(), of_the_student.end(), name) == of_the_student.end();
+}
+
+// The arguments that describe the rows, the same for both operators.
+Job make_job(const Tensor& logits, const std::optional<Tensor>& reference, const std::optional<Tensor>& labels,
+             const std::optional<Tensor>& mask, const std::optional<Tensor>& exclude,
+             const std::optional<Tensor>& token_parameters, const std::vector<double>& parameters,
+             const std::vector<std::string>& stats, int64_t vocab_size) {
+    Job job;
+    job.columns = vocab_size;
+    job.student = rows_of(logits, logits, vocab_size, "logits");
+    if (reference) job.teacher = rows_of(*reference, logits, vocab_size, "reference");
+    kldiv::take_tokens(job, logits, labels, mask, exclude, token_parameters, parameters);
+    STD_TORCH_CHECK(stats.size() <= kldiv::gpu::kMostStatistics, "at most ", kldiv::gpu::kMostStatistics, " stats");
+    for (const std::string& name : stats) {
+        job.stats.push_back(kldiv::gpu::statistic_code(name));
+        STD_TORCH_CHECK(job.stats.back() >= 0, "the cuda backend has no ", name);
+        STD_TORCH_CHECK(job.labels || !needs_labels(name), name, " needs labels");
+        STD_TORCH_CHECK(job.teacher.data || !needs_reference(name), name, " needs reference");
+    }
+    return job;
+}
+
+int64_t value_rows(const Job& job, const std::vector<std::string>& stats) {
+    int64_t rows = 0;
+    for (const std::string& name : stats) rows += needs_labels(name) ? job.labels_per_row : 1;
+    return rows;
+}
+
+Tensor new_gradient(const Tensor& like, kldiv::gpu::Gradient* gradient) {
+    const Tensor out = new_empty(like, like.sizes());
+    *gradient = {out.data_ptr(), like.size(like.dim() - 1)};
+    return out;
+}
+
+std::tuple<Tensor, Tensor, Tensor, Tensor> forward(const Tensor& logits, std::optional<Tensor> reference,
+                                                   std::optional<Tensor> labels, std::optional<Tensor> mask,
+                                                   std::optional<Tensor> exclude,
+                                                   std::optional<Tensor> token_parameters,
+                                                   std::vector<double> parameters, std::vector<std::string> stats,
+                                                   int64_t vocab_size, std::optional<Tensor> coefficients,
+                                                   bool with_state, bool student, bool teacher) {
+    const OnDevice device(logits);
+    Job job = make_job(logits, reference, labels, mask, exclude, token_parameters, parameters, stats, vocab_size);
+    teacher = teacher && reference;
+    const Tensor values = kldiv::new_floats(logits, value_rows(job, stats), job.rows);
+    Tensor state = kldiv::new_floats(logits, with_state ? kldiv::gpu::state_rows(job) : 0, job.rows);
+    const Tensor none = new_empty(logits, {0});
+    const Tensor dlogits = student ? new_gradient(logits, &job.d_student) : none;
+    const Tensor dreference = teacher ? new_gradient(*reference, &job.d_teacher) : none;
+    const float* given = kldiv::per_token<float>(coefficients, logits, value_rows(job, stats) * job.rows,
+                                                 ScalarType::Float, "coefficients");
+    if (student || teacher) job.coefficients = given;
+    if (job.rows == 0) return {values, state, dlogits, dreference};
+
+    job.values = static_cast<float*>(values.data_ptr());
+    job.stream = device.stream();
+    const kldiv::CudaPlan plan = kldiv::gpu::plan(job);
+    // Two sweeps hand their state on through memory, asked for or not.
+    const bool keep_state = with_state || (job.coefficients && !plan.one_read());
+    const Tensor saved =
+        keep_state && !with_state ? kldiv::new_floats(logits, kldiv::gpu::state_rows(job), job.rows) : state;
+    if (keep_state) job.state = static_cast<float*>(saved.data_ptr());
+    // Given back as this function returns, while the stream still works there: who gets it next comes later on the same
+    // stream.
+    const Tensor workspace = kldiv::new_floats(logits, 1, plan.one_read() ? 0 : kldiv::gpu::workspace_floats(job));
+    if (!plan.one_read()) job.workspace = static_cast<float*>(workspace.data_ptr());
+    kldiv::gpu::run_forward(job, plan);
+    return {values, state, dlogits, dreference};
+}
+
+std::tuple<Tensor, Tensor> backward(const Tensor& logits, std::optional<Tensor> reference, std::optional<Tensor> labels,
+                                    std::optional<Tensor> mask, std::optional<Tensor> exclude,
+                                    std::optional<Tensor> token_parameters, std::vector<double> parameters,
+                                    std::vector<std::string> stats, int64_t vocab_size, const Tensor& state,
+                                    const Tensor& coefficients, bool student, bool teacher) {
+    const OnDevice device(logits);
+    Job job = make_job(logits, reference, labels, mask, exclude, token_parameters, parameters, stats, vocab_size);
+    teacher = teacher && reference;
+    job.state = const_cast<float*>(
+        kldiv::per_token<float>(state, logits, kldiv::gpu::state_rows(job) * job.rows, ScalarType::Float, "state"));
+    job.coefficients = kldiv::per_token<float>(coefficients, logits, value_rows(job, stats) * job.rows,
+                                               ScalarType::Float, "coefficients");
+    const Tensor none = new_empty(logits, {0});
+    const Tensor dlogits = student ? new_gradient(logits, &job.d_student) : none;
+    const Tensor dreference = teacher ? new_gradient(*reference, &job.d_teacher) : none;
+    if (job.rows == 0 || !(student || teacher)) return {dlogits, dreference};
+
+    job.stream = device.stream();
+    kldiv::gpu::run_backward(job);
+    return {dlogits, dreference};
+}
+
+std::vector<std::string> cuda_served() { return kldiv::gpu::statistic_names(); }
+std::string cuda_archs() { return KLDIV_CUDA_ARCHS; }
+
+}  // namespace
+
+#ifdef KLDIV_CUDA_HOST
+STABLE_TORCH_LIBRARY(kldiv_cuda_host, m) {
+    m.def(KLDIV_FORWARD);
+    m.def(KLDIV_BACKWARD);
+#else
+STABLE_TORCH_LIBRARY_FRAGMENT(kldiv_kernels_native, m) {
+#endif
+    m.def("cuda_served() -> str[]");
+    m.def("cuda_archs() -> str");
+}
+
+STABLE_TORCH_LIBRARY_IMPL(KLDIV_LIBRARY, KLDIV_DEVICE_KEY, m) {
+    m.impl("forward", TORCH_BOX(&forward));
+    m.impl("backward", TORCH_BOX(&backward));
+}
+
+STABLE_TORCH_LIBRARY_IMPL(KLDIV_LIBRARY, CompositeExplicitAutograd, m) {
+    m.impl("cuda_served", TORCH_BOX(&cuda_served));
+    m.impl("cuda_archs", TORCH_BOX(&cuda_archs));
+}

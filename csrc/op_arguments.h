@@ -1,0 +1,106 @@
+// What the operators of every device ask of their arguments. They check only what would crash: inputs.py stands above.
+#pragma once
+
+#include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/ops.h>
+#include <torch/csrc/stable/tensor.h>
+
+#include <algorithm>
+#include <cstdint>
+#include <optional>
+#include <string>
+#include <vector>
+
+#include "plan.h"
+
+// The arguments of forward and backward, and what follows them.
+#define KLDIV_CALL                                                                                                \
+    "Tensor logits, Tensor? reference, Tensor? labels, Tensor? mask, Tensor? exclude, Tensor? token_parameters, " \
+    "float[] parameters, str[] stats, int vocab_size"
+#define KLDIV_FORWARD                                                      \
+    "forward(" KLDIV_CALL                                                  \
+    ", Tensor? coefficients, bool with_state, bool student, bool teacher)" \
+    " -> (Tensor, Tensor, Tensor, Tensor)"
+#define KLDIV_BACKWARD \
+    "backward(" KLDIV_CALL ", Tensor state, Tensor coefficients, bool student, bool teacher) -> (Tensor, Tensor)"
+
+namespace kldiv {
+
+using torch::headeronly::ScalarType;
+using torch::stable::Tensor;
+
+inline Element element_of(const Tensor& tensor, const char* name) {
+    switch (tensor.scalar_type()) {
+        case ScalarType::Float:
+            return kFloat32;
+        case ScalarType::BFloat16:
+            return kBfloat16;
+        case ScalarType::Half:
+            return kFloat16;
+        default:
+            break;
+    }
+    STD_TORCH_CHECK(false, name, " must be float32, bfloat16 or float16");
+}
+
+inline bool same_device(const Tensor& a, const Tensor& b) {
+    return a.is_cpu() ? b.is_cpu() : (a.is_cuda() && b.is_cuda() && a.get_device_index() == b.get_device_index());
+}
+
+// An empty tensor may have no address, and a null pointer means that an argument is absent.
+inline const void* address(const Tensor& tensor) {
+    static const int64_t empty = 0;
+    return tensor.numel() == 0 ? static_cast<const void*>(&empty) : tensor.data_ptr();
+}
+
+// The `count` elements of an argument that has so many a token, on the device of `logits`.
+template <class T>
+const T* per_token(const std::optional<Tensor>& tensor, const Tensor& logits, int64_t count, ScalarType type,
+                   const char* name) {
+    if (!tensor) return nullptr;
+    STD_TORCH_CHECK(same_device(*tensor, logits) && tensor->is_contiguous() && tensor->scalar_type() == type &&
+                        tensor->numel() == count,
+                    name, " must be a contiguous tensor of its type with ", count,
+                    " elements, on the device of logits");
+    return static_cast<const T*>(address(*tensor));
+}
+
+inline void check_rows(const Tensor& tensor, const Tensor& logits, int64_t columns, const char* name) {
+    STD_TORCH_CHECK(same_device(tensor, logits) && tensor.dim() >= 1, name,
+                    " must have at least one dimension and be on the device of logits");
+    const int64_t last = tensor.dim() - 1;
+    STD_TORCH_CHECK(columns >= 1 && columns <= tensor.size(last), "vocab_size must be 1 to the width of ", name);
+    STD_TORCH_CHECK(tensor.size(last) == 1 || tensor.stride(last) == 1, name, " must have unit stride in its columns");
+    STD_TORCH_CHECK(tensor.dim() == logits.dim(), name, " must have the dimensions of logits");
+    for (int64_t i = 0; i < last; ++i)
+        STD_TORCH_CHECK(tensor.size(i) == logits.size(i), name, " must have the leading sizes of logits");
+}
+
+inline int64_t row_count(const Tensor& logits) { return logits.numel() / logits.size(logits.dim() - 1); }
+
+inline int64_t labels_per_row(const std::optional<Tensor>& labels) {
+    STD_TORCH_CHECK(!labels || labels->dim() == 2, "labels must be [N, K]");
+    return labels ? labels->size(1) : 1;
+}
+
+// The tensors that every job takes as pointers.
+template <class Job>
+void take_tokens(Job& job, const Tensor& logits, const std::optional<Tensor>& labels, const std::optional<Tensor>& mask,
+                 const std::optional<Tensor>& exclude, const std::optional<Tensor>& token_parameters,
+                 const std::vector<double>& parameters) {
+    job.rows = row_count(logits);
+    job.labels_per_row = labels_per_row(labels);
+    job.labels = per_token<int64_t>(labels, logits, job.rows * job.labels_per_row, ScalarType::Long, "labels");
+    job.mask = per_token<bool>(mask, logits, job.rows, ScalarType::Bool, "mask");
+    job.exclude = per_token<int64_t>(exclude, logits, job.rows, ScalarType::Long, "exclude");
+    job.token_parameters =
+        per_token<float>(token_parameters, logits, 4 * job.rows, ScalarType::Float, "token_parameters");
+    STD_TORCH_CHECK(parameters.size() == 4, "parameters must be temperature, reference temperature, alpha, beta");
+    std::copy(parameters.begin(), parameters.end(), job.parameters);
+}
+
+inline Tensor new_floats(const Tensor& like, int64_t rows, int64_t columns) {
+    return torch::stable::new_empty(like, {rows, columns}, ScalarType::Float);
+}
+
+}  // namespace kldiv

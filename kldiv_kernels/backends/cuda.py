@@ -1,0 +1,132 @@
+"""The CUDA C++ backend: NVIDIA GPUs from sm_80 on, through the operators of the shared library."""
+
+from __future__ import annotations
+
+import functools
+import re
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+from kldiv_kernels.backends import Call, native
+from kldiv_kernels.backends.triton.strides import leading
+
+OLDEST = 80
+# One launch takes the codes of so many statistics (csrc/cuda/job.h).
+MOST_STATISTICS = 32
+# Floats a row in the saved state: a reference and a scaled sum of both softmaxes, then for each statistic its two
+# gradient sums and five constants (csrc/cuda/job.h).
+_STATE_OF_ROW, _STATE_OF_STATISTIC = 4, 7
+
+
+def architectures() -> str:
+    """What the library was compiled for, such as "80;90+PTX"; "" where it has no CUDA part."""
+    operators = torch.ops.kldiv_kernels_native
+    return str(operators.cuda_archs()) if native.load() is None and hasattr(operators, "cuda_archs") else ""
+
+
+def serves(archs: str, capability: int) -> bool:
+    """Whether code for `archs` runs on a device: binaries on their own generation, PTX on every later one."""
+    built = [int(arch) for arch in re.findall(r"\d+", archs)]
+    if capability < OLDEST or not built:
+        return False
+    in_ptx = archs.endswith("+PTX") and built[-1] <= capability
+    return in_ptx or any(arch // 10 == capability // 10 and arch <= capability for arch in built)
+
+
+def capability(device: torch.device | int) -> int:
+    """90 for sm_90."""
+    major, minor = torch.cuda.get_device_capability(device)
+    return 10 * major + minor
+
+
+def _refusal_of(device: int) -> str | None:
+    found, archs = capability(device), architectures()
+    if serves(archs, found):
+        return None
+    return f"cuda:{device} is sm_{found}; this build serves {archs.replace(';', ', ')} (sm_{OLDEST} and later)"
+
+
+@functools.cache
+def _refusal() -> str | None:
+    reason = native.load()
+    if reason is not None:
+        return reason
+    if torch.version.hip is not None:
+        return "this PyTorch is built for ROCm; the cuda backend serves NVIDIA GPUs"
+    if not architectures():
+        return (
+            "this build has no CUDA part: nvcc was not found when it was built, or KLDIV_CUDA=0 left it out; "
+            "with the CUDA toolkit in PATH or CUDA_HOME run: pip install --no-build-isolation ."
+        )
+    if not torch.cuda.is_available():
+        return "there is no CUDA device here" if torch.version.cuda else "this PyTorch is built without CUDA"
+    try:
+        refusals = [_refusal_of(device) for device in range(torch.cuda.device_count())]
+    except RuntimeError as error:  # a broken driver, a process forked after CUDA had started
+        return f"CUDA does not start: {error}"
+    return refusals[0] if None not in refusals else None
+
+
+@functools.cache
+def _device_refusal(device: int) -> str | None:
+    return _refusal_of(device)
+
+
+def _why() -> str | None:
+    return _refusal()
+
+
+def _why_not_there(device: int) -> str | None:
+    return _device_refusal(device)
+
+
+# torch.compile takes the answers as they are instead of tracing them (see native.py).
+_unavailable: Callable[[], str | None] = torch.compiler.assume_constant_result(_why)  # type: ignore[no-untyped-call]
+_unavailable_on: Callable[[int], str | None] = torch.compiler.assume_constant_result(_why_not_there)  # type: ignore[no-untyped-call]
+
+
+def _native() -> Any:
+    return torch.ops.kldiv_kernels_native
+
+
+class CudaBackend(native.Compiled):
+    """`operators` and `device` let tests put the host's model of a GPU in the place of CUDA tensors."""
+
+    name = "cuda"
+
+    def __init__(self, operators: Callable[[], Any] = _native, device: str = "cuda") -> None:
+        self._namespace, self._device = operators, device
+        self._names: frozenset[str] | None = None
+
+    def _operators(self) -> Any:
+        return self._namespace()
+
+    @torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
+    def _served(self) -> frozenset[str]:
+        if self._names is None:
+            self._names = frozenset(self._operators().cuda_served())
+        return self._names
+
+    def unavailable(self) -> str | None:
+        return _unavailable() if self._device == "cuda" else None
+
+    def unsupported(self, call: Call) -> str | None:
+        tensors = [call.logits] if call.reference is None else [call.logits, call.reference]
+        for tensor in tensors:
+            if tensor.device.type != self._device:
+                return f"it serves CUDA tensors, not {tensor.device}"
+            if tensor.dtype not in native.DTYPES:
+                return f"it serves float32, bfloat16 and float16, not {tensor.dtype}"
+            if leading(tensor) is None:
+                return f"rows with strides {list(tensor.stride())} need more than two leading dimensions"
+        missing = [name for name in call.stats if name not in self._served()]
+        if missing:
+            return f"it has no {', '.join(missing)}"
+        if len(call.stats) > MOST_STATISTICS:
+            return f"it takes at most {MOST_STATISTICS} statistics at a time, not {len(call.stats)}"
+        return None if self._device != "cuda" else _unavailable_on(call.logits.device.index or 0)
+
+    def state_rows(self, stats: tuple[str, ...]) -> int:
+        return _STATE_OF_ROW + _STATE_OF_STATISTIC * len(stats)
