@@ -14,11 +14,13 @@
 //   needs_p         false for a statistic of the student alone
 //   roots           whether it uses sqrt p and sqrt q
 //   grad_needs_row  whether its gradient uses constants of the finished row
-//   Constants<F>    what its loops use of alpha, beta and the finished row (k: see Finished)
+//   parks           whether it has grad_logq_over_q = grad_logq / q, for the one-read CUDA kernel to keep
+//   (one_read.cuh) Constants<F>    what its loops use of alpha, beta and the finished row (k: see Finished)
 //   infinite_where_q_is_zero(alpha), infinite_where_p_is_zero(alpha)
 // Columns without mass in either row come with lp = lq about -1e30 and p = q = 0, and contribute nothing.
 //
-// This header is included inside namespace KLDIV_ISA for the loops. Formulas: Cichocki and Amari (2010) for the alpha
+// This header is included inside namespace KLDIV_ISA for the loops, or inside that of the CUDA kernels, where F is a
+// float and `finish` computes in float (Real). Formulas: Cichocki and Amari (2010) for the alpha
 // and alpha-beta families; the others are their definitions.
 
 template <class F>
@@ -28,16 +30,16 @@ struct Element {
 };
 
 template <class F>
-Element<F> swapped(const Element<F>& e) {
+KLDIV_FN Element<F> swapped(const Element<F>& e) {
     return {e.q, e.p, e.lq, e.lp, -e.u, e.root_q, e.root_p};
 }
 
 constexpr float smallest_normal = 1.17549435e-38f;
-constexpr double infinity = std::numeric_limits<double>::infinity();
+constexpr Real infinity = std::numeric_limits<Real>::infinity();
 
 // phi(x) = x e^x - e^x + 1 = x^2 (1/2 + x/3 + x^2/8 + ...), relative error 1.5e-7 on [-1/4, 1/4].
 template <class F>
-F phi_over_square(F x) {
+KLDIV_FN F phi_over_square(F x) {
     F y = fma(broadcast(6.938634027e-3f), x, broadcast(3.3426233992e-2f));
     y = fma(y, x, broadcast(1.25000997961e-1f));
     y = fma(y, x, broadcast(3.33331887995e-1f));
@@ -46,7 +48,7 @@ F phi_over_square(F x) {
 
 // a log(a/b) - a + b = b phi(x) with x = log(a/b).
 template <class F>
-F kl_term(F a, F b, F x) {
+KLDIV_FN F kl_term(F a, F b, F x) {
     const F near = (b * x) * (x * phi_over_square(x));
     const F far = fma(a, x, b - a);
     return select(abs(x) < broadcast(0.25f), near, far);
@@ -54,42 +56,42 @@ F kl_term(F a, F b, F x) {
 
 // The value, the sums of grad_logq and grad_logp, and constants of the row that the gradients use.
 struct Finished {
-    double value, sum_q, sum_p;
-    double k[kRowConstants] = {};
+    Real value, sum_q, sum_p;
+    Real k[kRowConstants] = {};
 };
 
 struct RowSums {
-    double sum[4] = {0, 0, 0, 0};
-    double log_sum = -infinity;
+    Real sum[4] = {0, 0, 0, 0};
+    Real log_sum = -infinity;
     bool q_is_zero = false, p_is_zero = false;  // somewhere where the other row has mass
 };
 
 struct Plain {
     static constexpr int sums = 1;
-    static constexpr bool log_sum = false, needs_p = true, roots = false, grad_needs_row = false;
-    static bool infinite_where_q_is_zero(double) { return false; }
-    static bool infinite_where_p_is_zero(double) { return false; }
+    static constexpr bool log_sum = false, needs_p = true, roots = false, grad_needs_row = false, parks = false;
+    KLDIV_FN static bool infinite_where_q_is_zero(Real) { return false; }
+    KLDIV_FN static bool infinite_where_p_is_zero(Real) { return false; }
     template <class F>
     struct Constants {
-        Constants(double, double, const double*) {}
+        KLDIV_FN Constants(Real, Real, const Real*) {}
     };
 };
 
 struct ForwardKl : Plain {
-    static bool infinite_where_q_is_zero(double) { return true; }
+    KLDIV_FN static bool infinite_where_q_is_zero(Real) { return true; }
     template <class F>
-    static void terms(const Element<F>& e, const Constants<F>&, F* out) {
+    KLDIV_FN static void terms(const Element<F>& e, const Constants<F>&, F* out) {
         out[0] = kl_term(e.p, e.q, e.u);
     }
     template <class F>
-    static F grad_logq(const Element<F>& e, const Constants<F>&) {
+    KLDIV_FN static F grad_logq(const Element<F>& e, const Constants<F>&) {
         return e.q - e.p;
     }
     template <class F>
-    static F grad_logp(const Element<F>& e, const Constants<F>&) {
+    KLDIV_FN static F grad_logp(const Element<F>& e, const Constants<F>&) {
         return e.p * e.u;
     }
-    static Finished finish(const RowSums& row, double, double) { return {row.sum[0], 0, row.sum[0]}; }
+    KLDIV_FN static Finished finish(const RowSums& row, Real, Real) { return {row.sum[0], 0, row.sum[0]}; }
 };
 
 // The same divergence with the roles of student and teacher exchanged.
@@ -97,26 +99,31 @@ template <class D>
 struct Swap {
     static constexpr int sums = D::sums;
     static constexpr bool log_sum = D::log_sum, needs_p = true, roots = D::roots, grad_needs_row = D::grad_needs_row;
-    static bool infinite_where_q_is_zero(double alpha) { return D::infinite_where_p_is_zero(alpha); }
-    static bool infinite_where_p_is_zero(double alpha) { return D::infinite_where_q_is_zero(alpha); }
+    static constexpr bool parks = false;
+    KLDIV_FN static bool infinite_where_q_is_zero(Real alpha) { return D::infinite_where_p_is_zero(alpha); }
+    KLDIV_FN static bool infinite_where_p_is_zero(Real alpha) { return D::infinite_where_q_is_zero(alpha); }
     template <class F>
     using Constants = typename D::template Constants<F>;
     template <class F>
-    static void terms(const Element<F>& e, const Constants<F>& c, F* out) {
+    KLDIV_FN static void terms(const Element<F>& e, const Constants<F>& c, F* out) {
         D::terms(swapped(e), c, out);
     }
     template <class F>
-    static F grad_logq(const Element<F>& e, const Constants<F>& c) {
+    KLDIV_FN static F grad_logq(const Element<F>& e, const Constants<F>& c) {
         return D::grad_logp(swapped(e), c);
     }
     template <class F>
-    static F grad_logp(const Element<F>& e, const Constants<F>& c) {
+    KLDIV_FN static F grad_logp(const Element<F>& e, const Constants<F>& c) {
         return D::grad_logq(swapped(e), c);
     }
-    static Finished finish(RowSums row, double alpha, double beta) {
-        std::swap(row.q_is_zero, row.p_is_zero);
+    KLDIV_FN static Finished finish(RowSums row, Real alpha, Real beta) {
+        const bool q_is_zero = row.p_is_zero;
+        row.p_is_zero = row.q_is_zero;
+        row.q_is_zero = q_is_zero;
         Finished done = D::finish(row, alpha, beta);
-        std::swap(done.sum_q, done.sum_p);
+        const Real sum_q = done.sum_p;
+        done.sum_p = done.sum_q;
+        done.sum_q = sum_q;
         return done;
     }
 };
@@ -126,56 +133,56 @@ using ReverseKl = Swap<ForwardKl>;
 struct Entropy : Plain {
     static constexpr bool needs_p = false;
     template <class F>
-    static void terms(const Element<F>& e, const Constants<F>&, F* out) {
+    KLDIV_FN static void terms(const Element<F>& e, const Constants<F>&, F* out) {
         out[0] = -(e.q * e.lq);
     }
     template <class F>
-    static F grad_logq(const Element<F>& e, const Constants<F>&) {
+    KLDIV_FN static F grad_logq(const Element<F>& e, const Constants<F>&) {
         return -fma(e.q, e.lq, e.q);
     }
     template <class F>
-    static F grad_logp(const Element<F>&, const Constants<F>&) {
+    KLDIV_FN static F grad_logp(const Element<F>&, const Constants<F>&) {
         return broadcast(0.0f);
     }
-    static Finished finish(const RowSums& row, double, double) { return {row.sum[0], row.sum[0] - 1, 0}; }
+    KLDIV_FN static Finished finish(const RowSums& row, Real, Real) { return {row.sum[0], row.sum[0] - 1, 0}; }
 };
 
 struct CrossEntropy : Plain {
-    static bool infinite_where_q_is_zero(double) { return true; }
+    KLDIV_FN static bool infinite_where_q_is_zero(Real) { return true; }
     template <class F>
-    static void terms(const Element<F>& e, const Constants<F>&, F* out) {
+    KLDIV_FN static void terms(const Element<F>& e, const Constants<F>&, F* out) {
         out[0] = -(e.p * e.lq);
     }
     template <class F>
-    static F grad_logq(const Element<F>& e, const Constants<F>&) {
+    KLDIV_FN static F grad_logq(const Element<F>& e, const Constants<F>&) {
         return -e.p;
     }
     template <class F>
-    static F grad_logp(const Element<F>& e, const Constants<F>&) {
+    KLDIV_FN static F grad_logp(const Element<F>& e, const Constants<F>&) {
         return -(e.p * e.lq);
     }
-    static Finished finish(const RowSums& row, double, double) { return {row.sum[0], -1, row.sum[0]}; }
+    KLDIV_FN static Finished finish(const RowSums& row, Real, Real) { return {row.sum[0], -1, row.sum[0]}; }
 };
 
 struct Jeffreys : Plain {
     static constexpr int sums = 2;  // KL(p || q), the sum of grad_logp, and KL(q || p), the sum of grad_logq
-    static bool infinite_where_q_is_zero(double) { return true; }
-    static bool infinite_where_p_is_zero(double) { return true; }
+    KLDIV_FN static bool infinite_where_q_is_zero(Real) { return true; }
+    KLDIV_FN static bool infinite_where_p_is_zero(Real) { return true; }
     template <class F>
-    static void terms(const Element<F>& e, const Constants<F>&, F* out) {
+    KLDIV_FN static void terms(const Element<F>& e, const Constants<F>&, F* out) {
         out[0] = kl_term(e.p, e.q, e.u);
         out[1] = kl_term(e.q, e.p, -e.u);
     }
     template <class F>
-    static F grad_logq(const Element<F>& e, const Constants<F>&) {
+    KLDIV_FN static F grad_logq(const Element<F>& e, const Constants<F>&) {
         return (e.q - e.p) - e.q * e.u;
     }
     template <class F>
-    static F grad_logp(const Element<F>& e, const Constants<F>&) {
+    KLDIV_FN static F grad_logp(const Element<F>& e, const Constants<F>&) {
         return (e.p - e.q) + e.p * e.u;
     }
-    static Finished finish(const RowSums& row, double, double) {
-        const double forward = row.q_is_zero ? infinity : row.sum[0], reverse = row.p_is_zero ? infinity : row.sum[1];
+    KLDIV_FN static Finished finish(const RowSums& row, Real, Real) {
+        const Real forward = row.q_is_zero ? infinity : row.sum[0], reverse = row.p_is_zero ? infinity : row.sum[1];
         return {forward + reverse, reverse, forward};
     }
 };
@@ -185,11 +192,12 @@ struct Jeffreys : Plain {
 // K(u) = log(m/q) is a Bernoulli cumulant function, and the term is m (u K' - K).
 struct JensenShannon : Plain {
     static constexpr int sums = 2;
+    static constexpr bool parks = true;
     template <class F>
     struct Constants {
         F b, a, c0, c1, c2, c3, c4;
-        Constants(double, double beta, const double*) {
-            const double v = beta * (1 - beta), skewness = 1 - 2 * beta;
+        KLDIV_FN Constants(Real, Real beta, const Real*) {
+            const Real v = beta * (1 - beta), skewness = 1 - 2 * beta;
             b = broadcast(static_cast<float>(beta));
             a = broadcast(static_cast<float>(1 - beta));
             c0 = broadcast(static_cast<float>(v / 2));
@@ -200,11 +208,11 @@ struct JensenShannon : Plain {
         }
     };
     template <class F>
-    static F mixture(const Element<F>& e, const Constants<F>& c) {
+    KLDIV_FN static F mixture(const Element<F>& e, const Constants<F>& c) {
         return fma(c.b, e.p, c.a * e.q);
     }
     template <class F>
-    static void terms(const Element<F>& e, const Constants<F>& c, F* out) {
+    KLDIV_FN static void terms(const Element<F>& e, const Constants<F>& c, F* out) {
         const F m = mixture(e, c);
         const F log_m = log(max(broadcast(smallest_normal), m));
         const F from_q = c.a * e.q * (e.lq - log_m);
@@ -217,14 +225,18 @@ struct JensenShannon : Plain {
         out[1] = from_q;
     }
     template <class F>
-    static F grad_logq(const Element<F>& e, const Constants<F>& c) {
+    KLDIV_FN static F grad_logq_over_q(const Element<F>& e, const Constants<F>& c) {
+        return c.a * (e.lq - log(max(broadcast(smallest_normal), mixture(e, c))));
+    }
+    template <class F>
+    KLDIV_FN static F grad_logq(const Element<F>& e, const Constants<F>& c) {
         return c.a * e.q * (e.lq - log(max(broadcast(smallest_normal), mixture(e, c))));
     }
     template <class F>
-    static F grad_logp(const Element<F>& e, const Constants<F>& c) {
+    KLDIV_FN static F grad_logp(const Element<F>& e, const Constants<F>& c) {
         return c.b * e.p * (e.lp - log(max(broadcast(smallest_normal), mixture(e, c))));
     }
-    static Finished finish(const RowSums& row, double, double) {
+    KLDIV_FN static Finished finish(const RowSums& row, Real, Real) {
         return {row.sum[0], row.sum[1], row.sum[0] - row.sum[1]};
     }
 };
@@ -235,7 +247,7 @@ struct SkewKl : Plain {
     template <class F>
     struct Constants {
         F a, b, bb, ab;
-        Constants(double alpha, double, const double*) {
+        KLDIV_FN Constants(Real alpha, Real, const Real*) {
             a = broadcast(static_cast<float>(alpha));
             b = broadcast(static_cast<float>(1 - alpha));
             bb = b * b;
@@ -243,29 +255,29 @@ struct SkewKl : Plain {
         }
     };
     template <class F>
-    static F mixture(const Element<F>& e, const Constants<F>& c) {
+    KLDIV_FN static F mixture(const Element<F>& e, const Constants<F>& c) {
         return max(broadcast(smallest_normal), fma(c.a, e.p, c.b * e.q));
     }
     // log(p/m) = -log1p((1 - alpha) expm1(-u)); beyond u = -80 the column has no mass in p.
     template <class F>
-    static F log_p_over_m(const Element<F>& e, const Constants<F>& c) {
+    KLDIV_FN static F log_p_over_m(const Element<F>& e, const Constants<F>& c) {
         return -log1p(c.b * expm1(-max(broadcast(-80.0f), e.u)));
     }
     template <class F>
-    static void terms(const Element<F>& e, const Constants<F>& c, F* out) {
+    KLDIV_FN static void terms(const Element<F>& e, const Constants<F>& c, F* out) {
         const F m = mixture(e, c);
         out[0] = kl_term(e.p, fma(c.a, e.p, c.b * e.q), log_p_over_m(e, c));
         out[1] = c.bb * e.q * ((e.q - e.p) / m);
     }
     template <class F>
-    static F grad_logq(const Element<F>& e, const Constants<F>& c) {
+    KLDIV_FN static F grad_logq(const Element<F>& e, const Constants<F>& c) {
         return c.bb * e.q * ((e.q - e.p) / mixture(e, c));
     }
     template <class F>
-    static F grad_logp(const Element<F>& e, const Constants<F>& c) {
+    KLDIV_FN static F grad_logp(const Element<F>& e, const Constants<F>& c) {
         return fma(e.p, log_p_over_m(e, c), c.ab * e.p * ((e.q - e.p) / mixture(e, c)));
     }
-    static Finished finish(const RowSums& row, double, double) {
+    KLDIV_FN static Finished finish(const RowSums& row, Real, Real) {
         return {row.sum[0], row.sum[1], row.sum[0] - row.sum[1]};
     }
 };
@@ -274,20 +286,20 @@ struct SkewKl : Plain {
 struct Hellinger : Plain {
     static constexpr bool roots = true;
     template <class F>
-    static void terms(const Element<F>& e, const Constants<F>&, F* out) {
+    KLDIV_FN static void terms(const Element<F>& e, const Constants<F>&, F* out) {
         const F difference = e.root_p - e.root_q;
         out[0] = broadcast(0.5f) * difference * difference;
     }
     template <class F>
-    static F grad_logq(const Element<F>& e, const Constants<F>&) {
+    KLDIV_FN static F grad_logq(const Element<F>& e, const Constants<F>&) {
         return broadcast(0.5f) * (e.q - e.root_p * e.root_q);
     }
     template <class F>
-    static F grad_logp(const Element<F>& e, const Constants<F>&) {
+    KLDIV_FN static F grad_logp(const Element<F>& e, const Constants<F>&) {
         return broadcast(0.5f) * (e.p - e.root_p * e.root_q);
     }
-    static Finished finish(const RowSums& row, double, double) {
-        return {row.sum[0], 0.5 * row.sum[0], 0.5 * row.sum[0]};
+    KLDIV_FN static Finished finish(const RowSums& row, Real, Real) {
+        return {row.sum[0], Real(0.5) * row.sum[0], Real(0.5) * row.sum[0]};
     }
 };
 
@@ -295,73 +307,75 @@ struct Hellinger : Plain {
 struct TotalVariation : Plain {
     static constexpr int sums = 2;
     template <class F>
-    static void terms(const Element<F>& e, const Constants<F>& c, F* out) {
+    KLDIV_FN static void terms(const Element<F>& e, const Constants<F>& c, F* out) {
         out[0] = broadcast(0.5f) * abs(e.p - e.q);
         out[1] = grad_logq(e, c);
     }
     template <class F>
-    static F grad_logq(const Element<F>& e, const Constants<F>&) {
+    KLDIV_FN static F grad_logq(const Element<F>& e, const Constants<F>&) {
         return broadcast(-0.5f) * e.q * sign(e.u);
     }
     template <class F>
-    static F grad_logp(const Element<F>& e, const Constants<F>&) {
+    KLDIV_FN static F grad_logp(const Element<F>& e, const Constants<F>&) {
         return broadcast(0.5f) * e.p * sign(e.u);
     }
-    static Finished finish(const RowSums& row, double, double) {
+    KLDIV_FN static Finished finish(const RowSums& row, Real, Real) {
         return {row.sum[0], row.sum[1], row.sum[0] - row.sum[1]};
     }
 };
 
 // (p - q)^2 / q = p^2/q - 2p + q.
 struct ForwardChi2 : Plain {
-    static bool infinite_where_q_is_zero(double) { return true; }
+    KLDIV_FN static bool infinite_where_q_is_zero(Real) { return true; }
     // p^2 / q = (p e^(u/2)) e^(u/2): no overflow before the result's own.
     template <class F>
-    static F p_squared_over_q(const Element<F>& e) {
+    KLDIV_FN static F p_squared_over_q(const Element<F>& e) {
         const F half = exp(min(broadcast(88.0f), broadcast(0.5f) * e.u));
         return (e.p * half) * half;
     }
     template <class F>
-    static void terms(const Element<F>& e, const Constants<F>&, F* out) {
+    KLDIV_FN static void terms(const Element<F>& e, const Constants<F>&, F* out) {
         const F difference = e.p - e.q;
         const F near = difference * (difference / max(broadcast(smallest_normal), e.q));
         const F far = p_squared_over_q(e) - e.p + (e.q - e.p);
         out[0] = select(abs(e.u) < broadcast(1.0f), near, far);
     }
     template <class F>
-    static F grad_logq(const Element<F>& e, const Constants<F>&) {
+    KLDIV_FN static F grad_logq(const Element<F>& e, const Constants<F>&) {
         return e.q - p_squared_over_q(e);
     }
     template <class F>
-    static F grad_logp(const Element<F>& e, const Constants<F>&) {
+    KLDIV_FN static F grad_logp(const Element<F>& e, const Constants<F>&) {
         return broadcast(2.0f) * (p_squared_over_q(e) - e.p);
     }
-    static Finished finish(const RowSums& row, double, double) { return {row.sum[0], -row.sum[0], 2 * row.sum[0]}; }
+    KLDIV_FN static Finished finish(const RowSums& row, Real, Real) {
+        return {row.sum[0], -row.sum[0], 2 * row.sum[0]};
+    }
 };
 
 // (p - q)^2 / (p + q) through r = (p - q) / (p + q).
 struct Triangular : Plain {
     static constexpr int sums = 2;
     template <class F>
-    static F ratio(const Element<F>& e) {
+    KLDIV_FN static F ratio(const Element<F>& e) {
         return (e.p - e.q) / max(broadcast(smallest_normal), e.p + e.q);
     }
     template <class F>
-    static void terms(const Element<F>& e, const Constants<F>& c, F* out) {
+    KLDIV_FN static void terms(const Element<F>& e, const Constants<F>& c, F* out) {
         out[0] = (e.p - e.q) * ratio(e);
         out[1] = grad_logq(e, c);
     }
     template <class F>
-    static F grad_logq(const Element<F>& e, const Constants<F>&) {
+    KLDIV_FN static F grad_logq(const Element<F>& e, const Constants<F>&) {
         const F r = ratio(e);
         return -(e.q * r) * (broadcast(2.0f) + r);
     }
     template <class F>
-    static F grad_logp(const Element<F>& e, const Constants<F>&) {
+    KLDIV_FN static F grad_logp(const Element<F>& e, const Constants<F>&) {
         const F r = ratio(e);
         return (e.p * r) * (broadcast(2.0f) - r);
     }
-    static Finished finish(const RowSums& row, double, double) {
+    KLDIV_FN static Finished finish(const RowSums& row, Real, Real) {
         return {row.sum[0], row.sum[1], row.sum[0] - row.sum[1]};
     }
 };

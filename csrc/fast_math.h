@@ -1,12 +1,13 @@
 // Elementary functions over the lanes of one instruction set. Included inside namespace KLDIV_ISA, after the type
-// Floats and its operations.
+// Floats and its operations; in CUDA kernels Floats is float, and exp2 and log are instructions.
 //
 // Coefficients are near-minimax fits (iteratively reweighted least squares in float64) on the stated interval;
 // the errors beside them are those of the polynomial, before rounding to float32. The two hot ones are summed in
 // pairs (Estrin): the loops wait on chains of dependent operations more than on their number.
 
+#ifndef KLDIV_EXP2_AND_LOG
 // 2^x, relative error 7.5e-8 on [-1/2, 1/2]; 0 below the normal range, NaN for NaN.
-inline Floats exp2(Floats x) {
+KLDIV_FN inline Floats exp2(Floats x) {
     Floats n;
     const Floats r = round_off(x, &n);
     Floats y = fma(broadcast(1.327647174e-3f), r, broadcast(9.67554154e-3f));
@@ -16,9 +17,10 @@ inline Floats exp2(Floats x) {
     y = fma(y, r, broadcast(1.000000071655f));
     return times_power_of_two(y, n);
 }
+#endif
 
 // e^x with x log2(e) in two parts, so that the error does not grow with |x|.
-inline Floats exp(Floats x) {
+KLDIV_FN inline Floats exp(Floats x) {
     // Beyond the range of floats the two parts would be inf - inf.
     const Floats bounded = min(broadcast(200.0f), max(broadcast(-200.0f), x));
     const Floats whole = bounded * broadcast(1.44269504f);
@@ -27,7 +29,7 @@ inline Floats exp(Floats x) {
 }
 
 // log(1 + f) for f in [-1/3, 1/3]: f - f^2/2 + ..., the polynomial's error is 1.6e-7 f^2.
-inline Floats log1p_near(Floats f) {
+KLDIV_FN inline Floats log1p_near(Floats f) {
     const Floats square = f * f, fourth = square * square;
     const Floats c0 = fma(broadcast(3.33332205275e-1f), f, broadcast(-4.99999851958e-1f));
     const Floats c2 = fma(broadcast(2.00109856439e-1f), f, broadcast(-2.50042062599e-1f));
@@ -37,20 +39,22 @@ inline Floats log1p_near(Floats f) {
     return fma(y, square, f);
 }
 
-inline Floats log(Floats x) {
+#ifndef KLDIV_EXP2_AND_LOG
+KLDIV_FN inline Floats log(Floats x) {
     Floats exponent;
     const Floats mantissa = split(x, &exponent);
     return fma(exponent, broadcast(0.693147181f), log1p_near(mantissa - broadcast(1.0f)));
 }
+#endif
 
 // log(1 + x), accurate for small x.
-inline Floats log1p(Floats x) {
+KLDIV_FN inline Floats log1p(Floats x) {
     const Floats far = log(max(broadcast(1.17549435e-38f), x + broadcast(1.0f)));
     return select(abs(x) < broadcast(0.3f), log1p_near(x), far);
 }
 
 // e^x - 1, accurate for small x; the polynomial's error is 6.3e-9 x^2 on [-0.4, 0.4].
-inline Floats expm1(Floats x) {
+KLDIV_FN inline Floats expm1(Floats x) {
     Floats y = fma(broadcast(1.986327967504e-4f), x, broadcast(1.394845495634e-3f));
     y = fma(y, x, broadcast(8.333381947832e-3f));
     y = fma(y, x, broadcast(4.166630983643e-2f));

@@ -4,17 +4,17 @@
 // (p^a q^(1-a) - a p - (1-a) q) / (a (a-1)), a not 0 or 1. Best for a >= 1/2; swap p and q for the others.
 // For small u a term is q u^2 (1/2 + (1+a) u/6 + (1+a+a^2) u^2/24 + ...).
 struct Alpha : Plain {
-    static bool infinite_where_q_is_zero(double alpha) { return alpha >= 1; }
-    static bool infinite_where_p_is_zero(double alpha) { return alpha <= 0; }
+    KLDIV_FN static bool infinite_where_q_is_zero(Real alpha) { return alpha >= 1; }
+    KLDIV_FN static bool infinite_where_p_is_zero(Real alpha) { return alpha <= 0; }
     template <class F>
     struct Constants {
         F c, over_a, over_c, near, c3, c4, c5, c6;
-        Constants(double alpha, double, const double*) {
+        KLDIV_FN Constants(Real alpha, Real, const Real*) {
             c = broadcast(static_cast<float>(alpha - 1));
             over_a = broadcast(static_cast<float>(1 / alpha));
             over_c = broadcast(static_cast<float>(1 / (alpha - 1)));
-            near = broadcast(static_cast<float>(0.25 / std::max(1.0, std::fabs(alpha))));
-            double power = 1 + alpha;
+            near = broadcast(static_cast<float>(Real(0.25) / std::max(Real(1), std::fabs(alpha))));
+            Real power = 1 + alpha;
             c3 = broadcast(static_cast<float>(power / 6));
             power = 1 + alpha * power;
             c4 = broadcast(static_cast<float>(power / 24));
@@ -26,12 +26,12 @@ struct Alpha : Plain {
     };
     // p^a q^(1-a) - p = p expm1((a-1) u), through one exponential where that would overflow.
     template <class F>
-    static F power_minus_p(const Element<F>& e, const Constants<F>& c) {
+    KLDIV_FN static F power_minus_p(const Element<F>& e, const Constants<F>& c) {
         const F x = c.c * e.u;
         return select(x < broadcast(60.0f), e.p * expm1(x), exp(e.lp + x) - e.p);
     }
     template <class F>
-    static void terms(const Element<F>& e, const Constants<F>& c, F* out) {
+    KLDIV_FN static void terms(const Element<F>& e, const Constants<F>& c, F* out) {
         const F far = fma(power_minus_p(e, c), c.over_c, e.q - e.p) * c.over_a;
         F y = fma(c.c6, e.u, c.c5);
         y = fma(y, e.u, c.c4);
@@ -40,14 +40,14 @@ struct Alpha : Plain {
         out[0] = select(abs(e.u) < c.near, (e.q * e.u) * (e.u * y), far);
     }
     template <class F>
-    static F grad_logq(const Element<F>& e, const Constants<F>& c) {
+    KLDIV_FN static F grad_logq(const Element<F>& e, const Constants<F>& c) {
         return ((e.q - e.p) - power_minus_p(e, c)) * c.over_a;
     }
     template <class F>
-    static F grad_logp(const Element<F>& e, const Constants<F>& c) {
+    KLDIV_FN static F grad_logp(const Element<F>& e, const Constants<F>& c) {
         return power_minus_p(e, c) * c.over_c;
     }
-    static Finished finish(const RowSums& row, double alpha, double) {
+    KLDIV_FN static Finished finish(const RowSums& row, Real alpha, Real) {
         return {row.sum[0], (1 - alpha) * row.sum[0], alpha * row.sum[0]};
     }
 };
@@ -58,27 +58,27 @@ struct Renyi : Alpha {
     template <class F>
     struct Constants : Alpha::Constants<F> {
         F log_total, slope_p;
-        Constants(double alpha, double beta, const double* k) : Alpha::Constants<F>(alpha, beta, k) {
+        KLDIV_FN Constants(Real alpha, Real beta, const Real* k) : Alpha::Constants<F>(alpha, beta, k) {
             log_total = broadcast(static_cast<float>(k[0]));
             slope_p = broadcast(static_cast<float>(alpha / (alpha - 1)));
         }
     };
     template <class F>
-    static F log_weight(const Element<F>& e, const Constants<F>& c) {
+    KLDIV_FN static F log_weight(const Element<F>& e, const Constants<F>& c) {
         return fma(c.c, e.u, e.lp);
     }
     template <class F>
-    static F grad_logq(const Element<F>& e, const Constants<F>& c) {
+    KLDIV_FN static F grad_logq(const Element<F>& e, const Constants<F>& c) {
         return -exp(log_weight(e, c) - c.log_total);
     }
     template <class F>
-    static F grad_logp(const Element<F>& e, const Constants<F>& c) {
+    KLDIV_FN static F grad_logp(const Element<F>& e, const Constants<F>& c) {
         return c.slope_p * exp(log_weight(e, c) - c.log_total);
     }
-    static Finished finish(const RowSums& row, double alpha, double) {
-        const double log_sum = row.log_sum < -1e20 ? -infinity : row.log_sum;
-        const double excess = alpha * (alpha - 1) * row.sum[0];
-        const bool near = std::fabs(log_sum) < 0.5 && std::fabs(excess) < 0.5;
+    KLDIV_FN static Finished finish(const RowSums& row, Real alpha, Real) {
+        const Real log_sum = row.log_sum < Real(-1e20) ? -infinity : row.log_sum;
+        const Real excess = alpha * (alpha - 1) * row.sum[0];
+        const bool near = std::fabs(log_sum) < Real(0.5) && std::fabs(excess) < Real(0.5);
         return {(near ? std::log1p(excess) : log_sum) / (alpha - 1), -1, alpha / (alpha - 1), {log_sum}};
     }
 };
@@ -87,12 +87,12 @@ struct Renyi : Alpha {
 // For small u a term is q^(a+b) u^2 (1/2 + (a+l) u/6 + (a^2+al+l^2) u^2/24 + ...), l = a+b.
 struct AlphaBeta : Plain {
     static constexpr int sums = 2;
-    static bool infinite_where_p_is_zero(double alpha) { return alpha < 0; }
+    KLDIV_FN static bool infinite_where_p_is_zero(Real alpha) { return alpha < 0; }
     template <class F>
     struct Constants {
         F a, b, l, over_a, over_b, weight_cross, weight_p, weight_q, near, c3, c4, c5, c6;
-        Constants(double alpha, double beta, const double*) {
-            const double lambda = alpha + beta;
+        KLDIV_FN Constants(Real alpha, Real beta, const Real*) {
+            const Real lambda = alpha + beta;
             a = broadcast(static_cast<float>(alpha));
             b = broadcast(static_cast<float>(beta));
             l = broadcast(static_cast<float>(lambda));
@@ -101,10 +101,10 @@ struct AlphaBeta : Plain {
             weight_cross = broadcast(static_cast<float>(-1 / (alpha * beta)));
             weight_p = broadcast(static_cast<float>(1 / (beta * lambda)));
             weight_q = broadcast(static_cast<float>(1 / (alpha * lambda)));
-            const double widest = std::max({1.0, std::fabs(alpha), std::fabs(lambda)});
-            near = broadcast(static_cast<float>(0.25 / widest));
+            const Real widest = std::max(Real(1), std::max(std::fabs(alpha), std::fabs(lambda)));
+            near = broadcast(static_cast<float>(Real(0.25) / widest));
             // (lambda^n - alpha^n) / beta by recurrence, which has no pole at beta = 0
-            double power = lambda + alpha, alpha_power = alpha * alpha;
+            Real power = lambda + alpha, alpha_power = alpha * alpha;
             c3 = broadcast(static_cast<float>(power / 6));
             power = power * lambda + alpha_power;
             c4 = broadcast(static_cast<float>(power / 24));
@@ -118,18 +118,18 @@ struct AlphaBeta : Plain {
     };
     // e^x, and 0 in a column without mass in either row, where a negative exponent would give infinity.
     template <class F>
-    static F power(F x, const Element<F>& e) {
+    KLDIV_FN static F power(F x, const Element<F>& e) {
         const Mask nowhere = (e.lp < broadcast(-1e29f)) & (e.lq < broadcast(-1e29f));
         return select(nowhere, broadcast(0.0f), exp(x));
     }
     // q^l - p^a q^b = -q^l expm1(a u), and p^l - p^a q^b = -p^l expm1(-b u): for small u they would cancel.
     template <class F>
-    static F grad_logq(const Element<F>& e, const Constants<F>& c, F q_power, F cross) {
+    KLDIV_FN static F grad_logq(const Element<F>& e, const Constants<F>& c, F q_power, F cross) {
         const F near = -(q_power * expm1(c.a * e.u));
         return select(abs(e.u) < c.near, near, q_power - cross) * c.over_a;
     }
     template <class F>
-    static void terms(const Element<F>& e, const Constants<F>& c, F* out) {
+    KLDIV_FN static void terms(const Element<F>& e, const Constants<F>& c, F* out) {
         const F cross = power(fma(c.a, e.lp, c.b * e.lq), e);
         const F q_power = power(c.l * e.lq, e);
         const F far = fma(cross, c.weight_cross, fma(power(c.l * e.lp, e), c.weight_p, q_power * c.weight_q));
@@ -141,17 +141,17 @@ struct AlphaBeta : Plain {
         out[1] = grad_logq(e, c, q_power, cross);
     }
     template <class F>
-    static F grad_logq(const Element<F>& e, const Constants<F>& c) {
+    KLDIV_FN static F grad_logq(const Element<F>& e, const Constants<F>& c) {
         return grad_logq(e, c, power(c.l * e.lq, e), power(fma(c.a, e.lp, c.b * e.lq), e));
     }
     template <class F>
-    static F grad_logp(const Element<F>& e, const Constants<F>& c) {
+    KLDIV_FN static F grad_logp(const Element<F>& e, const Constants<F>& c) {
         const F p_power = power(c.l * e.lp, e);
         const F near = -(p_power * expm1(-(c.b * e.u)));
         const F far = p_power - power(fma(c.a, e.lp, c.b * e.lq), e);
         return select(abs(e.u) < c.near, near, far) * c.over_b;
     }
-    static Finished finish(const RowSums& row, double alpha, double beta) {
+    KLDIV_FN static Finished finish(const RowSums& row, Real alpha, Real beta) {
         return {row.sum[0], row.sum[1], (alpha + beta) * row.sum[0] - row.sum[1]};
     }
 };
@@ -162,21 +162,21 @@ struct Collision : Plain {
     template <class F>
     struct Constants {
         F scale;
-        Constants(double, double, const double* k) : scale(broadcast(static_cast<float>(2 * k[0]))) {}
+        KLDIV_FN Constants(Real, Real, const Real* k) : scale(broadcast(static_cast<float>(2 * k[0]))) {}
     };
     template <class F>
-    static void terms(const Element<F>& e, const Constants<F>&, F* out) {
+    KLDIV_FN static void terms(const Element<F>& e, const Constants<F>&, F* out) {
         out[0] = e.q * e.q;
     }
     template <class F>
-    static F grad_logq(const Element<F>& e, const Constants<F>& c) {
+    KLDIV_FN static F grad_logq(const Element<F>& e, const Constants<F>& c) {
         return c.scale * e.q * e.q;
     }
     template <class F>
-    static F grad_logp(const Element<F>&, const Constants<F>&) {
+    KLDIV_FN static F grad_logp(const Element<F>&, const Constants<F>&) {
         return broadcast(0.0f);
     }
-    static Finished finish(const RowSums& row, double, double) {
+    KLDIV_FN static Finished finish(const RowSums& row, Real, Real) {
         return {std::log(row.sum[0]), 2, 0, {1 / row.sum[0]}};
     }
 };
@@ -193,26 +193,26 @@ struct CauchySchwarz : Plain {
     struct Constants {
         F log_pq, scale_q, scale_p, excess_q, excess_p;
         bool close;
-        Constants(double, double, const double* k) {
+        KLDIV_FN Constants(Real, Real, const Real* k) {
             log_pq = broadcast(static_cast<float>(k[0]));
             scale_q = broadcast(static_cast<float>(2 / k[1]));
             scale_p = broadcast(static_cast<float>(2 / k[2]));
             excess_q = broadcast(static_cast<float>(k[3]));
             excess_p = broadcast(static_cast<float>(k[4]));
-            close = std::fabs(k[3]) < 0.5 && std::fabs(k[4]) < 0.5;
+            close = std::fabs(k[3]) < Real(0.5) && std::fabs(k[4]) < Real(0.5);
         }
     };
     template <class F>
-    static F log_weight(const Element<F>& e, const Constants<F>&) {
+    KLDIV_FN static F log_weight(const Element<F>& e, const Constants<F>&) {
         return e.lp + e.lq;
     }
     // p - q
     template <class F>
-    static F difference(const Element<F>& e) {
+    KLDIV_FN static F difference(const Element<F>& e) {
         return select(abs(e.u) < broadcast(0.25f), e.q * expm1(e.u), e.p - e.q);
     }
     template <class F>
-    static void terms(const Element<F>& e, const Constants<F>&, F* out) {
+    KLDIV_FN static void terms(const Element<F>& e, const Constants<F>&, F* out) {
         const F d = difference(e);
         out[0] = e.q * e.q;
         out[1] = e.p * e.p;
@@ -220,21 +220,21 @@ struct CauchySchwarz : Plain {
         out[3] = d * d;
     }
     template <class F>
-    static F grad_logq(const Element<F>& e, const Constants<F>& c) {
+    KLDIV_FN static F grad_logq(const Element<F>& e, const Constants<F>& c) {
         if (c.close) return (c.scale_q * e.q) * fma(e.p, c.excess_q, -difference(e));
         return c.scale_q * e.q * e.q - broadcast(2.0f) * exp(e.lp + e.lq - c.log_pq);
     }
     template <class F>
-    static F grad_logp(const Element<F>& e, const Constants<F>& c) {
+    KLDIV_FN static F grad_logp(const Element<F>& e, const Constants<F>& c) {
         if (c.close) return (c.scale_p * e.p) * (difference(e) - e.q * c.excess_p);
         return c.scale_p * e.p * e.p - broadcast(2.0f) * exp(e.lp + e.lq - c.log_pq);
     }
-    static Finished finish(const RowSums& row, double, double) {
-        const double qq = row.sum[0], pp = row.sum[1], qd = row.sum[2], dd = row.sum[3];
-        const double log_pq = row.log_sum < -1e20 ? -infinity : row.log_sum, pq = std::exp(log_pq);
-        const double missing = std::max(0.0, (qq * dd - qd * qd) / (qq * pp));
-        const double far = std::log(qq) + std::log(pp) - 2 * log_pq;
-        const double value = missing < 0.5 ? -std::log1p(-missing) : far;
+    KLDIV_FN static Finished finish(const RowSums& row, Real, Real) {
+        const Real qq = row.sum[0], pp = row.sum[1], qd = row.sum[2], dd = row.sum[3];
+        const Real log_pq = row.log_sum < Real(-1e20) ? -infinity : row.log_sum, pq = std::exp(log_pq);
+        const Real missing = std::max(Real(0), (qq * dd - qd * qd) / (qq * pp));
+        const Real far = std::log(qq) + std::log(pp) - 2 * log_pq;
+        const Real value = missing < Real(0.5) ? -std::log1p(-missing) : far;
         return {value, 0, 0, {log_pq, qq, pp, qd / pq, (qd + dd) / pq}};
     }
 };

@@ -12,9 +12,12 @@ import kldiv_kernels as kk
 from kldiv_kernels.registry import STATISTICS, Statistic
 
 # Under TRITON_INTERPRET=1 the suite is about the Triton backend alone: a process has its kernels compiled or
-# interpreted, not both.
+# interpreted, not both. Under KLDIV_CUDA_HOST=1 it is about the cuda backend, on the model of a GPU in cuda_host/.
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
-BACKENDS = ["triton"] if INTERPRETED else [name for name, state in kk.backends().items() if state == "available"]
+CUDA_ON_HOST = os.environ.get("KLDIV_CUDA_HOST") == "1"
+BACKENDS = [name for name, state in kk.backends().items() if state == "available"]
+if INTERPRETED or CUDA_ON_HOST:
+    BACKENDS = ["triton" if INTERPRETED else "cuda"]
 BACKEND_DTYPES = [
     (backend, dtype)
     for backend in BACKENDS

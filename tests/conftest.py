@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from checks import INTERPRETED
+from checks import BACKENDS, CUDA_ON_HOST, INTERPRETED
 
 from kldiv_kernels.registry import STATISTICS
 
@@ -33,6 +33,11 @@ if INTERPRETED:
     interpreter.InterpretedFunction.__call__ = _call
 
 
+if CUDA_ON_HOST:
+    import cuda_host
+
+    cuda_host.serve_cpu_tensors()
+
 # What the interpreter, some thousand times slower than a processor, has no time for: large rows, and the names under
 # which the same losses are called.
 _TOO_MUCH = (
@@ -41,14 +46,14 @@ _TOO_MUCH = (
 )  # fmt: skip
 
 
-def _for_the_interpreter(items: list[pytest.Item]) -> list[pytest.Item]:
-    """The tests of the Triton backend, thinned: of each test, one case for each statistic.
+def _of_one_backend(items: list[pytest.Item]) -> list[pytest.Item]:
+    """The tests of the backend that this process is about, thinned: of each test, one case for each statistic.
 
     Which case goes round from statistic to statistic, so that all layouts, dtypes and parameters occur.
     KLDIV_ALL=1 keeps every case.
     """
     own = [item for item in items if item.path.name.startswith("test_triton")]
-    kept = [item for item in items if "triton" in item.name and not any(size in item.name for size in _TOO_MUCH)]
+    kept = [item for item in items if BACKENDS[0] in item.name and not any(size in item.name for size in _TOO_MUCH)]
     kept = [item for item in kept if item not in own]
     if os.environ.get("KLDIV_ALL") == "1":
         return own + kept
@@ -62,8 +67,8 @@ def _for_the_interpreter(items: list[pytest.Item]) -> list[pytest.Item]:
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    if INTERPRETED:
-        items[:] = _for_the_interpreter(items)
+    if INTERPRETED or CUDA_ON_HOST:
+        items[:] = _of_one_backend(items)
     if "slow" in config.getoption("-m"):
         return
     for item in items:

@@ -1,0 +1,61 @@
+// A call of the cuda backend, between the operators and the launchers. No CUDA and no PyTorch in it.
+#pragma once
+
+#include <cstdint>
+#include <string>
+#include <vector>
+
+#include "../plan.h"
+
+namespace kldiv::gpu {
+
+// Rows of a tensor: row i starts (i / inner) * outer_stride + (i % inner) * inner_stride elements behind `data`.
+struct Rows {
+    const void* data = nullptr;
+    int64_t inner = 1, outer_stride = 0, inner_stride = 0;
+    int element = kFloat32;
+};
+
+// A contiguous [N, width] gradient.
+struct Gradient {
+    void* data = nullptr;
+    int64_t width = 0;
+};
+
+constexpr int kMostStatistics = 32;
+
+struct Job {
+    Rows student, teacher;            // teacher.data null: none
+    int64_t rows = 0, columns = 0;    // columns: without padding
+    const int64_t* labels = nullptr;  // [N, labels_per_row], -1: none
+    int64_t labels_per_row = 1;
+    const bool* mask = nullptr;
+    const int64_t* exclude = nullptr;
+    const float* token_parameters = nullptr;  // [4, N]
+    float parameters[4] = {1, 1, 0.5f, 0.5f};
+    std::vector<int> stats;               // codes of `statistic_code`
+    float* values = nullptr;              // [value rows, N]
+    float* state = nullptr;               // [state rows, N], written by `run_forward`, read by `run_backward`
+    const float* coefficients = nullptr;  // [value rows, N]; null: no gradient
+    float* workspace = nullptr;           // `workspace_floats` of them
+    Gradient d_student, d_teacher;
+    void* stream = nullptr;
+};
+
+// The code of a statistic's name, -1 for a name that this backend does not have, and their names.
+int statistic_code(const std::string& name);
+std::vector<std::string> statistic_names();
+
+int64_t state_rows(const Job& job);
+int64_t workspace_floats(const Job& job);
+
+// The plan that `run_forward` will follow on the current device. `state` need not be there when `one_read` is its
+// kernel.
+CudaPlan plan(const Job& job);
+
+// Values; the state where the plan is not the one-read form; gradients when `coefficients` are given.
+void run_forward(const Job& job, const CudaPlan& plan);
+// Gradients from a saved state.
+void run_backward(const Job& job);
+
+}  // namespace kldiv::gpu

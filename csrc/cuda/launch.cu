@@ -1,0 +1,251 @@
+// From a job to kernel launches. Everything goes to the job's stream, nothing waits for the device, and what has to be
+// asked of the runtime is asked once, so that a call can be captured in a graph.
+#include <algorithm>
+#include <stdexcept>
+
+#include "kernels.h"
+#include "runtime.cuh"
+#include "sweeps.cuh"
+
+namespace kldiv::gpu {
+
+namespace {
+
+struct Named {
+    const char* name;
+    int code;
+};
+constexpr Named kNames[] = {{"logprob", kLogprob},        {"reference_logprob", kReferenceLogprob},
+                            {"logsumexp", kLogsumexp},    {"max_logprob", kMaxLogprob},
+                            {"argmax", kArgmaxCode},
+#define KLDIV_NAME(name, D) {#name, k_##name},
+                            KLDIV_DIVERGENCES(KLDIV_NAME)
+#undef KLDIV_NAME
+};
+
+const char* name_of(int code) {
+    for (const Named& named : kNames)
+        if (named.code == code) return named.name;
+    return "";
+}
+
+bool labelled(int code) { return code == kLogprob || code == kReferenceLogprob; }
+
+int64_t value_rows(const Job& job, size_t stats) {
+    int64_t count = 0;
+    for (size_t i = 0; i < stats; ++i) count += labelled(job.stats[i]) ? job.labels_per_row : 1;
+    return count;
+}
+
+int sums_count(const Job& job) {
+    return static_cast<int>(
+        std::count_if(job.stats.begin(), job.stats.end(), [](int code) { return !finishes_first(code); }));
+}
+
+int64_t slices_of(const Job& job) {
+    const int64_t slice = slice_columns(job.columns);
+    return (job.columns + slice - 1) / slice;
+}
+
+Call call_of(const Job& job) {
+    Call call{};
+    call.student = job.student;
+    call.teacher = job.teacher;
+    call.rows = job.rows;
+    call.columns = job.columns;
+    call.labels = job.labels;
+    call.labels_per_row = job.labels_per_row;
+    call.mask = job.mask;
+    call.exclude = job.exclude;
+    call.token_parameters = job.token_parameters;
+    std::copy(job.parameters, job.parameters + 4, call.parameters);
+    std::copy(job.stats.begin(), job.stats.end(), call.stats);
+    call.stat_count = static_cast<int>(job.stats.size());
+    call.values = job.values;
+    call.state = job.state;
+    call.coefficients = job.coefficients;
+    call.d_student = job.d_student;
+    call.d_teacher = job.d_teacher;
+    return call;
+}
+
+SweepArguments sweep_arguments(const Job& job) {
+    SweepArguments a{};
+    a.call = call_of(job);
+    a.slices = slices_of(job);
+    a.slice = slice_columns(job.columns);
+    a.sums_count = sums_count(job);
+    a.states = job.workspace;
+    a.sums = job.workspace ? job.workspace + job.rows * a.slices * kStateFloats : nullptr;
+    a.student = job.d_student.data != nullptr;
+    a.teacher = job.d_teacher.data != nullptr;
+    return a;
+}
+
+void launch_sweep(Kernel<SweepArguments> kernel, int64_t blocks, const Job& job, const SweepArguments& arguments,
+                  const char* what) {
+    if (blocks > std::numeric_limits<int>::max())
+        throw std::invalid_argument("kldiv_kernels: " + std::to_string(job.rows) + " rows of " +
+                                    std::to_string(job.columns) + " columns are more than one launch can take");
+    LaunchShape shape;
+    shape.blocks = blocks;
+    shape.threads = kSweepThreads;
+    shape.shared_bytes = kSweepSharedBytes;
+    launch(kernel, shape, job.stream, arguments, std::string("two-sweep kernel ") + what);
+}
+
+// What the first sweep takes for these statistics, and the kernel that takes as little more as possible.
+int first_of(const Job& job) {
+    int first = job.teacher.data ? kTeacher : 0;
+    for (const int code : job.stats) {
+        if (code == k_entropy) first |= kEntropy;
+        if (code == k_reference_entropy) first |= kReferenceEntropy;
+        if (code == k_forward_kl) first |= kForwardKl;
+        if (code == k_reverse_kl) first |= kReverseKl;
+        if (code == k_hellinger) first |= kHellinger;
+        if (code == kMaxLogprob || code == kArgmaxCode) first |= kArgmax;
+    }
+    return first;
+}
+Kernel<SweepArguments> sweep_kernel(int first) {
+    struct Variant {
+        int first;
+        Kernel<SweepArguments> kernel;
+    };
+    static const Variant variants[] = {
+        {0, sweep<0>},
+        {kEntropy, sweep<kEntropy>},
+        {kEntropy | kArgmax, sweep<kEntropy | kArgmax>},
+        {kTeacher, sweep<kTeacher>},
+        {kTeacher | kForwardKl, sweep<kTeacher | kForwardKl>},
+        {kTeacher | kReverseKl, sweep<kTeacher | kReverseKl>},
+        {kTeacher | kHellinger, sweep<kTeacher | kHellinger>},
+        {kEverything, sweep<kEverything>},
+    };
+    return std::find_if(std::begin(variants), std::end(variants),
+                        [&](const Variant& v) { return (first & ~v.first) == 0 && !((v.first & ~first) & kTeacher); })
+        ->kernel;
+}
+
+// The one statistic beside log-probabilities that a one-read call has, as its rows take it; entropy, with a
+// coefficient of 0, where it has none.
+Resolved one_read_statistic(const Job& job) {
+    for (const int code : job.stats)
+        if (code >= k_entropy) return resolve(code, job.parameters[2], job.parameters[3]);
+    return {k_entropy, 0};
+}
+
+OneReadKernel kernel_of(const Job& job) {
+    const int code = one_read_statistic(job).code;
+    switch (job.student.element) {
+        case kFloat32:
+            return one_read_float32(code);
+        case kBfloat16:
+            return one_read_bfloat16(code);
+        default:
+            return one_read_float16(code);
+    }
+}
+
+LaunchShape shape_of(const CudaPlan& plan) {
+    LaunchShape shape;
+    shape.threads = plan.threads;
+    shape.cluster = plan.cluster;
+    shape.shared_bytes = plan.shared_bytes;
+    return shape;
+}
+
+void run_one_read(const Job& job, const CudaPlan& plan) {
+    const OneReadKernel kernel = kernel_of(job);
+    LaunchShape shape = shape_of(plan);
+    const int64_t clusters = active_clusters(kernel, shape);
+    shape.blocks = plan.cluster * std::min(job.rows, clusters);
+    OneReadArguments a{};
+    a.call = call_of(job);
+    a.divergence_row = a.logprob_row = a.logsumexp_row = -1;
+    for (size_t i = 0; i < job.stats.size(); ++i) {
+        const int code = job.stats[i], row = static_cast<int>(value_rows(job, i));
+        (code == kLogprob ? a.logprob_row : (code == kLogsumexp ? a.logsumexp_row : a.divergence_row)) = row;
+    }
+    a.alpha = one_read_statistic(job).alpha;
+    a.cluster = plan.cluster;
+    a.stages = plan.stages;
+    a.slice = cluster_slice(job.columns, plan.cluster);
+    if (job.mask) launch_sweep(zero_masked, job.rows, job, sweep_arguments(job), "zero_masked");
+    launch(kernel, shape, job.stream, a, "one-read kernel (" + plan.reason + ")");
+}
+
+}  // namespace
+
+int statistic_code(const std::string& name) {
+    for (const Named& named : kNames)
+        if (name == named.name) return named.code;
+    return -1;
+}
+
+std::vector<std::string> statistic_names() {
+    std::vector<std::string> names;
+    for (const Named& named : kNames) names.emplace_back(named.name);
+    return names;
+}
+
+int64_t state_rows(const Job& job) { return kStateOfRow + kStateOfStatistic * static_cast<int64_t>(job.stats.size()); }
+
+int64_t workspace_floats(const Job& job) {
+    return job.rows * slices_of(job) * (kStateFloats + kSumsFloats * sums_count(job));
+}
+
+CudaPlan plan(const Job& job) {
+    const DeviceInfo& device = device_info();
+    CudaTarget target = cuda_target(device.capability);
+    target.shared_bytes = device.shared_bytes;
+    CudaShape shape;
+    shape.rows = job.rows;
+    shape.columns = job.columns;
+    shape.student_bytes = element_bytes(job.student.element);
+    shape.teacher_bytes = job.teacher.data ? element_bytes(job.teacher.element) : 0;
+    shape.same_dtype = !job.teacher.data || job.teacher.element == job.student.element;
+    const auto aligned = [&](const void* data, int64_t a, int64_t b, int element) {
+        const int64_t bytes = element_bytes(element);
+        return reinterpret_cast<uintptr_t>(data) % 16 == 0 && a * bytes % 16 == 0 && b * bytes % 16 == 0;
+    };
+    const auto rows_aligned = [&](const Rows& rows) {
+        return !rows.data || aligned(rows.data, rows.outer_stride, rows.inner_stride, rows.element);
+    };
+    shape.aligned = job.columns % kColumns == 0 && rows_aligned(job.student) && rows_aligned(job.teacher) &&
+                    aligned(job.d_student.data, job.d_student.width, 0, job.student.element);
+    shape.student_gradient = job.d_student.data != nullptr;
+    shape.teacher_gradient = job.d_teacher.data != nullptr;
+    shape.known_coefficients = job.coefficients != nullptr;
+    shape.token_parameters = job.token_parameters != nullptr;
+    shape.labels_per_row = job.labels_per_row;
+    for (const int code : job.stats) shape.stats.emplace_back(name_of(code));
+    CudaPlan plan = plan_cuda(shape, target);
+    // Clusters of 16 may be refused, and any shape by a device that is shared.
+    while (plan.one_read() && active_clusters(kernel_of(job), shape_of(plan)) == 0) {
+        const std::string refused = "this device refuses clusters of " + std::to_string(plan.cluster) + " CTAs; ";
+        target.largest_cluster = plan.cluster / 2;
+        plan = plan_cuda(shape, target);
+        plan.reason = refused + plan.reason;
+    }
+    return plan;
+}
+
+void run_forward(const Job& job, const CudaPlan& plan) {
+    if (job.rows == 0) return;
+    if (plan.one_read()) return run_one_read(job, plan);
+    const SweepArguments a = sweep_arguments(job);
+    launch_sweep(sweep_kernel(first_of(job)), job.rows * a.slices, job, a, "sweep");
+    if (a.sums_count > 0) launch_sweep(sums, job.rows * a.slices, job, a, "sums");
+    constexpr int64_t rows_a_block = kSweepThreads / 32;
+    launch_sweep(finish, (job.rows + rows_a_block - 1) / rows_a_block, job, a, "finish");
+    if (job.coefficients) run_backward(job);
+}
+
+void run_backward(const Job& job) {
+    if (job.rows == 0) return;
+    const SweepArguments a = sweep_arguments(job);
+    if (a.student || a.teacher) launch_sweep(gradient, job.rows * a.slices, job, a, "gradient");
+}
+
+}  // namespace kldiv::gpu

@@ -1,0 +1,255 @@
+// One row: what is asked of it, where it is, what its finished softmaxes are, its statistics.
+#pragma once
+
+#include "job.h"
+#include "state.cuh"
+
+namespace kldiv::gpu {
+
+// The statistics by number, in the order of this list; the first five are no divergences.
+enum Code {
+    kLogprob,
+    kReferenceLogprob,
+    kLogsumexp,
+    kMaxLogprob,
+    kArgmaxCode,
+#define KLDIV_CODE(name, D) k_##name,
+    KLDIV_DIVERGENCES(KLDIV_CODE)
+#undef KLDIV_CODE
+        kCodes
+};
+
+// A call as the kernels get it, by value.
+struct Call {
+    Rows student, teacher;
+    int64_t rows, columns;
+    const int64_t* labels;
+    int64_t labels_per_row;
+    const bool* mask;
+    const int64_t* exclude;
+    const float* token_parameters;
+    float parameters[4];
+    int stats[kMostStatistics];
+    int stat_count;
+    float* values;
+    float* state;
+    const float* coefficients;
+    Gradient d_student, d_teacher;
+};
+
+// Saved state of a row: references and sums of both softmaxes, then for each statistic the sums of its gradients and
+// its constants, as [state rows, N].
+constexpr int kStateOfRow = 4, kStateOfStatistic = 2 + kRowConstants;
+
+// Below this exponent a float64 softmax underflows: log2(e^-745).
+constexpr float kZeroExponent = -1074.8f;
+
+KLDIV_DEVICE const char* row_at(const Rows& rows, int64_t index) {
+    // In 32 bits: rows are as many as blocks can be, and a division of 64 bits takes a hundred instructions.
+    const uint32_t row = static_cast<uint32_t>(index), inner = static_cast<uint32_t>(rows.inner);
+    const int64_t offset = row / inner * rows.outer_stride + row % inner * rows.inner_stride;
+    return static_cast<const char*>(rows.data) + offset * element_bytes(rows.element);
+}
+KLDIV_DEVICE char* row_at(const Gradient& gradient, int element, int64_t index) {
+    return static_cast<char*>(gradient.data) + index * gradient.width * element_bytes(element);
+}
+
+// Where a row is and how it is read.
+struct RowInput {
+    const char *student, *teacher;  // teacher: student where there is none
+    Scale s, t;
+    float alpha, beta;
+    int64_t exclude;
+};
+
+KLDIV_DEVICE RowInput open_row(const Call& call, int64_t index) {
+    float p[4];
+#pragma unroll
+    for (int i = 0; i < 4; ++i)
+        p[i] = call.token_parameters ? call.token_parameters[i * call.rows + index] : call.parameters[i];
+    RowInput row;
+    row.student = row_at(call.student, index);
+    row.teacher = call.teacher.data ? row_at(call.teacher, index) : row.student;
+    row.s = scale_of(p[0]);
+    row.t = scale_of(p[1]);
+    row.alpha = p[2];
+    row.beta = p[3];
+    row.exclude = call.exclude ? call.exclude[index] : -1;
+    return row;
+}
+
+// A statistic as this row takes it: js at beta = 0 is forward KL, and so on.
+struct Resolved {
+    int code;
+    float alpha;
+};
+KLDIV_HOST_DEVICE Resolved resolve(int code, float alpha, float beta) {
+    if (code == k_js && (beta <= 0 || beta >= 1)) return {beta <= 0 ? k_forward_kl : k_reverse_kl, alpha};
+    if (code == k_alpha && (alpha == 0 || alpha == 1)) return {alpha == 1 ? k_forward_kl : k_reverse_kl, alpha};
+    if (code == k_skew_kl && alpha == 0) return {k_forward_kl, alpha};
+    if (code == k_skew_reverse_kl && alpha == 0) return {k_reverse_kl, alpha};
+    if (code == k_alpha && alpha < 0.5f) return {k_alpha_below_half, 1 - alpha};
+    return {code, alpha};
+}
+
+// What the first sweep finds, and everything else takes from a sweep of its own: the CPU's split (plan.cpp).
+KLDIV_HOST_DEVICE bool finishes_first(int code) {
+    return code == k_entropy || code == k_reference_entropy || code == k_forward_kl || code == k_reverse_kl ||
+           code == k_hellinger || code < k_entropy;
+}
+
+// The finished softmaxes of a row: q = 2^(s c - m) / z. log p - log q = slope ((t - s) - delta) + tilt y_s + constant,
+// which is exact where the rows are close and their temperatures equal (tilt is 0 then), however large the logits are.
+struct Normalised {
+    float cs, ct, floor_s, floor_t;
+    float ms, mt, zs, zt;  // z NaN: no softmax
+    float over_zs, over_zt, log_zs, log_zt;
+    float delta, slope, tilt, constant;
+};
+
+KLDIV_DEVICE Normalised normalise(const RowInput& row, float ms, float zs, float mt, float zt) {
+    Normalised n;
+    n.cs = row.s.c, n.ct = row.t.c;
+    n.floor_s = row.s.floor, n.floor_t = row.t.floor;
+    n.ms = ms, n.mt = mt;
+    n.zs = zs, n.zt = zt;
+    n.over_zs = 1 / zs;
+    n.over_zt = 1 / zt;
+    n.log_zs = ::logf(zs);
+    n.log_zt = ::logf(zt);
+    n.slope = n.ct * kLn2;
+    n.tilt = (n.ct - n.cs) / n.cs * kLn2;
+    const float difference = mt - ms;
+    n.delta = difference / n.ct;
+    // What the rounding of delta and of the difference leaves out: either is exact where the two are close.
+    const float left = fma(n.delta, n.ct, -difference) - ((mt - difference) - ms);
+    n.constant = fma(left, kLn2, n.log_zs - n.log_zt) + ms * n.tilt;
+    return n;
+}
+// From the merged state of a row.
+KLDIV_DEVICE Normalised normalise(const RowInput& row, const State& state, bool teacher) {
+    const float nan = std::numeric_limits<float>::quiet_NaN();
+    return normalise(row, state.s.m, state.s.z == 0 ? nan : state.s.z, teacher ? state.t.m : 0.0f,
+                     teacher ? (state.t.z == 0 ? nan : state.t.z) : 1.0f);
+}
+
+// One column of normalised rows as D takes it.
+template <class D>
+KLDIV_DEVICE Element<float> element_of(const Normalised& n, float s, float t) {
+    Element<float> e;
+    const float ys = fma(s, n.cs, -n.ms);
+    if constexpr (D::roots) {
+        e.root_q = exp2(0.5f * ys) * ::sqrtf(n.over_zs);
+        e.q = e.root_q * e.root_q;
+    } else {
+        e.root_q = 0;
+        e.q = exp2(ys) * n.over_zs;
+    }
+    e.lq = fma(ys, kLn2, -n.log_zs);
+    e.p = e.root_p = e.lp = e.u = 0;
+    if constexpr (D::needs_p) {
+        const float yt = fma(t, n.ct, -n.mt);
+        if constexpr (D::roots) {
+            e.root_p = exp2(0.5f * yt) * ::sqrtf(n.over_zt);
+            e.p = e.root_p * e.root_p;
+        } else {
+            e.p = exp2(yt) * n.over_zt;
+        }
+        e.lp = fma(yt, kLn2, -n.log_zt);
+        e.u = fma(ys, n.tilt, fma((t - s) - n.delta, n.slope, n.constant));
+    }
+    return e;
+}
+
+// The sums of a statistic's normalised terms, a monoid.
+struct Sums {
+    float sum[4] = {0, 0, 0, 0};
+    float log_top = kNoLogit, log_sum = 0;  // log sum e^w = log_top + log(log_sum)
+};
+
+template <class D>
+KLDIV_DEVICE void add_terms(Sums& sums, const typename D::template Constants<float>& constants, const Normalised& n,
+                            const Columns& s, const Columns& t) {
+#pragma unroll
+    for (int i = 0; i < kColumns; ++i) {
+        const Element<float> e = element_of<D>(n, s.x[i], t.x[i]);
+        float terms[D::sums];
+        D::terms(e, constants, terms);
+#pragma unroll
+        for (int j = 0; j < D::sums; ++j) sums.sum[j] += terms[j];
+        if constexpr (D::log_sum) {
+            const float w = D::log_weight(e, constants);
+            if (w > sums.log_top) {
+                sums.log_sum *= exp(sums.log_top - w);
+                sums.log_top = w;
+            }
+            sums.log_sum += exp(w - sums.log_top);
+        }
+    }
+}
+
+// Over the lanes of a warp; every lane gets the result.
+KLDIV_DEVICE void merge_lanes(Sums& sums) {
+#pragma unroll
+    for (int j = 0; j < 4; ++j) sums.sum[j] = warp_sum(sums.sum[j]);
+    const float top = warp_max(sums.log_top);
+    sums.log_sum = warp_sum(sums.log_sum * exp(sums.log_top - top));
+    sums.log_top = top;
+}
+
+// Of a row, where p (q) has mass and the other row has none; needs the merged state.
+struct Flags {
+    bool q_is_zero, p_is_zero;
+};
+KLDIV_DEVICE Flags flags_of(const RowInput& row, const State& state) {
+    return {fma(state.t.blocked, row.t.c, -state.t.m) > kZeroExponent,
+            fma(state.s.blocked, row.s.c, -state.s.m) > kZeroExponent};
+}
+
+template <class D>
+KLDIV_DEVICE Finished finish_as(const Sums& sums, const Flags& flags, float alpha, float beta) {
+    RowSums row;
+#pragma unroll
+    for (int j = 0; j < 4; ++j) row.sum[j] = sums.sum[j];
+    if constexpr (D::log_sum) row.log_sum = sums.log_top + ::logf(sums.log_sum);
+    row.q_is_zero = flags.q_is_zero;
+    row.p_is_zero = flags.p_is_zero;
+    if ((flags.q_is_zero && D::infinite_where_q_is_zero(alpha)) ||
+        (flags.p_is_zero && D::infinite_where_p_is_zero(alpha)))
+        (D::log_sum ? row.log_sum : row.sum[0]) = infinity;
+    return D::finish(row, alpha, beta);
+}
+
+// The value of a statistic that the first sweep finishes, from the merged state of a row.
+KLDIV_DEVICE float first_value(int code, const State& state, const Normalised& n) {
+    if (code == k_entropy) return fma(state.s.a / n.zs, kLn2, n.log_zs);
+    if (code == k_reference_entropy) return fma(state.t.a / n.zt, kLn2, n.log_zt);
+    const float x = n.log_zs - n.log_zt;
+    float value;
+    if (code == k_forward_kl) {
+        value = state.forward_kl / n.zt - expm1_minus(x);
+    } else if (code == k_reverse_kl) {
+        value = state.reverse_kl / n.zs - expm1_minus(-x);
+    } else {
+        const float difference = ::sqrtf(n.zt) - ::sqrtf(n.zs);
+        value = (state.hellinger - 0.5f * difference * difference) / ::sqrtf(n.zs * n.zt);
+    }
+    return value < 0 ? 0 : value;
+}
+
+// log softmax at a column; -inf where it has no mass, NaN beyond the vocabulary.
+KLDIV_DEVICE float log_softmax_at(const char* row, int element, const Scale& scale, float m, float z, float log_z,
+                                  int64_t label, int64_t exclude, int64_t columns) {
+    if (is_nan(z) || label >= columns) return std::numeric_limits<float>::quiet_NaN();
+    const float x = load_column(row, element, label);
+    if (x <= scale.floor || label == exclude) return -std::numeric_limits<float>::infinity();
+    return fma(fma(x, scale.c, -m), kLn2, -log_z);
+}
+
+// What one statistic is, once everything of the row is known.
+KLDIV_DEVICE float logsumexp_of(const Normalised& n) { return fma(n.ms, kExponentToLog, n.log_zs); }
+
+// 0 * inf: a coefficient of 0 takes no part.
+KLDIV_DEVICE float times(float coefficient, float x) { return coefficient == 0 ? 0.0f : coefficient * x; }
+
+}  // namespace kldiv::gpu

@@ -1,0 +1,446 @@
+// The two-sweep kernels: any strides, any alignment, any vocabulary, gradients of both rows, several statistics.
+//
+// A row is cut into slices of `slice_columns` (plan.h), a block each, so that one row keeps many processors busy; the
+// cut depends on the row's length alone, and slices are merged in their order, so a row's bits do not depend on its
+// batch. Launches, and bytes (1u = one pass over one tensor, two-row statistics):
+//
+//   sweep     the state of each slice               reads 2u
+//   sums      sums of normalised terms, if any      reads 2u; more statistics find a slice in the caches
+//   finish    merges slices; values, state          a warp a row
+//   gradient  from coefficients                     reads 2u, writes 1u a gradient
+//
+// `gradient` takes the slices backwards: what the sweep before it read last is in the second-level cache.
+#pragma once
+
+#include "row.cuh"
+
+namespace kldiv::gpu {
+
+struct SweepArguments {
+    Call call;
+    float* states;          // [N, slices, kStateFloats]
+    float* sums;            // [N, sums_count, slices, kSumsFloats]
+    int64_t slices, slice;  // of a row; columns of one
+    int sums_count;         // statistics that take normalised sums
+    bool student, teacher;  // gradients wanted
+};
+
+constexpr int kStateFloats = 13, kSumsFloats = 6;
+constexpr int kEverything = kTeacher | kEntropy | kReferenceEntropy | kForwardKl | kReverseKl | kHellinger | kArgmax;
+
+KLDIV_DEVICE void save(const State& x, float* to) {
+    const float all[kStateFloats] = {x.s.m,
+                                     x.s.z,
+                                     x.s.a,
+                                     x.s.blocked,
+                                     x.t.m,
+                                     x.t.z,
+                                     x.t.a,
+                                     x.t.blocked,
+                                     x.forward_kl,
+                                     x.reverse_kl,
+                                     x.hellinger,
+                                     x.best,
+                                     bits_float(static_cast<uint32_t>(x.column))};
+#pragma unroll
+    for (int i = 0; i < kStateFloats; ++i) to[i] = all[i];
+}
+KLDIV_DEVICE State saved_state(const float* from) {
+    State x;
+    x.s = {from[0], from[1], from[2], from[3]};
+    x.t = {from[4], from[5], from[6], from[7]};
+    x.forward_kl = from[8];
+    x.reverse_kl = from[9];
+    x.hellinger = from[10];
+    x.best = from[11];
+    x.column = static_cast<int>(float_bits(from[12]));
+    return x;
+}
+KLDIV_DEVICE void save(const Sums& x, float* to) {
+#pragma unroll
+    for (int j = 0; j < 4; ++j) to[j] = x.sum[j];
+    to[4] = x.log_top;
+    to[5] = x.log_sum;
+}
+KLDIV_DEVICE Sums saved_sums(const float* from) {
+    Sums x;
+#pragma unroll
+    for (int j = 0; j < 4; ++j) x.sum[j] = from[j];
+    x.log_top = from[4];
+    x.log_sum = from[5];
+    return x;
+}
+
+// The merged state of the block's threads, in its first warp. What `from` and `save` exchange goes through shared
+// memory, `floats` a warp.
+template <class X, class Merge, class Load>
+KLDIV_DEVICE X merge_block(X x, int floats, const X& nothing, Merge merge, Load load) {
+    float* left = reinterpret_cast<float*>(shared_memory());
+    const int warp = thread_index() / 32, lane = thread_index() % 32, warps = block_threads() / 32;
+    merge(x);
+    block_sync(0, block_threads());
+    if (lane == 0) save(x, left + warp * floats);
+    block_sync(0, block_threads());
+    if (warp == 0) {
+        x = lane < warps ? load(left + lane * floats) : nothing;
+        merge(x);
+    }
+    return x;
+}
+
+struct Pair {
+    Columns s, t;
+};
+
+// Columns [start, start + 8) of both rows; those from `limit` on and the excluded one are -inf.
+template <bool two>
+KLDIV_DEVICE Pair load_pair(const Call& call, const RowInput& row, int64_t start, int64_t limit) {
+    Pair pair;
+    pair.s = load_columns(row.student, call.student.element, start, limit);
+    if constexpr (two) pair.t = load_columns(row.teacher, call.teacher.element, start, limit);
+    const int64_t excluded = row.exclude - start;
+    if (excluded >= 0 && excluded < kColumns) {
+        replace(static_cast<int>(excluded), -std::numeric_limits<float>::infinity(), pair.s);
+        if constexpr (two) replace(static_cast<int>(excluded), -std::numeric_limits<float>::infinity(), pair.t);
+    }
+    if constexpr (!two) pair.t = pair.s;
+    return pair;
+}
+
+KLDIV_DEVICE Range range_of(const Columns& columns) {
+    Range out = {columns.x[0], columns.x[0]};
+#pragma unroll
+    for (int i = 1; i < kColumns; ++i) out = {::fminf(out.smallest, columns.x[i]), ::fmaxf(out.largest, columns.x[i])};
+    return out;
+}
+
+// body(start, pair) for this thread's columns of [begin, limit), the next ones already on their way.
+template <bool two, class Body>
+KLDIV_DEVICE void for_columns(const Call& call, const RowInput& row, int64_t begin, int64_t limit, Body body) {
+    const int64_t stride = static_cast<int64_t>(block_threads()) * kColumns;
+    int64_t start = begin + thread_index() * kColumns;
+    if (start >= limit) return;
+    Pair next = load_pair<two>(call, row, start, limit);
+    while (start < limit) {
+        Pair pair = next;
+        if (start + stride < limit) next = load_pair<two>(call, row, start + stride, limit);
+        body(start, pair);
+        start += stride;
+    }
+}
+
+template <int FIRST>
+KLDIV_DEVICE State sweep_slice(const Call& call, const RowInput& row, int64_t begin, int64_t limit) {
+    State state;
+    for_columns<(FIRST & kTeacher) != 0>(call, row, begin, limit, [&](int64_t start, Pair& pair) {
+        Range s = range_of(pair.s), t = FIRST & kTeacher ? range_of(pair.t) : s;
+        if (s.smallest <= row.s.floor || t.smallest <= row.t.floor) {
+            raise_to(row.s.floor, pair.s);
+            raise_to(row.t.floor, pair.t);
+            s.largest = ::fmaxf(s.largest, row.s.floor);
+            t.largest = ::fmaxf(t.largest, row.t.floor);
+            if constexpr (FIRST & kTeacher) note_blocked(state, pair.s, pair.t, row.s.floor, row.t.floor);
+        }
+        add_columns<FIRST>(state, pair.s, pair.t, s.largest, t.largest, row.s.c, row.t.c, static_cast<int>(start));
+    });
+    return state;
+}
+
+template <int FIRST>
+KLDIV_KERNEL(kSweepThreads, 2)
+sweep(SweepArguments a) {
+    const int64_t index = block_index() / a.slices, slice = block_index() % a.slices;
+    if (a.call.mask && !a.call.mask[index]) return;
+    const RowInput row = open_row(a.call, index);
+    const int64_t begin = slice * a.slice, end = begin + a.slice;
+    State state = sweep_slice<FIRST>(a.call, row, begin, end < a.call.columns ? end : a.call.columns);
+    state = merge_block(
+        state, kStateFloats, State{}, [](State& x) { merge_lanes<FIRST>(x); },
+        [](const float* x) { return saved_state(x); });
+    if (thread_index() == 0) save(state, a.states + block_index() * kStateFloats);
+}
+
+// The merged state of a row, in every lane of every warp that asks.
+KLDIV_DEVICE State row_state(const SweepArguments& a, int64_t index) {
+    const int lane = thread_index() % 32;
+    State state;
+    if (lane < a.slices) state = saved_state(a.states + (index * a.slices + lane) * kStateFloats);
+    merge_lanes<kEverything>(state);
+    return state;
+}
+
+// function(D{}) for the divergence of that code.
+template <class Function>
+KLDIV_DEVICE void with_divergence(int code, Function function) {
+    switch (code) {
+#define KLDIV_CASE(name, ...)    \
+    case k_##name:               \
+        function(__VA_ARGS__{}); \
+        break;
+        KLDIV_DIVERGENCES(KLDIV_CASE)
+#undef KLDIV_CASE
+    }
+}
+
+KLDIV_KERNEL(kSweepThreads, 2) sums(SweepArguments a) {
+    const int64_t block = grid_blocks() - 1 - block_index(), index = block / a.slices, slice = block % a.slices;
+    if (a.call.mask && !a.call.mask[index]) return;
+    const RowInput row = open_row(a.call, index);
+    const Normalised n = normalise(row, row_state(a, index), a.call.teacher.data != nullptr);
+    const int64_t begin = slice * a.slice, end = begin + a.slice;
+    const int64_t limit = end < a.call.columns ? end : a.call.columns;
+    int at = 0;
+    for (int i = 0; i < a.call.stat_count; ++i) {
+        if (finishes_first(a.call.stats[i])) continue;
+        const Resolved resolved = resolve(a.call.stats[i], row.alpha, row.beta);
+        Sums total;
+        with_divergence(resolved.code, [&](auto divergence) {
+            using D = decltype(divergence);
+            const float unknown[kRowConstants] = {};
+            const typename D::template Constants<float> constants(resolved.alpha, row.beta, unknown);
+            for_columns<D::needs_p>(a.call, row, begin, limit, [&](int64_t, Pair& pair) {
+                raise_to(n.floor_s, pair.s);
+                raise_to(n.floor_t, pair.t);
+                add_terms<D>(total, constants, n, pair.s, pair.t);
+            });
+        });
+        total = merge_block(
+            total, kSumsFloats, Sums{}, [](Sums& x) { merge_lanes(x); }, [](const float* x) { return saved_sums(x); });
+        if (thread_index() == 0) save(total, a.sums + ((index * a.sums_count + at) * a.slices + slice) * kSumsFloats);
+        ++at;
+    }
+}
+
+// A warp a row.
+KLDIV_KERNEL(kSweepThreads, 1) finish(SweepArguments a) {
+    const Call& call = a.call;
+    const int64_t index = block_index() * (block_threads() / 32) + thread_index() / 32, n = call.rows;
+    const int lane = thread_index() % 32;
+    if (index >= n) return;
+    const bool active = !call.mask || call.mask[index], two = call.teacher.data != nullptr;
+    const float nan = std::numeric_limits<float>::quiet_NaN();
+    const RowInput row = open_row(call, index);
+    State state;
+    if (active) state = row_state(a, index);
+    const Normalised normal = normalise(row, state, two);
+    const Flags flags = flags_of(row, state);
+    float* value = call.values + index;
+    if (call.state && lane == 0) {
+        const float of_row[kStateOfRow] = {normal.ms, normal.zs, normal.mt, normal.zt};
+        for (int i = 0; i < kStateOfRow; ++i) call.state[i * n + index] = of_row[i];
+    }
+    int at = 0;
+    for (int i = 0; i < call.stat_count; ++i) {
+        const int code = call.stats[i];
+        if (code == kLogprob || code == kReferenceLogprob) {
+            const bool student = code == kLogprob;
+            for (int64_t j = lane; j < call.labels_per_row; j += 32) {
+                const int64_t label = call.labels[index * call.labels_per_row + j];
+                float x = 0;
+                if (active && label >= 0)
+                    x = student ? log_softmax_at(row.student, call.student.element, row.s, normal.ms, normal.zs,
+                                                 normal.log_zs, label, row.exclude, call.columns)
+                                : log_softmax_at(row.teacher, call.teacher.element, row.t, normal.mt, normal.zt,
+                                                 normal.log_zt, label, row.exclude, call.columns);
+                value[j * n] = x;
+            }
+            value += call.labels_per_row * n;
+            continue;
+        }
+        float x;
+        Finished done{};
+        if (code == kLogsumexp) {
+            x = logsumexp_of(normal);
+        } else if (code == kMaxLogprob) {
+            x = fma(fma(state.best, row.s.c, -normal.ms), kLn2, -normal.log_zs);
+        } else if (code == kArgmaxCode) {
+            x = is_nan(normal.zs) ? -1.0f : static_cast<float>(state.column);
+        } else {
+            const Resolved resolved = resolve(code, row.alpha, row.beta);
+            Sums sums;
+            if (finishes_first(code)) {
+                sums.sum[0] = first_value(resolved.code, state, normal);
+            } else {
+                if (active && lane < a.slices)
+                    sums = saved_sums(a.sums + ((index * a.sums_count + at) * a.slices + lane) * kSumsFloats);
+                merge_lanes(sums);
+                ++at;
+            }
+            with_divergence(resolved.code, [&](auto divergence) {
+                using D = decltype(divergence);
+                done = finish_as<D>(sums, flags, resolved.alpha, row.beta);
+                const bool bad =
+                    (resolved.code != k_reference_entropy && is_nan(normal.zs)) || (D::needs_p && is_nan(normal.zt));
+                if (bad) done.value = done.sum_q = done.sum_p = nan;
+            });
+            x = done.value;
+        }
+        if (lane == 0) {
+            *value = active ? x : 0;
+            if (call.state) {
+                float* to = call.state + (kStateOfRow + i * kStateOfStatistic) * n + index;
+                to[0] = done.sum_q;
+                to[n] = done.sum_p;
+                for (int j = 0; j < kRowConstants; ++j) to[(2 + j) * n] = done.k[j];
+            }
+        }
+        value += n;
+    }
+}
+
+// What a row's gradient is made of beside its statistics' own terms.
+struct Shares {
+    float s = 0, t = 0;  // of the two softmaxes
+    bool any = false;    // some coefficient is not 0
+};
+
+KLDIV_DEVICE Shares shares_of(const Call& call, int64_t index) {
+    Shares out;
+    const int64_t n = call.rows;
+    const float* coefficient = call.coefficients + index;
+    for (int i = 0; i < call.stat_count; ++i) {
+        const int code = call.stats[i];
+        if (code == kLogprob || code == kReferenceLogprob) {
+            for (int64_t j = 0; j < call.labels_per_row; ++j, coefficient += n) {
+                out.any |= *coefficient != 0;
+                if (call.labels[index * call.labels_per_row + j] < 0) continue;
+                (code == kLogprob ? out.s : out.t) -= *coefficient;
+            }
+            continue;
+        }
+        const float c = *coefficient;
+        coefficient += n;
+        out.any |= c != 0;
+        if (code == kLogsumexp) out.s += c;
+        if (code < k_entropy) continue;
+        const float* of = call.state + (kStateOfRow + i * kStateOfStatistic) * n + index;
+        out.s -= times(c, of[0]);
+        out.t -= times(c, of[n]);
+    }
+    return out;
+}
+
+KLDIV_DEVICE void add_labels(const Call& call, int64_t index, int64_t start, bool student, Columns& g) {
+    const float* coefficient = call.coefficients + index;
+    for (int i = 0; i < call.stat_count; ++i) {
+        const int code = call.stats[i];
+        const int64_t values = code == kLogprob || code == kReferenceLogprob ? call.labels_per_row : 1;
+        if (code == (student ? kLogprob : kReferenceLogprob)) {
+            for (int64_t j = 0; j < values; ++j) {
+                const int64_t at = call.labels[index * values + j] - start;
+                if (at < 0 || at >= kColumns) continue;
+                const float weight = coefficient[j * call.rows];
+#pragma unroll
+                for (int c = 0; c < kColumns; ++c) g.x[c] += at == c ? weight : 0.0f;
+            }
+        }
+        coefficient += values * call.rows;
+    }
+}
+
+// One gradient, of the columns of a slice.
+template <bool student>
+KLDIV_DEVICE void slice_gradient(const SweepArguments& a, const RowInput& row, const Normalised& n,
+                                 const Shares& shares, int64_t index, int64_t begin, int64_t limit) {
+    const Call& call = a.call;
+    const Gradient& to = student ? call.d_student : call.d_teacher;
+    const int element = student ? call.student.element : call.teacher.element;
+    char* out = row_at(to, element, index);
+    const float share = student ? shares.s : shares.t, over_temperature = (student ? n.cs : n.ct) / kLog2e;
+    const auto body = [&](int64_t start, Pair& pair) {
+        raise_to(n.floor_s, pair.s);
+        raise_to(n.floor_t, pair.t);
+        Columns g;
+#pragma unroll
+        for (int i = 0; i < kColumns; ++i) {
+            const float y = student ? fma(pair.s.x[i], n.cs, -n.ms) : fma(pair.t.x[i], n.ct, -n.mt);
+            const float q = exp2(y) * (student ? n.over_zs : n.over_zt);
+            // 0 * inf: a column without mass takes no share of an infinite sum.
+            g.x[i] = q == 0 ? 0.0f : share * q;
+        }
+        const float* coefficient = call.coefficients + index;
+        for (int i = 0; i < call.stat_count; ++i) {
+            const int code = call.stats[i];
+            const float c = *coefficient;
+            coefficient += (code == kLogprob || code == kReferenceLogprob ? call.labels_per_row : 1) * call.rows;
+            if (code < k_entropy || c == 0) continue;
+            const Resolved resolved = resolve(code, row.alpha, row.beta);
+            const float* k_at = call.state + (kStateOfRow + i * kStateOfStatistic + 2) * call.rows + index;
+            with_divergence(resolved.code, [&](auto divergence) {
+                using D = decltype(divergence);
+                if constexpr (student || D::needs_p) {
+                    float k[kRowConstants] = {};
+                    if constexpr (D::grad_needs_row) {
+#pragma unroll
+                        for (int j = 0; j < kRowConstants; ++j) k[j] = k_at[j * call.rows];
+                    }
+                    const typename D::template Constants<float> constants(resolved.alpha, row.beta, k);
+#pragma unroll
+                    for (int j = 0; j < kColumns; ++j) {
+                        const Element<float> e = element_of<D>(n, pair.s.x[j], pair.t.x[j]);
+                        g.x[j] = fma(c, student ? D::grad_logq(e, constants) : D::grad_logp(e, constants), g.x[j]);
+                    }
+                }
+            });
+        }
+        if (call.labels) add_labels(call, index, start, student, g);
+#pragma unroll
+        for (int i = 0; i < kColumns; ++i) g.x[i] *= over_temperature;
+        const int64_t excluded = row.exclude - start;
+        if (excluded >= 0 && excluded < kColumns) replace(static_cast<int>(excluded), 0.0f, g);
+        store_columns(out, element, start, limit, g);
+    };
+    if (call.teacher.data)
+        for_columns<true>(call, row, begin, limit, body);
+    else
+        for_columns<false>(call, row, begin, limit, body);
+}
+
+// Zeros from `begin` on.
+KLDIV_DEVICE void zero_columns(const Gradient& to, int element, int64_t index, int64_t begin, int64_t end) {
+    const Columns zero{};
+    for (int64_t start = begin + thread_index() * kColumns; start < end; start += block_threads() * kColumns)
+        store_columns(row_at(to, element, index), element, start, end, zero);
+}
+
+KLDIV_KERNEL(kSweepThreads, 2) gradient(SweepArguments a) {
+    const Call& call = a.call;
+    const int64_t block = grid_blocks() - 1 - block_index(), index = block / a.slices, slice = block % a.slices;
+    const int64_t begin = slice * a.slice, end = begin + a.slice;
+    const int64_t limit = end < call.columns ? end : call.columns;
+    // The last slice's block also has the padding.
+    const bool last = slice + 1 == a.slices;
+    const auto zero = [&](int64_t from) {
+        const auto side = [&](const Gradient& to, int element) {
+            zero_columns(to, element, index, from, last ? to.width : limit);
+        };
+        if (a.student) side(call.d_student, call.student.element);
+        if (a.teacher) side(call.d_teacher, call.teacher.element);
+    };
+    const bool active = !call.mask || call.mask[index];
+    const Shares shares = active ? shares_of(call, index) : Shares{};
+    if (!shares.any) {
+        zero(begin);
+        return;
+    }
+    const RowInput row = open_row(call, index);
+    const float* state = call.state + index;
+    const Normalised n = normalise(row, state[0], state[call.rows], state[2 * call.rows], state[3 * call.rows]);
+    if (a.student) slice_gradient<true>(a, row, n, shares, index, begin, limit);
+    if (a.teacher) slice_gradient<false>(a, row, n, shares, index, begin, limit);
+    if (last) zero(limit);
+}
+
+// The rows that the mask leaves out, for kernels that do not visit them: values and gradient are 0.
+KLDIV_KERNEL(kSweepThreads, 2) zero_masked(SweepArguments a) {
+    const Call& call = a.call;
+    const int64_t index = block_index();
+    if (call.mask[index]) return;
+    if (thread_index() == 0) {
+        float* value = call.values + index;
+        for (int i = 0; i < call.stat_count; ++i, value += call.rows) *value = 0;
+    }
+    zero_columns(call.d_student, call.student.element, index, 0, call.d_student.width);
+}
+
+}  // namespace kldiv::gpu
