@@ -211,27 +211,48 @@ KLDIV_KERNEL(kSweepThreads, 2) sums(SweepArguments a) {
     }
 }
 
-// A warp a row.
+// The value of a statistic without labels, the sums of its gradients and its constants. `sums` are the merged ones of a
+// statistic that takes them.
+KLDIV_DEVICE Finished finish_statistic(int code, const RowInput& row, const State& state, const Normalised& n,
+                                       Sums sums) {
+    Finished done{};
+    if (code == kLogsumexp) done.value = logsumexp_of(n);
+    if (code == kMaxLogprob) done.value = fma(fma(state.best, row.s.c, -n.ms), kLn2, -n.log_zs);
+    if (code == kArgmaxCode) done.value = is_nan(n.zs) ? -1.0f : static_cast<float>(state.column);
+    if (code < k_entropy) return done;
+    const Resolved resolved = resolve(code, row.alpha, row.beta);
+    if (finishes_first(code)) sums.sum[0] = first_value(resolved.code, state, n);
+    with_divergence(resolved.code, [&](auto divergence) {
+        using D = decltype(divergence);
+        done = finish_as<D>(sums, flags_of(row, state), resolved.alpha, row.beta);
+        const bool bad = (resolved.code != k_reference_entropy && is_nan(n.zs)) || (D::needs_p && is_nan(n.zt));
+        if (bad) done.value = done.sum_q = done.sum_p = std::numeric_limits<float>::quiet_NaN();
+    });
+    return done;
+}
+
+// A warp a row. The values and the state of a row that the mask leaves out are 0.
 KLDIV_KERNEL(kSweepThreads, 1) finish(SweepArguments a) {
     const Call& call = a.call;
     const int64_t index = block_index() * (block_threads() / 32) + thread_index() / 32, n = call.rows;
     const int lane = thread_index() % 32;
     if (index >= n) return;
-    const bool active = !call.mask || call.mask[index], two = call.teacher.data != nullptr;
-    const float nan = std::numeric_limits<float>::quiet_NaN();
+    const bool active = !call.mask || call.mask[index];
     const RowInput row = open_row(call, index);
     State state;
     if (active) state = row_state(a, index);
-    const Normalised normal = normalise(row, state, two);
-    const Flags flags = flags_of(row, state);
+    const Normalised normal = normalise(row, state, call.teacher.data != nullptr);
+    const auto save_state = [&](int at, float x) {
+        if (call.state && lane == 0) call.state[at * n + index] = active ? x : 0;
+    };
+    const float of_row[kStateOfRow] = {normal.ms, normal.zs, normal.mt, normal.zt};
+#pragma unroll
+    for (int i = 0; i < kStateOfRow; ++i) save_state(i, of_row[i]);
     float* value = call.values + index;
-    if (call.state && lane == 0) {
-        const float of_row[kStateOfRow] = {normal.ms, normal.zs, normal.mt, normal.zt};
-        for (int i = 0; i < kStateOfRow; ++i) call.state[i * n + index] = of_row[i];
-    }
     int at = 0;
     for (int i = 0; i < call.stat_count; ++i) {
         const int code = call.stats[i];
+        Finished done{};
         if (code == kLogprob || code == kReferenceLogprob) {
             const bool student = code == kLogprob;
             for (int64_t j = lane; j < call.labels_per_row; j += 32) {
@@ -245,46 +266,23 @@ KLDIV_KERNEL(kSweepThreads, 1) finish(SweepArguments a) {
                 value[j * n] = x;
             }
             value += call.labels_per_row * n;
-            continue;
-        }
-        float x;
-        Finished done{};
-        if (code == kLogsumexp) {
-            x = logsumexp_of(normal);
-        } else if (code == kMaxLogprob) {
-            x = fma(fma(state.best, row.s.c, -normal.ms), kLn2, -normal.log_zs);
-        } else if (code == kArgmaxCode) {
-            x = is_nan(normal.zs) ? -1.0f : static_cast<float>(state.column);
         } else {
-            const Resolved resolved = resolve(code, row.alpha, row.beta);
             Sums sums;
-            if (finishes_first(code)) {
-                sums.sum[0] = first_value(resolved.code, state, normal);
-            } else {
+            if (!finishes_first(code)) {
                 if (active && lane < a.slices)
                     sums = saved_sums(a.sums + ((index * a.sums_count + at) * a.slices + lane) * kSumsFloats);
                 merge_lanes(sums);
                 ++at;
             }
-            with_divergence(resolved.code, [&](auto divergence) {
-                using D = decltype(divergence);
-                done = finish_as<D>(sums, flags, resolved.alpha, row.beta);
-                const bool bad =
-                    (resolved.code != k_reference_entropy && is_nan(normal.zs)) || (D::needs_p && is_nan(normal.zt));
-                if (bad) done.value = done.sum_q = done.sum_p = nan;
-            });
-            x = done.value;
+            done = finish_statistic(code, row, state, normal, sums);
+            if (lane == 0) *value = active ? done.value : 0;
+            value += n;
         }
-        if (lane == 0) {
-            *value = active ? x : 0;
-            if (call.state) {
-                float* to = call.state + (kStateOfRow + i * kStateOfStatistic) * n + index;
-                to[0] = done.sum_q;
-                to[n] = done.sum_p;
-                for (int j = 0; j < kRowConstants; ++j) to[(2 + j) * n] = done.k[j];
-            }
-        }
-        value += n;
+        const int first = kStateOfRow + i * kStateOfStatistic;
+        save_state(first, done.sum_q);
+        save_state(first + 1, done.sum_p);
+#pragma unroll
+        for (int j = 0; j < kRowConstants; ++j) save_state(first + 2 + j, done.k[j]);
     }
 }
 

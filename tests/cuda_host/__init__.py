@@ -29,4 +29,6 @@ def serve_cpu_tensors() -> None:
     load()
     backends = importlib.import_module("kldiv_kernels.backends")
     cuda = importlib.import_module("kldiv_kernels.backends.cuda")
-    backends._all()["cuda"] = cuda.CudaBackend(lambda: torch.ops.kldiv_cuda_host, device="cpu")
+    table = {**backends._all(), "cuda": cuda.CudaBackend(lambda: torch.ops.kldiv_cuda_host, device="cpu")}
+    # The function and not what it has cached: torch.compile calls it anew.
+    setattr(backends, "_all", lambda: table)  # noqa: B010
