@@ -106,7 +106,10 @@ class Nvcc:
     def flags(self) -> list[str]:
         targets = [f"arch=compute_{arch},code=sm_{arch}" for arch in self.archs]
         targets.append(f"arch=compute_{self.archs[-1]},code=compute_{self.archs[-1]}")
-        return [*NVCC_FLAGS, *(part for target in targets for part in ("-gencode", target))]
+        release = re.search(r"release (\d+)", self.version)
+        # A quarter of the default's size. Drivers before those of CUDA 13 may not unpack it.
+        packed = ["--compress-mode=size"] if release and int(release[1]) >= 13 else []
+        return [*NVCC_FLAGS, *packed, *(part for target in targets for part in ("-gencode", target))]
 
     def link_flags(self) -> list[str]:
         """The static runtime, its symbols hidden: PyTorch's own runtime stays apart from it."""
