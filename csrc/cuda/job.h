@@ -9,10 +9,13 @@
 
 namespace kldiv::gpu {
 
-// Rows of a tensor: row i starts (i / inner) * outer_stride + (i % inner) * inner_stride elements behind `data`.
+// Rows of a tensor with these leading dimensions, neighbours that one stride joins taken as one.
+constexpr int kMostDimensions = 4;
 struct Rows {
     const void* data = nullptr;
-    int64_t inner = 1, outer_stride = 0, inner_stride = 0;
+    int dimensions = 0;
+    uint32_t sizes[kMostDimensions];
+    int64_t strides[kMostDimensions];  // in elements
     int element = kFloat32;
 };
 

@@ -205,15 +205,15 @@ CudaPlan plan(const Job& job) {
     shape.student_bytes = element_bytes(job.student.element);
     shape.teacher_bytes = job.teacher.data ? element_bytes(job.teacher.element) : 0;
     shape.same_dtype = !job.teacher.data || job.teacher.element == job.student.element;
-    const auto aligned = [&](const void* data, int64_t a, int64_t b, int element) {
-        const int64_t bytes = element_bytes(element);
-        return reinterpret_cast<uintptr_t>(data) % 16 == 0 && a * bytes % 16 == 0 && b * bytes % 16 == 0;
-    };
+    const auto multiple = [](int64_t elements, int element) { return elements * element_bytes(element) % 16 == 0; };
+    const auto aligned = [&](const void* data) { return reinterpret_cast<uintptr_t>(data) % 16 == 0; };
     const auto rows_aligned = [&](const Rows& rows) {
-        return !rows.data || aligned(rows.data, rows.outer_stride, rows.inner_stride, rows.element);
+        return aligned(rows.data) && std::all_of(rows.strides, rows.strides + rows.dimensions,
+                                                 [&](int64_t stride) { return multiple(stride, rows.element); });
     };
-    shape.aligned = job.columns % kColumns == 0 && rows_aligned(job.student) && rows_aligned(job.teacher) &&
-                    aligned(job.d_student.data, job.d_student.width, 0, job.student.element);
+    shape.aligned = job.columns % kColumns == 0 && rows_aligned(job.student) &&
+                    (!job.teacher.data || rows_aligned(job.teacher)) && aligned(job.d_student.data) &&
+                    multiple(job.d_student.width, job.student.element);
     shape.student_gradient = job.d_student.data != nullptr;
     shape.teacher_gradient = job.d_teacher.data != nullptr;
     shape.known_coefficients = job.coefficients != nullptr;

@@ -6,7 +6,6 @@
 #include "job.h"
 
 #include <tuple>
-#include <utility>
 
 #ifdef KLDIV_CUDA_HOST
 #define KLDIV_LIBRARY kldiv_cuda_host
@@ -57,27 +56,26 @@ class OnDevice {
 };
 #endif
 
-// The leading dimensions seen as [*, inner]; backends/triton/strides.py is its twin.
+// backends/strides.py joins dimensions in the same way.
 kldiv::gpu::Rows rows_of(const Tensor& tensor, const Tensor& logits, int64_t columns, const char* name) {
     kldiv::check_rows(tensor, logits, columns, name);
-    std::vector<std::pair<int64_t, int64_t>> dims;  // size and stride
-    for (int64_t i = 0; i < tensor.dim() - 1; ++i) {
-        const int64_t size = tensor.size(i), stride = tensor.stride(i);
-        if (size == 1) continue;
-        if (!dims.empty() && dims.back().second == size * stride)
-            dims.back() = {dims.back().first * size, stride};
-        else
-            dims.emplace_back(size, stride);
-    }
-    STD_TORCH_CHECK(dims.size() <= 2, name, " has strides that need more than two leading dimensions");
     kldiv::gpu::Rows rows;
     rows.data = kldiv::address(tensor);
     rows.element = kldiv::element_of(tensor, name);
-    if (!dims.empty()) {
-        rows.inner = dims.back().first;
-        rows.inner_stride = dims.back().second;
+    int last = -1;
+    for (int64_t i = 0; i < tensor.dim() - 1; ++i) {
+        const int64_t size = tensor.size(i), stride = tensor.stride(i);
+        if (size == 1) continue;
+        if (last < 0 || rows.strides[last] != size * stride) {
+            ++last;
+            STD_TORCH_CHECK(last < kldiv::gpu::kMostDimensions, name, " has strides that need more than ",
+                            kldiv::gpu::kMostDimensions, " leading dimensions");
+            rows.sizes[last] = 1;
+        }
+        rows.sizes[last] *= static_cast<uint32_t>(size);
+        rows.strides[last] = stride;
     }
-    if (dims.size() == 2) rows.outer_stride = dims.front().second;
+    rows.dimensions = last + 1;
     return rows;
 }
 

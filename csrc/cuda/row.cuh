@@ -45,9 +45,16 @@ constexpr int kStateOfRow = 4, kStateOfStatistic = 2 + kRowConstants;
 constexpr float kZeroExponent = -1074.8f;
 
 KLDIV_DEVICE const char* row_at(const Rows& rows, int64_t index) {
-    // In 32 bits: rows are as many as blocks can be, and a division of 64 bits takes a hundred instructions.
-    const uint32_t row = static_cast<uint32_t>(index), inner = static_cast<uint32_t>(rows.inner);
-    const int64_t offset = row / inner * rows.outer_stride + row % inner * rows.inner_stride;
+    // In 32 bits: rows are no more than blocks can be, and a division of 64 bits takes a hundred instructions.
+    uint32_t rest = static_cast<uint32_t>(index);
+    int64_t offset = 0;
+#pragma unroll
+    for (int i = kMostDimensions - 1; i > 0; --i) {
+        if (i >= rows.dimensions) continue;
+        offset += rest % rows.sizes[i] * rows.strides[i];
+        rest /= rows.sizes[i];
+    }
+    if (rows.dimensions > 0) offset += rest * rows.strides[0];
     return static_cast<const char*>(rows.data) + offset * element_bytes(rows.element);
 }
 KLDIV_DEVICE char* row_at(const Gradient& gradient, int element, int64_t index) {

@@ -10,11 +10,13 @@ from typing import Any
 import torch
 
 from kldiv_kernels.backends import Call, native
-from kldiv_kernels.backends.triton.strides import leading
+from kldiv_kernels.backends.strides import joined
 
 OLDEST = 80
 # One launch takes the codes of so many statistics (csrc/cuda/job.h).
 MOST_STATISTICS = 32
+# Leading dimensions that no stride joins (csrc/cuda/job.h).
+MOST_DIMENSIONS = 4
 # Floats a row in the saved state: a reference and a scaled sum of both softmaxes, then for each statistic its two
 # gradient sums and five constants (csrc/cuda/job.h).
 _STATE_OF_ROW, _STATE_OF_STATISTIC = 4, 7
@@ -119,8 +121,8 @@ class CudaBackend(native.Compiled):
                 return f"it serves CUDA tensors, not {tensor.device}"
             if tensor.dtype not in native.DTYPES:
                 return f"it serves float32, bfloat16 and float16, not {tensor.dtype}"
-            if leading(tensor) is None:
-                return f"rows with strides {list(tensor.stride())} need more than two leading dimensions"
+            if len(joined(tensor)) > MOST_DIMENSIONS:
+                return f"rows with strides {list(tensor.stride())} need more than {MOST_DIMENSIONS} leading dimensions"
         missing = [name for name in call.stats if name not in self._served()]
         if missing:
             return f"it has no {', '.join(missing)}"

@@ -4,7 +4,7 @@ hooks.py      what a set of statistics gives the kernels
 math.py, divergences.py, powers.py, table.py    the statistics
 rows.py, state.py, row.py, slices.py, kernels.py    the kernels, the same for every statistic
 bind.py, hook_text.py    bring the two together
-launch.py, strides.py    sizes, strides, launches
+launch.py    sizes and launches
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from torch import Tensor
 
 from kldiv_kernels import registry
 from kldiv_kernels.backends import Call
-from kldiv_kernels.backends.triton.strides import leading
+from kldiv_kernels.backends.strides import leading
 
 if TYPE_CHECKING:
     from kldiv_kernels.backends.triton.launch import Launch

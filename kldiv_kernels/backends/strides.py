@@ -1,12 +1,12 @@
-"""How the rows of a strided tensor are walked. Imports no Triton: it is asked before Triton is known to be there."""
+"""How the rows of a strided tensor are walked."""
 
 from __future__ import annotations
 
 from torch import Tensor
 
 
-def leading(tensor: Tensor) -> tuple[int, int, int] | None:
-    """(inner, outer stride, inner stride) of the leading dimensions seen as [*, inner], or None if there are more."""
+def joined(tensor: Tensor) -> list[tuple[int, int]]:
+    """(size, stride) of the leading dimensions, neighbours that one stride joins taken as one."""
     dims: list[tuple[int, int]] = []
     for size, stride in zip(tensor.shape[:-1], tensor.stride()[:-1], strict=True):
         if size == 1:
@@ -15,6 +15,12 @@ def leading(tensor: Tensor) -> tuple[int, int, int] | None:
             dims[-1] = (dims[-1][0] * size, stride)
         else:
             dims.append((size, stride))
+    return dims
+
+
+def leading(tensor: Tensor) -> tuple[int, int, int] | None:
+    """(inner, outer stride, inner stride) of the leading dimensions seen as [*, inner], or None if there are more."""
+    dims = joined(tensor)
     if len(dims) > 2:
         return None
     if len(dims) == 2:
