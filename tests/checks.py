@@ -15,7 +15,7 @@ from kldiv_kernels.registry import STATISTICS, Statistic
 # interpreted, not both. Under KLDIV_CUDA_HOST=1 it is about the cuda backend, on the model of a GPU in cuda_host/.
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 CUDA_ON_HOST = os.environ.get("KLDIV_CUDA_HOST") == "1"
-BACKENDS = [name for name, state in kk.backends().items() if state == "available"]
+BACKENDS = [name for name in ("cpu", "reference") if kk.backends()[name] == "available"]
 if INTERPRETED or CUDA_ON_HOST:
     BACKENDS = ["triton" if INTERPRETED else "cuda"]
 BACKEND_DTYPES = [

@@ -185,7 +185,8 @@ int statistic_code(const std::string& name) {
 
 std::vector<std::string> statistic_names() {
     std::vector<std::string> names;
-    for (const Named& named : kNames) names.emplace_back(named.name);
+    for (const Named& named : kNames)
+        if (named.code != k_alpha_below_half) names.emplace_back(named.name);
     return names;
 }
 
@@ -224,7 +225,8 @@ CudaPlan plan(const Job& job) {
     // Clusters of 16 may be refused, and any shape by a device that is shared.
     while (plan.one_read() && active_clusters(kernel_of(job), shape_of(plan)) == 0) {
         const std::string refused = "this device refuses clusters of " + std::to_string(plan.cluster) + " CTAs; ";
-        target.largest_cluster = plan.cluster / 2;
+        if (plan.cluster == 1) shape.known_coefficients = false;
+        target.largest_cluster = std::max(1, plan.cluster / 2);
         plan = plan_cuda(shape, target);
         plan.reason = refused + plan.reason;
     }

@@ -37,6 +37,17 @@ struct OneReadArguments {
     int64_t slice;  // columns of a CTA
 };
 
+// One number for each statistic that a call may ask for: their values, or their coefficients.
+struct RowNumbers {
+    float divergence, logprob, logsumexp;
+};
+
+// How a row's coefficients follow from its own statistics. Those of a plain loss are given; a token-level policy loss
+// is another struct like this, whose coefficient of logprob depends on the value.
+struct GivenCoefficients {
+    KLDIV_DEVICE static RowNumbers of(const RowNumbers& given, const RowNumbers&) { return given; }
+};
+
 // What warps and CTAs exchange: a state or sums.
 struct alignas(16) Exchanged {
     float x[8];
@@ -74,7 +85,7 @@ struct Traits {
                                             : k_entropy;  // of first_value
 };
 
-template <class D, int element>
+template <class D, int element, class Coefficients>
 struct OneRead {
     using T = Traits<D>;
     static constexpr bool two = D::needs_p;
@@ -374,9 +385,11 @@ struct OneRead {
             // Asked for now, used when the row has been swept.
             const RowInput row = open_row(call, index);
             const auto coefficient = [&](int at) { return at < 0 ? 0.0f : call.coefficients[at * call.rows + index]; };
-            const float divergence = coefficient(a.divergence_row), logsumexp = coefficient(a.logsumexp_row);
-            const float logprob = coefficient(a.logprob_row);
+            const RowNumbers given = {coefficient(a.divergence_row), coefficient(a.logprob_row),
+                                      coefficient(a.logsumexp_row)};
             const int64_t label = a.logprob_row < 0 ? -1 : call.labels[index];
+            const bool labelled = label >= 0 && label < call.columns;
+            const float logit = labelled ? load_column(row.student, element, label) : 0.0f;
 
             mbarrier_wait(&shared->swept[parity], k / 2 % 2);
             State state;
@@ -409,35 +422,39 @@ struct OneRead {
             Finished finished = finish_as<D>(sums, flags_of(row, state), alpha_of(row), row.beta);
             const float nan = std::numeric_limits<float>::quiet_NaN();
             if (is_nan(n.zs) || (two && is_nan(n.zt))) finished.value = finished.sum_q = nan;
+            const RowNumbers values = {
+                finished.value,
+                label < 0 ? 0.0f
+                          : (labelled ? log_softmax(logit, row.s, n.ms, n.zs, n.log_zs, label == row.exclude) : nan),
+                logsumexp_of(n)};
+            const RowNumbers c = Coefficients::of(given, values);
             const float over_temperature = n.cs / kLog2e;
             result.n = n;
-            result.any = divergence != 0 || logprob != 0 || logsumexp != 0;
-            result.weight = divergence * over_temperature;
+            result.any = c.divergence != 0 || c.logprob != 0 || c.logsumexp != 0;
+            result.weight = c.divergence * over_temperature;
             result.share =
-                (logsumexp - times(divergence, finished.sum_q) - (label >= 0 ? logprob : 0)) * over_temperature;
+                (c.logsumexp - times(c.divergence, finished.sum_q) - (label >= 0 ? c.logprob : 0)) * over_temperature;
             result.label = in_slice(label);
-            result.label_weight = logprob * over_temperature;
+            result.label_weight = c.logprob * over_temperature;
 #pragma unroll
             for (int j = 0; j < kRowConstants; ++j) result.k[j] = finished.k[j];
             mbarrier_arrive(&shared->ready[parity]);
             if (rank != 0) continue;
-            float* values = call.values + index;
-            if (a.divergence_row >= 0) values[a.divergence_row * call.rows] = finished.value;
-            if (a.logsumexp_row >= 0) values[a.logsumexp_row * call.rows] = logsumexp_of(n);
-            if (a.logprob_row >= 0)
-                values[a.logprob_row * call.rows] = label < 0
-                                                        ? 0
-                                                        : log_softmax_at(row.student, element, row.s, n.ms, n.zs,
-                                                                         n.log_zs, label, row.exclude, call.columns);
+            const auto write = [&](int at, float x) {
+                if (at >= 0) call.values[at * call.rows + index] = x;
+            };
+            write(a.divergence_row, values.divergence);
+            write(a.logprob_row, values.logprob);
+            write(a.logsumexp_row, values.logsumexp);
         }
     }
 };
 
-template <class D, int element>
+template <class D, int element, class Coefficients = GivenCoefficients>
 KLDIV_KERNEL(kOneReadThreads, 1)
 one_read(OneReadArguments arguments) {
 #if !defined(__CUDA_ARCH__) || __CUDA_ARCH__ >= 900
-    const OneRead<D, element> kernel(arguments);
+    const OneRead<D, element, Coefficients> kernel(arguments);
     kernel.start();
     const int warp = thread_index() / 32;
     if (warp < kComputeWarps)

@@ -244,16 +244,13 @@ KLDIV_DEVICE float first_value(int code, const State& state, const Normalised& n
     return value < 0 ? 0 : value;
 }
 
-// log softmax at a column; -inf where it has no mass, NaN beyond the vocabulary.
-KLDIV_DEVICE float log_softmax_at(const char* row, int element, const Scale& scale, float m, float z, float log_z,
-                                  int64_t label, int64_t exclude, int64_t columns) {
-    if (is_nan(z) || label >= columns) return std::numeric_limits<float>::quiet_NaN();
-    const float x = load_column(row, element, label);
-    if (x <= scale.floor || label == exclude) return -std::numeric_limits<float>::infinity();
+// log softmax of a logit; -inf where it has no mass or is left out.
+KLDIV_DEVICE float log_softmax(float x, const Scale& scale, float m, float z, float log_z, bool left_out) {
+    if (is_nan(z)) return z;
+    if (x <= scale.floor || left_out) return -std::numeric_limits<float>::infinity();
     return fma(fma(x, scale.c, -m), kLn2, -log_z);
 }
 
-// What one statistic is, once everything of the row is known.
 KLDIV_DEVICE float logsumexp_of(const Normalised& n) { return fma(n.ms, kExponentToLog, n.log_zs); }
 
 // 0 * inf: a coefficient of 0 takes no part.

@@ -257,12 +257,14 @@ KLDIV_KERNEL(kSweepThreads, 1) finish(SweepArguments a) {
             const bool student = code == kLogprob;
             for (int64_t j = lane; j < call.labels_per_row; j += 32) {
                 const int64_t label = call.labels[index * call.labels_per_row + j];
-                float x = 0;
-                if (active && label >= 0)
-                    x = student ? log_softmax_at(row.student, call.student.element, row.s, normal.ms, normal.zs,
-                                                 normal.log_zs, label, row.exclude, call.columns)
-                                : log_softmax_at(row.teacher, call.teacher.element, row.t, normal.mt, normal.zt,
-                                                 normal.log_zt, label, row.exclude, call.columns);
+                const bool beyond = label >= call.columns;
+                float x = beyond ? std::numeric_limits<float>::quiet_NaN() : 0.0f;
+                if (label >= 0 && !beyond)
+                    x = student ? log_softmax(load_column(row.student, call.student.element, label), row.s, normal.ms,
+                                              normal.zs, normal.log_zs, label == row.exclude)
+                                : log_softmax(load_column(row.teacher, call.teacher.element, label), row.t, normal.mt,
+                                              normal.zt, normal.log_zt, label == row.exclude);
+                if (!active) x = 0;
                 value[j * n] = x;
             }
             value += call.labels_per_row * n;
