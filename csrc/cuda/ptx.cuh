@@ -48,6 +48,12 @@ KLDIV_DEVICE float log2_approx(float x) {
 }
 KLDIV_DEVICE uint32_t float_bits(float x) { return __float_as_uint(x); }
 KLDIV_DEVICE float bits_float(uint32_t bits) { return __uint_as_float(bits); }
+// x, of which the compiler knows nothing: so it does not compute ahead of a switch what all cases have in common, for
+// which registers would not do.
+KLDIV_DEVICE float opaque(float x) {
+    asm volatile("" : "+f"(x));
+    return x;
+}
 // Two bfloat16 (float16) in a word, the first in the low half. max: NaN where either is; min: the other one.
 KLDIV_DEVICE uint32_t max_bf16x2(uint32_t a, uint32_t b) {
     asm("max.NaN.bf16x2 %0, %0, %1;" : "+r"(a) : "r"(b));

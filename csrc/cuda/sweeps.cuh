@@ -114,25 +114,25 @@ KLDIV_DEVICE Range range_of(const Columns& columns) {
     return out;
 }
 
-// body(start, pair) for this thread's columns of [begin, limit), the next ones already on their way.
-template <bool two, class Body>
+// body(start, pair) for this thread's columns of [begin, limit). `ahead`: the next ones are already on their way, which
+// a body with registers to spare wants.
+template <bool two, bool ahead, class Body>
 KLDIV_DEVICE void for_columns(const Call& call, const RowInput& row, int64_t begin, int64_t limit, Body body) {
-    const int64_t stride = static_cast<int64_t>(block_threads()) * kColumns;
+    constexpr int64_t stride = kSweepThreads * kColumns;
     int64_t start = begin + thread_index() * kColumns;
-    if (start >= limit) return;
-    Pair next = load_pair<two>(call, row, start, limit);
-    while (start < limit) {
-        Pair pair = next;
-        if (start + stride < limit) next = load_pair<two>(call, row, start + stride, limit);
+    Pair pair, next;
+    if (ahead && start < limit) next = load_pair<two>(call, row, start, limit);
+    for (; start < limit; start += stride) {
+        pair = ahead ? next : load_pair<two>(call, row, start, limit);
+        if (ahead && start + stride < limit) next = load_pair<two>(call, row, start + stride, limit);
         body(start, pair);
-        start += stride;
     }
 }
 
 template <int FIRST>
 KLDIV_DEVICE State sweep_slice(const Call& call, const RowInput& row, int64_t begin, int64_t limit) {
     State state;
-    for_columns<(FIRST & kTeacher) != 0>(call, row, begin, limit, [&](int64_t start, Pair& pair) {
+    for_columns<(FIRST & kTeacher) != 0, true>(call, row, begin, limit, [&](int64_t start, Pair& pair) {
         Range s = range_of(pair.s), t = FIRST & kTeacher ? range_of(pair.t) : s;
         if (s.smallest <= row.s.floor || t.smallest <= row.t.floor) {
             raise_to(row.s.floor, pair.s);
@@ -198,7 +198,7 @@ KLDIV_KERNEL(kSweepThreads, 2) sums(SweepArguments a) {
             using D = decltype(divergence);
             const float unknown[kRowConstants] = {};
             const typename D::template Constants<float> constants(resolved.alpha, row.beta, unknown);
-            for_columns<D::needs_p>(a.call, row, begin, limit, [&](int64_t, Pair& pair) {
+            for_columns<D::needs_p, false>(a.call, row, begin, limit, [&](int64_t, Pair& pair) {
                 raise_to(n.floor_s, pair.s);
                 raise_to(n.floor_t, pair.t);
                 add_terms<D>(total, constants, n, pair.s, pair.t);
@@ -377,7 +377,7 @@ KLDIV_DEVICE void slice_gradient(const SweepArguments& a, const RowInput& row, c
                     const typename D::template Constants<float> constants(resolved.alpha, row.beta, k);
 #pragma unroll
                     for (int j = 0; j < kColumns; ++j) {
-                        const Element<float> e = element_of<D>(n, pair.s.x[j], pair.t.x[j]);
+                        const Element<float> e = element_of<D>(n, opaque(pair.s.x[j]), opaque(pair.t.x[j]));
                         g.x[j] = fma(c, student ? D::grad_logq(e, constants) : D::grad_logp(e, constants), g.x[j]);
                     }
                 }
@@ -391,9 +391,9 @@ KLDIV_DEVICE void slice_gradient(const SweepArguments& a, const RowInput& row, c
         store_columns(out, element, start, limit, g);
     };
     if (call.teacher.data)
-        for_columns<true>(call, row, begin, limit, body);
+        for_columns<true, false>(call, row, begin, limit, body);
     else
-        for_columns<false>(call, row, begin, limit, body);
+        for_columns<false, false>(call, row, begin, limit, body);
 }
 
 // Zeros from `begin` on.

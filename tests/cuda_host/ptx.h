@@ -36,6 +36,8 @@ KLDIV_DEVICE float bits_float(uint32_t bits) {
     return x;
 }
 
+KLDIV_DEVICE float opaque(float x) { return x; }
+
 namespace host {
 
 inline float flushed(float x) { return std::fabs(x) < std::numeric_limits<float>::min() ? std::copysign(0.0f, x) : x; }
