@@ -1,4 +1,5 @@
-# make demo, make test: on a Linux machine with Python >= 3.10 and a C++ compiler, and nothing else.
+# make demo, make test: on a Linux machine with Python >= 3.10 and a C++ compiler, and nothing else. Where nvcc is found
+# the CUDA kernels are compiled too, for all targets or for those of KLDIV_CUDA_ARCHS.
 #
 # PYTHON  the interpreter that .venv is made from.
 # TORCH   what pip is asked for where .venv has no PyTorch. Pinned, because a range can resolve to a build with
@@ -12,10 +13,14 @@ DEMO_OPTIONS ?= --output runs/demo
 VENV := .venv
 PY := $(VENV)/bin/python
 SOURCES := $(shell find csrc -type f 2>/dev/null)
-CXX_SOURCES := $(filter %.h %.cpp %.cuh %.cu,$(SOURCES))
+CUDA_HOST_SOURCES := $(shell find tests/cuda_host -name '*.h' -o -name '*.cpp' 2>/dev/null)
+CXX_SOURCES := $(filter %.h %.cpp %.cuh %.cu,$(SOURCES)) $(CUDA_HOST_SOURCES)
 # What Triton's interpreter runs: the shared suite on the Triton backend (thinned, see tests/conftest.py), and its own.
 INTERPRETED_TESTS := $(addprefix tests/test_,$(addsuffix .py,statistics contract small_divergences autograd losses \
 	golden triton triton_launch))
+# The shared suite on the cuda backend, its kernels compiled for the host and run by a model of a GPU.
+CUDA_HOST_TESTS := $(addprefix tests/test_,$(addsuffix .py,statistics contract small_divergences autograd losses golden \
+	determinism properties large cuda_one_read))
 PYTHON_SOURCES := $(wildcard kldiv_kernels tests benchmarks setup.py)
 
 .PHONY: demo test lint format sanitize bench gpu-check clean
@@ -27,6 +32,7 @@ test: $(VENV)/.installed
 	$(PY) -m pytest tests
 	$(PY) -m pytest --doctest-modules kldiv_kernels
 	TRITON_INTERPRET=1 $(PY) -m pytest -n 2 $(INTERPRETED_TESTS)
+	KLDIV_CUDA_HOST=1 $(PY) -m pytest -n 2 $(CUDA_HOST_TESTS)
 
 lint: $(VENV)/.installed
 	$(PY) -m ruff check $(PYTHON_SOURCES)

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from checks import BACKENDS, CUDA_ON_HOST, INTERPRETED
+from checks import CUDA_ON_HOST, INTERPRETED
 
 from kldiv_kernels.registry import STATISTICS
 
@@ -46,14 +46,14 @@ _TOO_MUCH = (
 )  # fmt: skip
 
 
-def _of_one_backend(items: list[pytest.Item]) -> list[pytest.Item]:
-    """The tests of the backend that this process is about, thinned: of each test, one case for each statistic.
+def _for_the_interpreter(items: list[pytest.Item]) -> list[pytest.Item]:
+    """The tests of the Triton backend, thinned: of each test, one case for each statistic.
 
     Which case goes round from statistic to statistic, so that all layouts, dtypes and parameters occur.
     KLDIV_ALL=1 keeps every case.
     """
-    own = [item for item in items if item.path.name.startswith("test_triton")]
-    kept = [item for item in items if BACKENDS[0] in item.name and not any(size in item.name for size in _TOO_MUCH)]
+    own = [item for item in items if item.path.name.startswith(("test_triton", "test_cuda_one_read"))]
+    kept = [item for item in items if "triton" in item.name and not any(size in item.name for size in _TOO_MUCH)]
     kept = [item for item in kept if item not in own]
     if os.environ.get("KLDIV_ALL") == "1":
         return own + kept
@@ -67,8 +67,10 @@ def _of_one_backend(items: list[pytest.Item]) -> list[pytest.Item]:
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    if INTERPRETED or CUDA_ON_HOST:
-        items[:] = _of_one_backend(items)
+    if INTERPRETED:
+        items[:] = _for_the_interpreter(items)
+    if CUDA_ON_HOST:
+        items[:] = [item for item in items if "cuda" in item.nodeid]
     if "slow" in config.getoption("-m"):
         return
     for item in items:

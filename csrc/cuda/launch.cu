@@ -236,9 +236,12 @@ CudaPlan plan(const Job& job) {
 void run_forward(const Job& job, const CudaPlan& plan) {
     if (job.rows == 0) return;
     if (plan.one_read()) return run_one_read(job, plan);
-    const SweepArguments a = sweep_arguments(job);
+    SweepArguments a = sweep_arguments(job);
     launch_sweep(sweep_kernel(first_of(job)), job.rows * a.slices, job, a, "sweep");
-    if (a.sums_count > 0) launch_sweep(sums, job.rows * a.slices, job, a, "sums");
+    if (a.sums_count > 0) {
+        a.backwards = true;
+        launch_sweep(sums, job.rows * a.slices, job, a, "sums");
+    }
     constexpr int64_t rows_a_block = kSweepThreads / 32;
     launch_sweep(finish, (job.rows + rows_a_block - 1) / rows_a_block, job, a, "finish");
     if (job.coefficients) run_backward(job);
@@ -246,7 +249,8 @@ void run_forward(const Job& job, const CudaPlan& plan) {
 
 void run_backward(const Job& job) {
     if (job.rows == 0) return;
-    const SweepArguments a = sweep_arguments(job);
+    SweepArguments a = sweep_arguments(job);
+    a.backwards = a.sums_count == 0;
     if (a.student || a.teacher) launch_sweep(gradient, job.rows * a.slices, job, a, "gradient");
 }
 

@@ -9,7 +9,8 @@
 //   finish    merges slices; values, state          a warp a row
 //   gradient  from coefficients                     reads 2u, writes 1u a gradient
 //
-// `gradient` takes the slices backwards: what the sweep before it read last is in the second-level cache.
+// Every launch takes the slices in the opposite order of the one before it: what that read last is in the second-level
+// cache.
 #pragma once
 
 #include "row.cuh"
@@ -22,6 +23,7 @@ struct SweepArguments {
     float* sums;            // [N, sums_count, slices, kSumsFloats]
     int64_t slices, slice;  // of a row; columns of one
     int sums_count;         // statistics that take normalised sums
+    bool backwards;         // the order of the slices
     bool student, teacher;  // gradients wanted
 };
 
@@ -88,6 +90,10 @@ KLDIV_DEVICE X merge_block(X x, int floats, const X& nothing, Merge merge, Load 
     return x;
 }
 
+KLDIV_DEVICE int64_t block_of(const SweepArguments& a) {
+    return a.backwards ? grid_blocks() - 1 - block_index() : block_index();
+}
+
 struct Pair {
     Columns s, t;
 };
@@ -149,7 +155,7 @@ KLDIV_DEVICE State sweep_slice(const Call& call, const RowInput& row, int64_t be
 template <int FIRST>
 KLDIV_KERNEL(kSweepThreads, 2)
 sweep(SweepArguments a) {
-    const int64_t index = block_index() / a.slices, slice = block_index() % a.slices;
+    const int64_t block = block_of(a), index = block / a.slices, slice = block % a.slices;
     if (a.call.mask && !a.call.mask[index]) return;
     const RowInput row = open_row(a.call, index);
     const int64_t begin = slice * a.slice, end = begin + a.slice;
@@ -157,7 +163,7 @@ sweep(SweepArguments a) {
     state = merge_block(
         state, kStateFloats, State{}, [](State& x) { merge_lanes<FIRST>(x); },
         [](const float* x) { return saved_state(x); });
-    if (thread_index() == 0) save(state, a.states + block_index() * kStateFloats);
+    if (thread_index() == 0) save(state, a.states + block * kStateFloats);
 }
 
 // The merged state of a row, in every lane of every warp that asks.
@@ -183,7 +189,7 @@ KLDIV_DEVICE void with_divergence(int code, Function function) {
 }
 
 KLDIV_KERNEL(kSweepThreads, 2) sums(SweepArguments a) {
-    const int64_t block = grid_blocks() - 1 - block_index(), index = block / a.slices, slice = block % a.slices;
+    const int64_t block = block_of(a), index = block / a.slices, slice = block % a.slices;
     if (a.call.mask && !a.call.mask[index]) return;
     const RowInput row = open_row(a.call, index);
     const Normalised n = normalise(row, row_state(a, index), a.call.teacher.data != nullptr);
@@ -405,7 +411,7 @@ KLDIV_DEVICE void zero_columns(const Gradient& to, int element, int64_t index, i
 
 KLDIV_KERNEL(kSweepThreads, 2) gradient(SweepArguments a) {
     const Call& call = a.call;
-    const int64_t block = grid_blocks() - 1 - block_index(), index = block / a.slices, slice = block % a.slices;
+    const int64_t block = block_of(a), index = block / a.slices, slice = block % a.slices;
     const int64_t begin = slice * a.slice, end = begin + a.slice;
     const int64_t limit = end < call.columns ? end : call.columns;
     // The last slice's block also has the padding.
