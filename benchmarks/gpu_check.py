@@ -1,8 +1,9 @@
 #!/usr/bin/env python3
-"""Everything that only a GPU can show, in one command of less than eight minutes: `make gpu-check`.
+"""Everything that only a GPU can show, in one command of less than nine minutes: `make gpu-check`.
 
-Correctness of every backend against float64, batch invariance, 2^31 elements, CUDA graphs and torch.compile, memory
-errors (compute-sanitizer), speed. A step that fails or runs out of time does not stop the others.
+The shared library in this Python, correctness of every backend against float64, batch invariance, 2^31 elements, CUDA
+graphs and torch.compile, memory errors, races and barriers (compute-sanitizer), clusters that fit, bytes of main memory
+(ncu), speed. A step that fails or runs out of time does not stop the others.
 
 Runs from a source tree with PyTorch, Triton, pytest and NumPy alone, offline. This script imports none of them.
 """
@@ -21,6 +22,8 @@ import time
 from pathlib import Path
 from typing import Any
 
+import gpu_check_report as tables
+import gpu_check_tools as tools
 from gpu_check_steps import ROOT, Runner, Step
 
 EPILOG = """\
@@ -28,19 +31,27 @@ examples:
   python3 benchmarks/gpu_check.py                          all of it, into runs/gpu-check
   OUT=check python3 benchmarks/gpu_check.py                into another folder
   python3 benchmarks/gpu_check.py --steps benchmark        the benchmark alone
+  python3 benchmarks/gpu_check.py --steps tune             every plan of the one-read kernel against the others
   python3 benchmarks/gpu_check.py --device cpu --quick     tests the harness itself, in Triton's interpreter
 
 written: gpu-check.json (device, versions, steps, benchmark), gpu-check.png, gpu-check.log (output of all steps)
 exit status: 0 every check passed, 1 a check failed, 2 no GPU or a package is missing
 """
 NEEDED = ("torch", "triton", "numpy", "pytest")
-STEPS = ("build", "statistics", "large", "graphs", "memory errors", "benchmark")
+DEFAULT_STEPS = (
+    "build", "library", "statistics", "large", "graphs", *tools.SANITIZERS, "clusters", "dram", "benchmark",
+)  # fmt: skip
+STEPS = (*DEFAULT_STEPS, "tune")
 # Seconds that a step may take at most; the benchmark takes what is left, and keeps so much from the others.
-LIMITS = {"build": 90, "statistics": 160, "large": 45, "graphs": 60, "memory errors": 50}
-FOR_THE_BENCHMARK = 120
+LIMITS = {
+    "build": 120, "library": 40, "statistics": 170, "large": 45, "graphs": 60, "memory errors": 60, "races": 50,
+    "barriers": 40, "clusters": 40, "dram": 60, "tune": 120,
+}  # fmt: skip
+FOR_THE_BENCHMARK = 110
+# A step that would have less is left out.
+WORTH_BEGINNING = 5
 # Compiling kernels takes most of the time of the tests, a core a process; each has a context on the GPU.
 MOST_PROCESSES, BYTES_A_PROCESS = 12, 5 << 30
-SANITIZER_FOUND = 86
 
 
 class Check:
@@ -54,7 +65,8 @@ class Check:
         self.runner = Runner(log, self._variables(), self.say)
         self.report: dict[str, Any] = {
             "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
-            "command": ["gpu_check.py", *sys.argv[1:]], "quick": options.quick, "steps": [], "benchmark": None,
+            "command": ["gpu_check.py", *sys.argv[1:]], "quick": options.quick,
+            "steps": [], "benchmark": None, "tune": None,
         }  # fmt: skip
 
     def _variables(self) -> dict[str, str]:
@@ -73,7 +85,7 @@ class Check:
 
     def limit(self, step: str) -> float:
         reserve = FOR_THE_BENCHMARK if "benchmark" in self.options.steps else 5
-        return max(1.0, min(LIMITS[step], self.left() - reserve))
+        return min(LIMITS[step], self.left() - reserve)
 
     def run(self) -> int:
         if not self.describe():
@@ -83,18 +95,42 @@ class Check:
             if self.report["steps"][-1]["seconds"]:  # something was built
                 self.describe()
         self.say("backends: " + "; ".join(f"{name}: {state}" for name, state in self.report["backends"].items()))
-        for name, step in (
-            ("statistics", self.statistics),
-            ("large", lambda: self.runner.tests("large", ["test_gpu_large.py"], 1, self.limit("large"))),
-            ("graphs", self.graphs),
-            ("memory errors", self.memory_errors),
-            ("benchmark", self.benchmark),
-        ):
-            if name in self.options.steps:
-                self.say(f"{name} ...")
-                self.add(step())
+        for name in self.options.steps:
+            if name == "build":
+                continue
+            if name != "benchmark" and self.limit(name) < WORTH_BEGINNING:
+                self.add(Step(name, "skip", 0.0, "no time was left"))
+                continue
+            self.say(f"{name} ...")
+            self.add(self.step(name))
         self.plot()
         return self.finish()
+
+    def step(self, name: str) -> Step:
+        if name in tools.SANITIZERS:
+            why = self.no_cuda() if tools.SANITIZERS[name] != "memcheck" else None
+            device = self.options.device
+            return Step(name, "skip", 0.0, why) if why else tools.sanitize(self.runner, name, device, self.limit(name))
+        if name in ("library", "clusters", "dram") and self.options.device != "cuda":
+            return Step(name, "skip", 0.0, "needs a GPU")
+        steps = {
+            "library": lambda: tools.library(self.runner, self.limit(name)),
+            "statistics": self.statistics,
+            "large": lambda: self.runner.tests("large", ["test_gpu_large.py"], 1, self.limit("large")),
+            "graphs": self.graphs,
+            "clusters": lambda: tools.clusters(self.runner, self.report["device"]["capability"], self.limit(name)),
+            "dram": lambda: tools.dram(self.runner, self.limit(name)),
+            "benchmark": self.benchmark,
+            "tune": self.tune,
+        }
+        return steps[name]()
+
+    def no_cuda(self) -> str | None:
+        """Why a step that is about the cuda backend on a GPU cannot be made, or None."""
+        if self.options.device != "cuda":
+            return "needs a GPU"
+        state = str(self.report["backends"].get("cuda", "there is none"))
+        return None if state == "available" else f"the cuda backend: {state}"
 
     def add(self, step: Step) -> None:
         self.report["steps"].append(vars(step))
@@ -124,10 +160,13 @@ class Check:
             return Step("build", "skip", 0.0, f"{library.name} not built: {why}; its backends are not checked")
         self.say("build ...")
         command = [self.runner.python, "setup.py", "build_ext", "--inplace"]
-        code, text, seconds = self.runner.run(command, self.limit("build"))
+        # For this GPU alone: all targets take ten minutes.
+        archs = self.report["device"].get("capability", "").replace(".", "")
+        wanted = {"KLDIV_CUDA_ARCHS": os.environ.get("KLDIV_CUDA_ARCHS") or archs}
+        code, text, seconds = self.runner.run(command, self.limit("build"), **wanted)
         if code == 0 and library.exists():
             return Step("build", "pass", seconds, f"{library.name} built")
-        return Step("build", "fail", seconds, f"{_ending(code, text)}; its backends are not checked")
+        return Step("build", "fail", seconds, f"{tools.ending(code, text)}; its backends are not checked")
 
     def describe(self) -> bool:
         command = [self.runner.python, "-m", "kldiv_kernels.benchmarking.gpu_device", self.options.device]
@@ -150,28 +189,29 @@ class Check:
         return int(max(1, min(most, cores - 1 if cores > 2 else cores, by_memory)))
 
     def statistics(self) -> Step:
-        files = [f"test_gpu_{name}.py" for name in ("statistics", "contract", "determinism")]
+        files = [f"test_gpu_{name}.py" for name in ("statistics", "one_read", "contract", "determinism")]
         return self.runner.tests("statistics", files, self.processes(MOST_PROCESSES), self.limit("statistics"))
 
     def graphs(self) -> Step:
-        return self.runner.tests("graphs", ["test_gpu_graphs.py"], self.processes(4), self.limit("graphs"))
+        return self.runner.tests("graphs", ["test_gpu_graphs.py"], self.processes(6), self.limit("graphs"))
 
-    def memory_errors(self) -> Step:
-        name, script = "memory errors", str(ROOT / "benchmarks" / "gpu_memcheck.py")
-        command = [self.runner.python, script, self.options.device]
-        sanitizer = _sanitizer()
-        if self.options.device == "cuda":
-            if sanitizer is None:
-                return Step(name, "skip", 0.0, "compute-sanitizer is not installed")
-            # API errors are PyTorch's probes; what is looked for are accesses of kernels.
-            flags = ["--tool", "memcheck", "--report-api-errors", "no", "--error-exitcode", str(SANITIZER_FOUND)]
-            command = [sanitizer, *flags, *command]
-        code, text, seconds = self.runner.run(command, self.limit(name))
-        if code == 0:
-            return Step(name, "pass", seconds, _last(text, "calls"))
-        if code != SANITIZER_FOUND and "not supported" in text.lower():
-            return Step(name, "skip", seconds, "compute-sanitizer does not support this device")
-        return Step(name, "fail", seconds, _ending(code, text), {"output": text[-4000:]})
+    def tune(self) -> Step:
+        why = self.no_cuda()
+        if why:
+            return Step("tune", "skip", 0.0, why)
+        path = self.output / "tune.json"
+        path.unlink(missing_ok=True)
+        limit = self.limit("tune")
+        command = [self.runner.python, "-m", "kldiv_kernels.benchmarking.gpu_tune", "--output", str(path)]
+        code, text, seconds = self.runner.run([*command, "--seconds", f"{limit - 10:.0f}"], limit)
+        self.report["tune"] = json.loads(path.read_text()) if path.exists() else None
+        path.unlink(missing_ok=True)
+        rows = self.report["tune"]["rows"] if self.report["tune"] else []
+        wrong = [f"{row['case']} {row['implementation']}" for row in rows if row["agrees"] is False]
+        summary = f"{sum(row['milliseconds'] is not None for row in rows)} times"
+        summary += f"; another loss than the plan chosen: {', '.join(wrong)}" if wrong else ""
+        summary += f"; {tools.ending(code, text)}" if code != 0 else ""
+        return Step("tune", "fail" if wrong or code != 0 or not rows else "pass", seconds, summary)
 
     def benchmark(self) -> Step:
         path = self.output / "benchmark.json"
@@ -194,7 +234,7 @@ class Check:
         if broken:
             summary += f"; ours failed: {broken[0]['case']}: {broken[0]['error']}"
         if code != 0:
-            summary += f"; {_ending(code, text)}"
+            summary += f"; {tools.ending(code, text)}"
         failed = broken or wrong or not timed or code not in (0, None)
         return Step("benchmark", "fail" if failed else "pass", took, summary)
 
@@ -208,7 +248,7 @@ class Check:
             self.write()
             command = [self.runner.python, "-m", "kldiv_kernels.benchmarking.gpu_plot"]
             code, text, _ = self.runner.run([*command, str(self.output / "gpu-check.json"), str(path)], 30)
-            self.report["plot"] = path.name if code == 0 else _ending(code, text)
+            self.report["plot"] = path.name if code == 0 else tools.ending(code, text)
         self.say(f"plot: {self.report['plot']}")
 
     def finish(self) -> int:
@@ -216,62 +256,18 @@ class Check:
         self.report["ok"] = all(step["status"] != "fail" for step in steps)
         self.report["seconds"] = time.monotonic() - self.begin
         self.write()
-        print()
-        for line in _benchmark_lines(self.report["benchmark"]):
-            print(line)
+        details = {step["name"]: step["details"] for step in steps}
+        lines = [
+            *tables.cluster_lines(details.get("clusters", {})),
+            *tables.dram_lines(details.get("dram", {}).get("calls", []), tools.REACH),
+            *tables.tune_lines(self.report["tune"]),
+            *tables.benchmark_lines(self.report["benchmark"]),
+        ]
+        print("", *lines, sep="\n")
         for step in steps:
             print(f"{step['status']:4}  {step['name']:14} {step['seconds']:4.0f} s  {step['summary']}")
         print(f"\n{'passed' if self.report['ok'] else 'FAILED'}: {self.output / 'gpu-check.json'}")
         return 0 if self.report["ok"] else 1
-
-
-def _benchmark_lines(content: dict[str, Any] | None) -> list[str]:
-    """A line a case: milliseconds, useful GB/s, its share of the copy bandwidth and extra memory for ours; for a peer
-    milliseconds and how many times longer than the best of ours that is."""
-    if not content or not content["rows"]:
-        return []
-    cases: dict[tuple[str, int, int], list[dict[str, Any]]] = {}
-    for row in content["rows"]:
-        cases.setdefault((row["case"], row["rows"], row["vocab"]), []).append(row)
-    lines = []
-    for (case, rows, vocab), found in cases.items():
-        ours = [r["milliseconds"] for r in found if r["implementation"] in content["ours"] and r["milliseconds"]]
-        parts = [_part(row, row["implementation"] in content["ours"], min(ours, default=None)) for row in found]
-        lines.append(f"{case} {rows}×{vocab}: " + " | ".join(parts))
-    for target in content["targets"]:
-        measured = "not measured" if target["measured"] is None else f"{target['measured']:.3g}"
-        kept = {True: "met", False: "NOT MET", None: "no verdict"}[target["met"]]
-        lines.append(f"target {target['target']}: {measured}, {kept}")
-    return [*lines, *(f"left out: {case}" for case in content["left_out"]), ""]
-
-
-def _part(row: dict[str, Any], is_ours: bool, best: float | None) -> str:
-    if row["milliseconds"] is None:
-        return f"{row['implementation']} {row['error']}"
-    text = f"{row['implementation']} {row['milliseconds']:.3g} ms"
-    if is_ours:
-        text += f" {row['useful_gb_per_second']:.0f} GB/s"
-        text += f" {row['share_of_copy']:.0%} of copy" if row["share_of_copy"] else ""
-    elif best:
-        text += f" {row['milliseconds'] / best:.1f}×"
-    text += f" {row['extra_units']:.1f}u" if row["extra_units"] is not None else ""
-    return text + (f" (call {row['call_milliseconds']:.3g} ms)" if row["call_milliseconds"] else "")
-
-
-def _sanitizer() -> str | None:
-    roots = [os.environ[name] for name in ("CUDA_HOME", "CUDA_PATH") if os.environ.get(name)]
-    compiler = shutil.which("nvcc")
-    folders = [str(Path(root) / "bin") for root in roots] + ([str(Path(compiler).parent)] if compiler else [])
-    return shutil.which("compute-sanitizer") or shutil.which("compute-sanitizer", path=os.pathsep.join(folders))
-
-
-def _last(text: str, word: str) -> str:
-    return next((line for line in reversed(text.splitlines()) if word in line), "")
-
-
-def _ending(code: int | None, text: str) -> str:
-    lines = [line for line in text.strip().splitlines() if line.strip()] or ["no output"]
-    return f"{'stopped at the time limit, or killed' if code is None else f'exit status {code}'}: {lines[-1][:300]}"
 
 
 def main() -> int:
@@ -280,14 +276,16 @@ def main() -> int:
     )
     output = Path(os.environ.get("OUT") or ROOT / "runs" / "gpu-check")
     parser.add_argument("--output", type=Path, default=output, help="folder (default: $OUT or runs/gpu-check)")
-    parser.add_argument("--minutes", type=float, default=7.7, help="time for everything (default: 7.7)")
-    parser.add_argument("--steps", nargs="+", choices=STEPS, default=list(STEPS), metavar="STEP", help=", ".join(STEPS))
+    parser.add_argument("--minutes", type=float, default=8.6, help="time for everything (default: 8.6)")
+    names = f"{', '.join(DEFAULT_STEPS)} (these by default), tune"
+    parser.add_argument("--steps", nargs="+", choices=STEPS, default=DEFAULT_STEPS, metavar="STEP", help=names)
     parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda", help="cpu tests the harness, with --quick")
     parser.add_argument("--quick", action="store_true", help="few statistics and small sizes")
     options = parser.parse_args()
     if options.device == "cpu" and not options.quick:
         parser.error("--device cpu needs --quick: the interpreter takes hours for all of it")
     options.output = options.output.resolve()
+    options.steps = [step for step in STEPS if step in options.steps]
     missing = [name for name in NEEDED if importlib.util.find_spec(name) is None]
     if missing:
         names = " ".join(missing)

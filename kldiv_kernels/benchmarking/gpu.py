@@ -14,7 +14,7 @@ import json
 import os
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -115,8 +115,9 @@ class Result:
     error: str | None = None
 
 
-def measure(case: GpuCase, device: Device, seconds: float) -> list[dict[str, Any]]:
-    """Rows of results. `seconds` are spent on the turns, after the first calls."""
+def measure(case: GpuCase, device: Device, seconds: float, names: Sequence[str] | None = None) -> list[dict[str, Any]]:
+    """Rows of results, of all implementations or those of these names. `seconds` are spent on the turns, after the
+    first calls."""
     sets = _input_sets(case, device)
     turn = iter(range(1 << 62))
 
@@ -127,7 +128,7 @@ def measure(case: GpuCase, device: Device, seconds: float) -> list[dict[str, Any
         inputs.logits.grad = None
         return outputs
 
-    results = [Result(name) for name in gpu_peers.names_for(case)]
+    results = [Result(name) for name in (gpu_peers.names_for(case) if names is None else names)]
     for result in results:
         _guarded(result, device, partial(_first_calls, result, case, device, sets[0], work))
     running = [result for result in results if result.error is None]
@@ -199,6 +200,8 @@ def _one_turn(result: Result, device: Device, work: Callable[[Result], object]) 
 def _row(case: GpuCase, result: Result, copy: float | None, expected: float | None) -> dict[str, Any]:
     seconds = statistics.median(result.times) if result.times and result.error is None else None
     useful = None if seconds is None else case.floor_bytes / seconds / 1e9
+    # Of copying as many bytes as the case has to move.
+    floor = None if copy is None else case.floor_bytes / copy / 1e6
     agrees = None
     if result.value is not None and expected is not None and result.name not in gpu_peers.NOTES:
         agrees = abs(result.value - expected) <= DISAGREES * max(abs(expected), 1e-3)
@@ -209,9 +212,10 @@ def _row(case: GpuCase, result: Result, copy: float | None, expected: float | No
         "fastest_milliseconds": min(result.times) * 1e3 if seconds is not None else None,
         "call_milliseconds": statistics.median(result.calls) * 1e3 if result.calls else None,
         "rounds": len(result.times), "first_call_seconds": result.first_call_seconds,
-        "floor": f"{case.floor_units}u", "useful_gb_per_second": useful, "copy_gb_per_second": copy,
+        "floor": f"{case.floor_units}u", "floor_milliseconds": floor,
+        "useful_gb_per_second": useful, "copy_gb_per_second": copy,
         "share_of_copy": None if useful is None or copy is None else useful / copy,
-        "extra_bytes": result.extra_bytes,
+        "extra_bytes": result.extra_bytes, "gradient_bytes": case.unit_bytes if case.gradient else 0,
         "extra_units": None if result.extra_bytes is None else result.extra_bytes / case.unit_bytes,
         "value": result.value, "agrees": agrees, "error": result.error, "note": gpu_peers.NOTES.get(result.name),
     }  # fmt: skip

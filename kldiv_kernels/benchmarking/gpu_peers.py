@@ -8,7 +8,9 @@ from __future__ import annotations
 
 import importlib
 import importlib.util
-from collections.abc import Callable
+import os
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +19,8 @@ import torch.nn.functional as F  # noqa: N812
 from torch import Tensor
 
 import kldiv_kernels as kk
+from kldiv_kernels import inputs as arguments
+from kldiv_kernels import ops
 from kldiv_kernels.benchmarking import peers
 from kldiv_kernels.benchmarking.cases import ENTROPY_COEFFICIENT, JS_BETA, Inputs
 from kldiv_kernels.benchmarking.gpu_cases import GpuCase
@@ -47,7 +51,7 @@ def names_for(case: GpuCase) -> list[str]:
     # TRL's divergences are PyTorch functions, like `eager`; its kernel is for one tensor.
     if "trl" in peers.names_for(case.on_cpu, ("trl",)) and (case.compiled or not case.two_tensors):
         names.append("trl")
-    if case.two_tensors and (case.kind == "forward_kl" or case.kind in _LIGER_BETA):
+    if case.two_tensors and case.gradient and (case.kind == "forward_kl" or case.kind in _LIGER_BETA):
         names.append("liger")
     if not case.two_tensors and case.gradient:
         names.append(GRPO)
@@ -57,8 +61,8 @@ def names_for(case: GpuCase) -> list[str]:
 
 def value(case: GpuCase, outputs: tuple[Tensor, ...]) -> float:
     """One number by which implementations are compared."""
-    if case.gradient:
-        return float(outputs[0])
+    if case.gradient or case.two_tensors:
+        return float(outputs[0].mean())
     logprob, entropy = outputs
     return float(-logprob.mean() - ENTROPY_COEFFICIENT * entropy.mean())
 
@@ -73,15 +77,30 @@ def run(case: GpuCase, function: Function, inputs: Inputs) -> tuple[Tensor, ...]
     return (loss.detach(),)
 
 
+@contextmanager
+def planned(plan: str) -> Iterator[None]:
+    """Calls of the cuda backend run as KLDIV_CUDA_PLAN says; "" leaves it to them."""
+    former = os.environ.get("KLDIV_CUDA_PLAN", "")
+    os.environ["KLDIV_CUDA_PLAN"] = plan
+    try:
+        yield
+    finally:
+        os.environ["KLDIV_CUDA_PLAN"] = former
+
+
 def build(name: str, case: GpuCase) -> Function:
-    """The implementation of that name. ImportError where its package, or a part of it, is missing."""
-    if name in ours():
-        return _ours(name, case)
+    """The implementation of that name; "cuda cluster=8,stages=2" is that plan of the cuda backend.
+
+    ImportError where its package, or a part of it, is missing.
+    """
+    backend, _, plan = name.partition(" ")
+    if backend in ours():
+        return _with_plan(_ours(backend, case), plan) if plan else _ours(backend, case)
     if name in ("liger", GRPO):
         return _liger(name, case)
     if name == "trl" and not case.two_tensors:
         return _trl(case)
-    if case.gradient:
+    if case.gradient or case.two_tensors:
         loss = peers.build(name, case.on_cpu)
         return lambda inputs: (loss(inputs),)
     function = _logprob_and_entropy
@@ -105,12 +124,25 @@ def _logprob_and_entropy(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor
     return logq.gather(-1, labels[:, None]).squeeze(-1), -(logq.exp() * logq).sum(-1)
 
 
+def _with_plan(function: Function, plan: str) -> Function:
+    def run_planned(inputs: Inputs) -> tuple[Tensor, ...]:
+        with planned(plan):
+            return function(inputs)
+
+    return run_planned
+
+
 def _ours(backend: str, case: GpuCase) -> Function:
+    if case.known:
+        return lambda inputs: (known_loss(inputs.logits, _labels(inputs), backend),)
     if case.two_tensors:
 
         def divergence(inputs: Inputs) -> tuple[Tensor, ...]:
-            assert inputs.reference is not None
-            return (kk.divergence_loss(inputs.logits, inputs.reference, case.kind, beta=JS_BETA, backend=backend),)
+            student, teacher = inputs.logits, inputs.reference
+            assert teacher is not None
+            if case.gradient:
+                return (kk.divergence_loss(student, teacher, case.kind, beta=JS_BETA, backend=backend),)
+            return (kk.token_stats(student, teacher, stats=[case.kind], beta=JS_BETA, backend=backend)[case.kind],)
 
         return divergence
 
@@ -119,6 +151,18 @@ def _ours(backend: str, case: GpuCase) -> Function:
         return _loss_of(stats.logprob, stats.entropy) if case.gradient else (stats.logprob, stats.entropy)
 
     return statistics
+
+
+def known_loss(logits: Tensor, labels: Tensor, backend: str) -> Tensor:
+    """The loss of one tensor with its coefficients given to the call, as policy losses will give them."""
+    call = arguments.prepare(
+        "known_loss", logits, None, labels, stats=arguments.statistics(("logprob", "entropy"), "known_loss"),
+        temperature=1.0, reference_temperature=None, alpha=0.5, beta=0.5, mask=None, ignore_index=-100,
+        vocab_size=None, exclude=None,
+    )  # fmt: skip
+    coefficients = torch.full((2, call.rows), -1 / call.rows, device=logits.device)
+    coefficients[1] *= ENTROPY_COEFFICIENT
+    return ops.loss(call, backend, coefficients, True, False)
 
 
 def _trl(case: GpuCase) -> Function:

@@ -1,4 +1,4 @@
-"""CUDA graphs and torch.compile: captured and compiled calls give what eager ones give."""
+"""CUDA graphs, streams and torch.compile: calls that are captured, compiled or elsewhere give what eager ones give."""
 
 from __future__ import annotations
 
@@ -11,15 +11,15 @@ from torch import Tensor
 
 import kldiv_kernels as kk
 
-COLUMNS = 300 if QUICK else 5003
-# Few rows run as slices, many in the one-program form.
-ROWS = (3,) if QUICK else (3, 2048)
+# Few rows run as slices, many in the one-program form. 5003 columns are two sweeps of the cuda backend; 16,392 columns,
+# a multiple of 8, are read once.
+SHAPES = ((3, 300),) if QUICK else ((3, 5003), (2048, 5003), (3, 16_392), (1024, 16_392))
 Step = Callable[[Tensor, Tensor, Tensor, str], Tensor]
 
 
-def _inputs(rows: int) -> tuple[Tensor, Tensor, Tensor]:
-    student, teacher = (torch.randn(rows, COLUMNS, device=DEVICE).mul_(3).to(torch.bfloat16) for _ in range(2))
-    return student.requires_grad_(), teacher, torch.randint(COLUMNS, (rows,), device=DEVICE)
+def _inputs(rows: int, columns: int) -> tuple[Tensor, Tensor, Tensor]:
+    student, teacher = (torch.randn(rows, columns, device=DEVICE).mul_(3).to(torch.bfloat16) for _ in range(2))
+    return student.requires_grad_(), teacher, torch.randint(columns, (rows,), device=DEVICE)
 
 
 def _distillation(student: Tensor, teacher: Tensor, labels: Tensor, backend: str) -> Tensor:
@@ -53,11 +53,11 @@ def _run(step: Step, inputs: tuple[Tensor, Tensor, Tensor], backend: str) -> tup
 
 
 @pytest.mark.skipif(DEVICE != "cuda", reason="CUDA graphs need a GPU")
-@pytest.mark.parametrize("rows", ROWS)
+@pytest.mark.parametrize(("rows", "columns"), SHAPES)
 @pytest.mark.parametrize("step", STEPS)
 @pytest.mark.parametrize("backend", KERNELS)
-def test_a_captured_step_replays_on_new_logits(step: Step, rows: int, backend: str) -> None:
-    inputs, fresh = _inputs(rows), _inputs(rows)
+def test_a_captured_step_replays_on_new_logits(step: Step, rows: int, columns: int, backend: str) -> None:
+    inputs, fresh = _inputs(rows, columns), _inputs(rows, columns)
     wanted = _run(step, fresh, backend)
     stream = torch.cuda.Stream()
     stream.wait_stream(torch.cuda.current_stream())
@@ -82,11 +82,33 @@ def test_a_captured_step_replays_on_new_logits(step: Step, rows: int, backend: s
     assert not torch.equal(gradient, before[1])
 
 
-@pytest.mark.parametrize("rows", ROWS)
+@pytest.mark.skipif(DEVICE != "cuda", reason="streams need a GPU")
+@pytest.mark.parametrize(("rows", "columns"), SHAPES)
 @pytest.mark.parametrize("step", STEPS)
 @pytest.mark.parametrize("backend", KERNELS)
-def test_a_compiled_step(step: Step, rows: int, backend: str) -> None:
-    inputs = _inputs(rows)
+def test_a_step_on_a_stream_of_its_own(step: Step, rows: int, columns: int, backend: str) -> None:
+    """The logits are written late on that stream: kernels anywhere else would read what stood there before."""
+    inputs, fresh = _inputs(rows, columns), _inputs(rows, columns)
+    before, wanted = _run(step, inputs, backend), _run(step, fresh, backend)
+    torch.cuda.synchronize()
+    stream = torch.cuda.Stream()
+    with torch.cuda.stream(stream):
+        torch.cuda._sleep(50_000_000)
+        with torch.no_grad():
+            for old, new in zip(inputs, fresh, strict=True):
+                old.copy_(new)
+        got = _run(step, inputs, backend)
+    stream.synchronize()
+    assert torch.equal(got[0], wanted[0])
+    assert torch.equal(got[1], wanted[1])
+    assert not torch.equal(got[1], before[1])
+
+
+@pytest.mark.parametrize(("rows", "columns"), SHAPES[::3])
+@pytest.mark.parametrize("step", STEPS)
+@pytest.mark.parametrize("backend", KERNELS)
+def test_a_compiled_step(step: Step, rows: int, columns: int, backend: str) -> None:
+    inputs = _inputs(rows, columns)
     loss, gradient = _run(step, inputs, backend)
     torch._dynamo.reset()
     # Inductor is what runs on a GPU; on a CPU it would compile C++ for a minute.

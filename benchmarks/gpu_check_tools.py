@@ -1,0 +1,169 @@
+"""The steps of `gpu_check.py` that are neither tests nor the benchmark: programs of NVIDIA's around small scripts.
+
+The shared library in this Python, compute-sanitizer's three tools, how many clusters fit, bytes of main memory by ncu.
+"""
+
+from __future__ import annotations
+
+import csv
+import json
+import os
+import shutil
+import tempfile
+from pathlib import Path
+from typing import Any
+
+from gpu_check_steps import ROOT, Runner, Step
+
+FOLDER = ROOT / "benchmarks"
+FOUND = 86  # exit status of compute-sanitizer where it found something
+# Step → tool. Races and barriers are looked for in the cuda backend, whose kernels have barriers of their own.
+SANITIZERS = {"memory errors": "memcheck", "races": "racecheck", "barriers": "synccheck"}
+METRICS = ("dram__bytes_read.sum", "dram__bytes_write.sum", "gpu__time_duration.sum")
+# PyTorch's kernel that stands before each call.
+MARK = "spin_kernel"
+# Bytes of a one-read kernel over the bytes that have to be moved at least.
+REACH = 1.05
+
+
+def library(runner: Runner, limit: float) -> Step:
+    if not (ROOT / "kldiv_kernels" / "libkldiv_kernels.so").exists():
+        return Step("library", "skip", 0.0, "it was not built")
+    command = [runner.python, str(FOLDER / "gpu_library.py")]
+    code, text, seconds = runner.run(command, limit)
+    if code != 0:
+        return Step("library", "fail", seconds, ending(code, text), {"output": text[-2000:]})
+    found = json.loads(text.strip().splitlines()[-1])
+    versions = f"Python {found['python']}, PyTorch {found['torch']}"
+    return Step("library", "pass", seconds, f"loads in {versions}; sm_{found['archs']}; both kernels are right", found)
+
+
+def sanitize(runner: Runner, name: str, device: str, limit: float) -> Step:
+    command = [runner.python, str(FOLDER / "gpu_memcheck.py"), device]
+    tool = SANITIZERS[name]
+    if tool != "memcheck":
+        command.append("--cuda-backend")
+    if device == "cuda":
+        program = find("compute-sanitizer")
+        if program is None:
+            return Step(name, "skip", 0.0, "compute-sanitizer is not installed")
+        # API errors are PyTorch's probes; what is looked for are accesses of kernels.
+        flags = ["--report-api-errors", "no"] if tool == "memcheck" else []
+        command = [program, "--tool", tool, *flags, "--error-exitcode", str(FOUND), *command]
+    elif tool != "memcheck":
+        return Step(name, "skip", 0.0, f"{tool} needs a GPU")
+    code, text, seconds = runner.run(command, limit)
+    if code == 0:
+        return Step(name, "pass", seconds, f"{tool}: {last(text, 'calls')}")
+    if code not in (None, FOUND) and "not supported" in text.lower():
+        return Step(name, "skip", seconds, f"{tool} does not support this device")
+    return Step(name, "fail", seconds, f"{tool}: {ending(code, text)}", {"output": text[:4000] + text[-4000:]})
+
+
+def clusters(runner: Runner, capability: str, limit: float) -> Step:
+    name, compiler = "clusters", find("nvcc")
+    if compiler is None:
+        return Step(name, "skip", 0.0, "nvcc is not installed")
+    if int(capability.split(".")[0]) < 9:
+        return Step(name, "skip", 0.0, f"compute capability {capability} has no clusters")
+    with tempfile.TemporaryDirectory() as folder:
+        program = Path(folder) / "clusters"
+        sources = [str(FOLDER / "gpu_clusters.cu"), str(ROOT / "csrc" / "plan.cpp")]
+        flags = ["-std=c++17", "--expt-relaxed-constexpr", f"-arch=sm_{capability.replace('.', '')}"]
+        code, text, compiling = runner.run([compiler, *flags, *sources, "-o", str(program)], limit)
+        if code != 0:
+            return Step(name, "fail", compiling, f"nvcc: {ending(code, text)}")
+        code, text, running = runner.run([str(program)], max(1.0, limit - compiling))
+    if code != 0:
+        return Step(name, "fail", compiling + running, ending(code, text))
+    found = json.loads(text.strip().splitlines()[-1])
+    largest = max((shape["cluster"] for shape in found["shapes"] if shape["clusters"]), default=0)
+    summary = f"{len(found['shapes'])} shapes, clusters of up to {largest} CTAs"
+    return Step(name, "pass", compiling + running, summary, found)
+
+
+def dram(runner: Runner, limit: float) -> Step:
+    name, program = "dram", find("ncu")
+    if program is None:
+        return Step(name, "skip", 0.0, "ncu is not installed")
+    with tempfile.TemporaryDirectory() as folder:
+        calls, said = Path(folder) / "calls.json", Path(folder) / "ncu.csv"
+        # The clocks belong to whoever owns the machine; caches are left as the call before left them.
+        flags = ["--profile-from-start", "off", "--clock-control", "none", "--cache-control", "none"]
+        flags += ["--metrics", ",".join(METRICS), "--csv", "--print-units", "base", "--log-file", str(said)]
+        command = [program, *flags, runner.python, str(FOLDER / "gpu_dram.py"), str(calls)]
+        code, text, seconds = runner.run(command, limit)
+        output = text + (said.read_text(errors="replace") if said.exists() else "")
+        if code != 0 or not calls.exists():
+            error = last(output, "==ERROR==") or ending(code, output)
+            refused = any(sign in output for sign in ("ERR_NVGPUCTRPERM", "Failed to initialize the profiler"))
+            return Step(name, "skip" if refused else "fail", seconds, error[:300], {"output": output[-4000:]})
+        try:
+            measured = by_call(kernels_of(said.read_text(errors="replace")), json.loads(calls.read_text()))
+        except (ValueError, KeyError) as error:
+            return Step(name, "fail", seconds, f"ncu's table is not understood: {error}", {"output": output[-8000:]})
+    ours = [f"{one['case']} {one['over_floor']:.3f}" for one in measured if one["backend"] == "cuda"]
+    return Step(name, "pass", seconds, f"bytes / floor of the cuda backend: {', '.join(ours)}", {"calls": measured})
+
+
+def kernels_of(text: str) -> list[dict[str, Any]]:
+    """What ncu's CSV says, a kernel after the other."""
+    lines = text.splitlines()
+    head = next((i for i, line in enumerate(lines) if line.startswith('"ID"')), None)
+    if head is None:
+        raise ValueError('no line starts with "ID"')
+    kernels: dict[str, dict[str, Any]] = {}
+    for row in csv.DictReader(lines[head:]):
+        if not (row["ID"] or "").isdigit():
+            continue
+        kernel = kernels.setdefault(row["ID"], {"kernel": row["Kernel Name"]})
+        if row["Metric Name"] in METRICS:
+            kernel[row["Metric Name"]] = float(row["Metric Value"].replace(",", ""))
+    return list(kernels.values())
+
+
+def by_call(kernels: list[dict[str, Any]], calls: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The calls with what their kernels moved; a kernel `MARK` begins each."""
+    groups: list[list[dict[str, Any]]] = []
+    for kernel in kernels:
+        if MARK in kernel["kernel"]:
+            groups.append([])
+        elif groups:
+            groups[-1].append(kernel)
+    if len(groups) != len(calls):
+        raise ValueError(f"{len(groups)} marks for {len(calls)} calls")
+    read, written, time = METRICS
+    out = []
+    for call, group in zip(calls, groups, strict=True):
+        moved = sum(kernel[read] + kernel[written] for kernel in group)
+        out.append(
+            {
+                **call, "bytes": moved, "over_floor": moved / call["floor_bytes"],
+                "kernels": [
+                    {
+                        "kernel": kernel["kernel"][:80], "read": kernel[read], "written": kernel[written],
+                        "milliseconds": kernel[time] / 1e6,
+                    }
+                    for kernel in group
+                ],
+            }
+        )  # fmt: skip
+    return out
+
+
+def find(program: str) -> str | None:
+    """In the PATH, or where the CUDA toolkit is."""
+    roots = [os.environ[name] for name in ("CUDA_HOME", "CUDA_PATH") if os.environ.get(name)]
+    compiler = shutil.which("nvcc")
+    folders = [str(Path(root) / "bin") for root in [*roots, "/usr/local/cuda"]]
+    folders += [str(Path(compiler).resolve().parent)] if compiler else []
+    return shutil.which(program) or shutil.which(program, path=os.pathsep.join(folders))
+
+
+def last(text: str, word: str) -> str:
+    return next((line for line in reversed(text.splitlines()) if word in line), "")
+
+
+def ending(code: int | None, text: str) -> str:
+    lines = [line for line in text.strip().splitlines() if line.strip()] or ["no output"]
+    return f"{'stopped at the time limit, or killed' if code is None else f'exit status {code}'}: {lines[-1][:300]}"
