@@ -25,10 +25,11 @@ void print(int64_t columns, int tensors, const char** separator) {
             shape.cluster = cluster;
             shape.shared_bytes = head + stages * slot;
             const int clusters = active_clusters(one_read<D, kldiv::kBfloat16>, shape);
-            std::printf("%s{\"vocab\": %lld, \"tensors\": %d, \"cluster\": %d, \"stages\": %d, \"shared_bytes\": %lld, "
-                        "\"clusters\": %d, \"blocks\": %d}",
-                        *separator, static_cast<long long>(columns), tensors, cluster, stages,
-                        static_cast<long long>(shape.shared_bytes), clusters, clusters * cluster);
+            std::printf(
+                "%s{\"vocab\": %lld, \"tensors\": %d, \"cluster\": %d, \"stages\": %d, \"shared_bytes\": %lld, "
+                "\"clusters\": %d, \"blocks\": %d}",
+                *separator, static_cast<long long>(columns), tensors, cluster, stages,
+                static_cast<long long>(shape.shared_bytes), clusters, clusters * cluster);
             *separator = ", ";
         }
     }
