@@ -7,7 +7,7 @@ import itertools
 import pytest
 import torch
 from checks import CUDA_ON_HOST, DIVERGENCES, with_parameters
-from cuda_host.one_read import Machine, check, kernel, prepare, run, some_coefficients
+from cuda_host.one_read import DTYPES, Machine, check, kernel, pair, prepare, run, some_coefficients, uneven
 from torch import Tensor
 
 import kldiv_kernels as kk
@@ -15,7 +15,6 @@ import kldiv_kernels as kk
 if not CUDA_ON_HOST:
     pytest.skip("runs under KLDIV_CUDA_HOST=1", allow_module_level=True)
 
-DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 CLUSTERS, STAGES = (1, 2, 4, 8, 16), (1, 2, 3, 4)
 PLANS = list(itertools.product(CLUSTERS, STAGES))
 # Of the student alone, in any order; with a divergence beside them.
@@ -29,16 +28,6 @@ def machine(monkeypatch: pytest.MonkeyPatch) -> Machine:
     chosen = Machine(monkeypatch)
     chosen()
     return chosen
-
-
-def _uneven(cluster: int) -> tuple[int, int]:
-    """Columns of a CTA's slice, and of a row whose last CTA has eight; no plan has more than eight warps' worth."""
-    slice_columns = 512 if cluster == 1 else min(64 * cluster, 576)
-    return slice_columns, (cluster - 1) * slice_columns + 8 + 512 * (cluster == 1)
-
-
-def _pair(rows: int, columns: int, dtype: torch.dtype = torch.bfloat16, spread: float = 2.0) -> tuple[Tensor, Tensor]:
-    return (spread * torch.randn(rows, columns)).to(dtype), (spread * torch.randn(rows, columns)).to(dtype)
 
 
 def _labels(rows: int, columns: int) -> Tensor:
@@ -62,9 +51,9 @@ def test_divergence(
     """Everything that a loss can be asked for, at once."""
     cluster, stages = plan
     machine(cluster, stages)
-    _, columns = _uneven(cluster)
+    _, columns = uneven(cluster)
     rows = 2 * stages + 3
-    logits, reference = _pair(rows, columns, dtype)
+    logits, reference = pair(rows, columns, dtype)
     # One row whose distributions are close, where what is subtracted cancels.
     reference[1] = (logits[1].float() + 0.01 * torch.randn(columns)).to(dtype)
     coefficients = some_coefficients((name,), rows)
@@ -86,17 +75,17 @@ def test_plans_and_rows(plan: tuple[int, int], rows: str, machine: Machine) -> N
     cluster, stages = plan
     count = {"one": 1, "fewer than clusters": 2, "more than the stages hold": 2 * stages + 3}[rows]
     machine(cluster, stages, clusters=2 if count > 2 else 3, seed=cluster + stages)
-    _, columns = _uneven(cluster)
-    check(("forward_kl",), *_pair(count, columns))
-    check(("js",), *_pair(count, columns), beta=0.3)
-    check(("entropy", "logprob"), _pair(count, columns, torch.float32)[0], None, _labels(count, columns))
+    _, columns = uneven(cluster)
+    check(("forward_kl",), *pair(count, columns))
+    check(("js",), *pair(count, columns), beta=0.3)
+    check(("entropy", "logprob"), pair(count, columns, torch.float32)[0], None, _labels(count, columns))
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("stats", ONE_TENSOR + MIXED, ids="+".join)
 def test_labels(stats: tuple[str, ...], dtype: torch.dtype, machine: Machine) -> None:
-    slice_columns, columns = _uneven(4)
-    logits, reference = _pair(9, columns, dtype)
+    slice_columns, columns = uneven(4)
+    logits, reference = pair(9, columns, dtype)
     labels = _labels(9, columns)
     labels[1:4] = torch.tensor([slice_columns - 1, slice_columns, 2 * slice_columns])
     # Where a coefficient is 0 its statistic takes no part, and where all are, nothing is left.
@@ -115,7 +104,7 @@ def test_labels(stats: tuple[str, ...], dtype: torch.dtype, machine: Machine) ->
 @pytest.mark.parametrize("stages", [1, 3])
 def test_mask(kept: list[int], stages: int, machine: Machine) -> None:
     machine(4, stages)
-    logits, reference = _pair(9, _uneven(4)[1])
+    logits, reference = pair(9, uneven(4)[1])
     mask = torch.zeros(9, dtype=torch.bool)
     mask[kept] = True
     # Rows that are left out are never read.
@@ -129,11 +118,11 @@ def test_mask(kept: list[int], stages: int, machine: Machine) -> None:
 @pytest.mark.parametrize("name", ["forward_kl", "reverse_kl", "js", "hellinger", "entropy", "renyi"])
 def test_excluded_column(name: str, machine: Machine) -> None:
     """One at each border of each CTA's slice, the largest logit of its row, and as good as if it were −inf."""
-    slice_columns, columns = _uneven(4)
+    slice_columns, columns = uneven(4)
     borders = [0, *(i * slice_columns + j for i in range(1, 4) for j in (-1, 0)), columns - 1, -1]
     exclude = torch.tensor(borders)
     rows = len(borders)
-    logits, reference = _pair(rows, columns)
+    logits, reference = pair(rows, columns)
     out = torch.arange(columns) == exclude[:, None]
     logits[out], reference[out] = 20.0, 18.0
     two = None if name == "entropy" else reference
@@ -148,7 +137,7 @@ def test_excluded_column(name: str, machine: Machine) -> None:
 
 @pytest.mark.parametrize("name", ["forward_kl", "reverse_kl", "hellinger", "jeffreys", "renyi", "alpha_beta"])
 def test_parameters_per_token(name: str, machine: Machine) -> None:
-    logits, reference = _pair(7, 776, torch.float32)
+    logits, reference = pair(7, 776, torch.float32)
     scales = {key: torch.rand(7) + 0.6 for key in ("temperature", "reference_temperature")}
     check((name,), logits, reference, alpha=torch.rand(7) * 0.5 + 0.2, beta=torch.rand(7) + 0.3, **scales)
 
@@ -157,7 +146,7 @@ def test_parameters_per_token(name: str, machine: Machine) -> None:
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_padding_columns(name: str, dtype: torch.dtype, machine: Machine) -> None:
     """Never read; their gradient is 0. The widths of the two tensors differ."""
-    logits, reference = _pair(5, 776 + 4104, dtype)
+    logits, reference = pair(5, 776 + 4104, dtype)
     logits[:, 776:], reference[:, 776:] = torch.nan, torch.inf
     check((name,), logits, None if name == "entropy" else reference[:, :784].contiguous(), vocab_size=776)
 
@@ -175,7 +164,7 @@ def test_strides(how: str, machine: Machine) -> None:
             "four dimensions": x.reshape(2, 2, 2, 2, -1).permute(3, 0, 2, 1, 4),
         }[how]
 
-    logits, reference = (view(x.reshape(4, 4, 816)) for x in _pair(16, 816))
+    logits, reference = (view(x.reshape(4, 4, 816)) for x in pair(16, 816))
     check(("js",), logits, reference.contiguous())
     check(("forward_kl",), logits.contiguous(), reference)
 
@@ -183,7 +172,7 @@ def test_strides(how: str, machine: Machine) -> None:
 @pytest.mark.parametrize("how", ["odd columns", "odd width", "shifted", "rows apart by an odd number", "dtypes"])
 def test_what_bulk_copies_cannot_take(how: str, machine: Machine) -> None:
     """The plan that is asked for gives way to the two-sweep kernels."""
-    logits, reference = _pair(4, 840)
+    logits, reference = pair(4, 840)
     shapes = {
         "odd columns": (logits[:, :779].contiguous(), reference[:, :779].contiguous()),
         "odd width": (logits[:, :781].contiguous(), reference[:, :776].contiguous()),
@@ -196,56 +185,9 @@ def test_what_bulk_copies_cannot_take(how: str, machine: Machine) -> None:
     check(("forward_kl",), student, teacher, ran=lambda kernel: "two-sweep" in kernel, **options)
 
 
-def _massless(columns: int, slice_columns: int) -> Tensor:
-    """A row each: the head, the tail, a whole slice, all but one slice, every other column, one column."""
-    out = torch.zeros(6, columns, dtype=torch.bool)
-    out[0, :100] = out[1, -100:] = True
-    out[2, slice_columns : 2 * slice_columns] = True
-    out[3, :slice_columns] = out[3, 2 * slice_columns :] = True
-    out[4, ::2] = out[5, 300] = True
-    return out
-
-
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("name", [*DIVERGENCES, "entropy"])
-def test_minus_infinity(name: str, dtype: torch.dtype, machine: Machine) -> None:
-    """In both rows for every divergence; in one of them for those that are finite there."""
-    slice_columns, columns = _uneven(4)
-    out = _massless(columns, slice_columns)
-    logits, reference = _pair(6, columns, dtype)
-    student, teacher = logits.masked_fill(out, -torch.inf), reference.masked_fill(out, -torch.inf)
-    _, gradient = check((name,), student, None if name == "entropy" else teacher)
-    assert not gradient[out].any()
-    if name in ("forward_kl", "js", "hellinger", "tvd", "skew_kl", "triangular", "cross_entropy"):
-        check((name,), logits, teacher)
-    if name in ("reverse_kl", "js", "hellinger", "tvd", "skew_reverse_kl", "triangular"):
-        check((name,), student, reference)
-
-
-@pytest.mark.parametrize("bad", ["all -inf", "NaN", "+inf"])
-@pytest.mark.parametrize(
-    ("name", "side"), [*itertools.product(DIVERGENCES, ("student", "teacher")), ("entropy", "student")]
-)
-def test_a_bad_row_spoils_only_itself(name: str, side: str, bad: str, machine: Machine) -> None:
-    machine(4, 3, clusters=1)
-    good = _pair(6, 776)
-    spoilt = [x.clone() for x in good]
-    row = spoilt[0 if side == "student" else 1][2]
-    row[slice(None) if bad == "all -inf" else 500] = {"all -inf": -torch.inf, "NaN": torch.nan, "+inf": torch.inf}[bad]
-    coefficients, others = some_coefficients((name,), 6), torch.arange(6) != 2
-    wanted, got = (run(prepare((name,), *pair), coefficients) for pair in (good, spoilt))
-    assert torch.equal(got[0][:, others], wanted[0][:, others])
-    assert torch.equal(got[1][others], wanted[1][others])
-    assert got[0][0, 2].isnan()
-    assert got[1][2].isnan().any()
-    # A weight of 0 keeps it out of the gradient.
-    coefficients[0, 2] = 0
-    assert not run(prepare((name,), *spoilt), coefficients)[1][2].any()
-
-
 @pytest.mark.parametrize("kind", ["forward_kl", "js", "tvd"])
 def test_upstream_gradient(kind: str, machine: Machine) -> None:
-    logits, reference = _pair(6, 776, torch.float32)
+    logits, reference = pair(6, 776, torch.float32)
     weight, labels = torch.randn(6), torch.tensor([0, -100, 3, 4, 5, -100])
     gradients = []
     for upstream in (1.0, -2.5):
@@ -266,14 +208,14 @@ def test_upstream_gradient(kind: str, machine: Machine) -> None:
 def test_devices(device: str, machine: Machine) -> None:
     """Of their own choice, with their own shared memory."""
     machine(device=device, plan="")
-    check(("js",), *_pair(3, 8192 + 8))
-    wide = _pair(2, 24_000, torch.float32)
+    check(("js",), *pair(3, 8192 + 8))
+    wide = pair(2, 24_000, torch.float32)
     check(("forward_kl",), *wide, ran=lambda kernel: ("8 CTAs" if device == "sm_120" else "4 CTAs") in kernel)
 
 
 def test_a_refused_cluster_gives_way_to_a_smaller_one(machine: Machine) -> None:
     machine(largest=8, plan="")
-    logits, reference = _pair(1, 131_072, torch.float32)
+    logits, reference = pair(1, 131_072, torch.float32)
     check(("forward_kl",), logits, reference, ran=lambda kernel: "refuses clusters of 16" in kernel)
 
 
@@ -286,7 +228,7 @@ def test_a_refused_cluster_gives_way_to_a_smaller_one(machine: Machine) -> None:
 def test_same_bits_in_any_order_and_batch(stats: tuple[str, ...], dtype: torch.dtype, machine: Machine) -> None:
     """From run to run, for every order of threads, however many clusters and stages there are, alone or in a batch."""
     two = stats[0] != "logprob"
-    logits, reference = _pair(7, 1032, dtype)
+    logits, reference = pair(7, 1032, dtype)
     labels, coefficients = _labels(7, 1032), some_coefficients(stats, 7)
 
     def bits(rows: slice | list[int] = slice(None)) -> tuple[Tensor, Tensor]:

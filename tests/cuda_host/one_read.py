@@ -15,6 +15,7 @@ from kldiv_kernels import inputs
 from kldiv_kernels.backends import Call, get
 from kldiv_kernels.registry import STATISTICS
 
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 Option = float | Tensor | None
 # js leaves grad_logq / q in the teacher's bfloat16 slot as float16, for its gradient: half an ulp of that.
 PARKED = 2.0**-11
@@ -49,6 +50,16 @@ class Machine:
             ("KLDIV_HOST_DEVICE", device), ("KLDIV_HOST_LARGEST_CLUSTER", largest),
         ):  # fmt: skip
             self.environment.setenv(name, str(value))
+
+
+def uneven(cluster: int) -> tuple[int, int]:
+    """Columns of a CTA's slice, and of a row whose last CTA has eight; no plan has more than eight warps' worth."""
+    slice_columns = 512 if cluster == 1 else min(64 * cluster, 576)
+    return slice_columns, (cluster - 1) * slice_columns + 8 + 512 * (cluster == 1)
+
+
+def pair(rows: int, columns: int, dtype: torch.dtype = torch.bfloat16, spread: float = 2.0) -> tuple[Tensor, Tensor]:
+    return (spread * torch.randn(rows, columns)).to(dtype), (spread * torch.randn(rows, columns)).to(dtype)
 
 
 def prepare(
