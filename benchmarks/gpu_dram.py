@@ -10,6 +10,8 @@ from __future__ import annotations
 
 import json
 import sys
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +31,7 @@ CASES = [
 ]
 
 
-def planned_bytes(case: GpuCase) -> int | str:
+def planned_bytes(case: GpuCase, target: str) -> int | str:
     """What `kldiv_kernels.plan` expects of the cuda backend, or why it cannot say."""
     # It has no name for statistics with known coefficients: theirs is the floor.
     if case.known:
@@ -38,34 +40,44 @@ def planned_bytes(case: GpuCase) -> int | str:
     if case.kind == LOGPROB_ENTROPY:
         what = {"stats": ["logprob", "entropy"]}
     try:
-        return kk.plan(rows=case.rows, vocab=case.vocab, device="cuda", gradient=case.gradient, **what).bytes
+        return kk.plan(rows=case.rows, vocab=case.vocab, device=target, gradient=case.gradient, **what).bytes
     except ImportError:
         return "kldiv_kernels.plan needs _C, which is not built for this Python"
 
 
-def main() -> None:
+def profiled(work: Callable[[], object]) -> None:
+    torch.cuda.synchronize()
+    torch.cuda.cudart().cudaProfilerStart()
+    torch.cuda._sleep(1)
+    work()
+    torch.cuda.synchronize()
+    torch.cuda.cudart().cudaProfilerStop()
+
+
+def run(cases: list[GpuCase], device: str, target: str) -> list[dict[str, Any]]:
+    """The calls that were made, in their order."""
     calls = []
-    for case in CASES:
-        inputs = case.inputs("cuda", 0)
+    for case in cases:
+        inputs = case.inputs(device, 0)
         for backend in gpu_peers.ours():
-            function = gpu_peers.build(backend, case)
-            gpu_peers.run(case, function, inputs)
+            work = partial(gpu_peers.run, case, gpu_peers.build(backend, case), inputs)
+            # The first call compiles and loads.
+            work()
             inputs.logits.grad = None
-            torch.cuda.synchronize()
-            torch.cuda.cudart().cudaProfilerStart()
-            torch.cuda._sleep(1)
-            gpu_peers.run(case, function, inputs)
-            torch.cuda.synchronize()
-            torch.cuda.cudart().cudaProfilerStop()
+            profiled(work)
             inputs.logits.grad = None
+            planned = planned_bytes(case, target) if backend == "cuda" else None
             calls.append(
                 {
                     "case": case.name, "rows": case.rows, "vocab": case.vocab, "backend": backend,
-                    "floor_bytes": case.floor_bytes, "planned": planned_bytes(case) if backend == "cuda" else None,
+                    "floor_bytes": case.floor_bytes, "planned": planned,
                 }
             )  # fmt: skip
-        del inputs
-    Path(sys.argv[1]).write_text(json.dumps(calls))
+    return calls
+
+
+def main() -> None:
+    Path(sys.argv[1]).write_text(json.dumps(run(CASES, "cuda", "cuda")))
 
 
 if __name__ == "__main__":

@@ -35,8 +35,8 @@ ELEMENTS = {0: ("float32", 4), 1: ("bfloat16", 2), 2: ("float16", 2)}
 # The hook of a loss whose coefficients are known, which is what the name of a statistic alone means.
 NO_HOOK = "GivenCoefficients"
 CELLS = [
-    "registers a thread", "spill stores", "spill loads", "stack", "static shared bytes", "dynamic shared bytes (0: the plan there is two-sweep)",
-    "blocks a processor", "limited by",
+    "registers a thread", "spill stores", "spill loads", "stack", "static shared bytes",
+    "dynamic shared bytes (0: the plan there is two-sweep)", "blocks a processor", "limited by",
 ]  # fmt: skip
 
 

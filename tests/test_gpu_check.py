@@ -190,13 +190,15 @@ sys.path[:0] = ["tests", "benchmarks"]
 import cuda_host
 cuda_host.serve_cpu_tensors()
 from pathlib import Path
-import gpu_library, gpu_memcheck
+import gpu_dram, gpu_library, gpu_memcheck
 from kldiv_kernels.benchmarking import gpu, gpu_tune
 gpu_library.ROWS = 3
 print(json.dumps(gpu_library.check("cpu")))
 sys.argv[1:] = ["cpu", "--cuda-backend"]
 gpu_memcheck.main()
 gpu_tune.run(gpu_tune.quick_cases(), gpu.Device("cpu"), 60, Path(sys.argv[0] + "tune.json"))
+gpu_dram.profiled = lambda work: work()
+print(json.dumps(gpu_dram.run(gpu.quick_cases(), "cpu", "sm_90")))
 rows = [row for case in gpu.quick_cases() for row in gpu.measure(case, gpu.Device("cpu"), 1, ["cuda", "eager"])]
 print(json.dumps(rows))
 """
@@ -210,11 +212,16 @@ def test_what_runs_the_cuda_backend(tmp_path: Path) -> None:
         capture_output=True, text=True, check=False, cwd=ROOT, env={**os.environ, "PYTHONPATH": str(ROOT)},
     )  # fmt: skip
     assert done.returncode == 0, done.stderr[-3000:]
-    errors, calls, *_, rows = done.stdout.splitlines()
+    errors, calls, *_, profiled, rows = done.stdout.splitlines()
     assert set(json.loads(errors)) == {"one-read", "two-sweep"}
     # Six clusters and two sweeps, five losses and a policy's; four calls of any backend.
     assert calls == f"{7 * 6 + 4} calls with gradients"
     assert all(row["agrees"] and row["milliseconds"] for row in json.loads(rows))
+    # 2 × 67 bfloat16: rows that short and odd are swept twice where there is a gradient.
+    moved = {call["case"]: (call["floor_bytes"], call["planned"]) for call in json.loads(profiled)}
+    assert moved["forward_kl"] == (3 * 268, 5 * 268)
+    assert moved["forward_kl forward"] == (2 * 268, 2 * 268)
+    assert moved["logprob_entropy"] == (2 * 268, 3 * 268)
     tuned = json.loads((tmp_path / "tune.json").read_text())["rows"]
     timed = [row["implementation"] for row in tuned if row["milliseconds"]]
     assert timed[:2] == ["cuda", "cuda two-sweep"]
