@@ -90,8 +90,8 @@ struct OneRead {
     using T = Traits<D>;
     static constexpr bool two = D::needs_p;
     static constexpr int64_t bytes = kElementBytes<element>;
-    // Where the sums' sweep leaves grad_logq / q for the gradient, in the teacher's place: as float16, 2^-12 of the
-    // value, next to a bfloat16 result's own 2^-9, and exactly where the logits are float32.
+    // Where the sums' sweep leaves grad_logq / q for the gradient, in the teacher's place: as float16, rounded by
+    // up to 2^-11 of it where a bfloat16 result is by up to 2^-8, and exactly where the logits are float32.
     static constexpr bool parks = D::parks && element != kFloat16;
     static constexpr int parked_element = element == kFloat32 ? kFloat32 : kFloat16;
 
