@@ -49,6 +49,9 @@ struct Job {
 int statistic_code(const std::string& name);
 std::vector<std::string> statistic_names();
 
+// Why nothing can be launched here, whatever the device; "" where it can.
+std::string refusal();
+
 int64_t state_rows(const Job& job);
 int64_t workspace_floats(const Job& job);
 

@@ -91,7 +91,7 @@ void launch_sweep(Kernel<SweepArguments> kernel, int64_t blocks, const Job& job,
     shape.blocks = blocks;
     shape.threads = kSweepThreads;
     shape.shared_bytes = kSweepSharedBytes;
-    launch(kernel, shape, job.stream, arguments, std::string("two-sweep kernel ") + what);
+    launch(kernel, shape, job.stream, arguments, [&] { return std::string("two-sweep kernel ") + what; });
 }
 
 // What the first sweep takes for these statistics, and the kernel that takes as little more as possible.
@@ -172,7 +172,7 @@ void run_one_read(const Job& job, const CudaPlan& plan) {
     a.stages = plan.stages;
     a.slice = cluster_slice(job.columns, plan.cluster);
     if (job.mask) launch_sweep(zero_masked, job.rows, job, sweep_arguments(job), "zero_masked");
-    launch(kernel, shape, job.stream, a, "one-read kernel (" + plan.reason + ")");
+    launch(kernel, shape, job.stream, a, [&] { return "one-read kernel (" + plan.reason + ")"; });
 }
 
 }  // namespace
@@ -190,6 +190,8 @@ std::vector<std::string> statistic_names() {
     return names;
 }
 
+std::string refusal() { return driver_refusal(); }
+
 int64_t state_rows(const Job& job) { return kStateOfRow + kStateOfStatistic * static_cast<int64_t>(job.stats.size()); }
 
 int64_t workspace_floats(const Job& job) {
@@ -198,7 +200,8 @@ int64_t workspace_floats(const Job& job) {
 
 CudaPlan plan(const Job& job) {
     const DeviceInfo& device = device_info();
-    CudaTarget target = cuda_target(device.capability);
+    // Code from older PTX has no clusters, whatever the device has.
+    CudaTarget target = cuda_target(std::min(device.capability, compiled_for<SweepArguments>(zero_masked)));
     target.shared_bytes = device.shared_bytes;
     CudaShape shape;
     shape.rows = job.rows;
@@ -223,12 +226,13 @@ CudaPlan plan(const Job& job) {
     for (const int code : job.stats) shape.stats.emplace_back(name_of(code));
     CudaPlan plan = plan_cuda(shape, target);
     // Clusters of 16 may be refused, and any shape by a device that is shared.
+    std::string refused;
     while (plan.one_read() && active_clusters(kernel_of(job), shape_of(plan)) == 0) {
-        const std::string refused = "this device refuses clusters of " + std::to_string(plan.cluster) + " CTAs; ";
-        if (plan.cluster == 1) shape.known_coefficients = false;
-        target.largest_cluster = std::max(1, plan.cluster / 2);
+        refused = "this device refuses clusters of " + std::to_string(plan.cluster) + " CTAs; ";
+        target.largest_cluster = plan.cluster / 2;
+        if (target.largest_cluster == 0) target.capability = std::min(target.capability, 89);
         plan = plan_cuda(shape, target);
-        plan.reason = refused + plan.reason;
+        plan.reason = refused + (plan.one_read() ? plan.reason : "two-sweep");
     }
     return plan;
 }

@@ -5,7 +5,9 @@
 #include "../op_arguments.h"
 #include "job.h"
 
+#include <algorithm>
 #include <tuple>
+#include <vector>
 
 #ifdef KLDIV_CUDA_HOST
 #define KLDIV_LIBRARY kldiv_cuda_host
@@ -15,6 +17,7 @@
 #define KLDIV_LIBRARY kldiv_kernels_native
 #define KLDIV_DEVICE_KEY CUDA
 #include <dlfcn.h>
+#include <torch/csrc/stable/accelerator.h>
 #endif
 
 namespace {
@@ -179,6 +182,7 @@ std::tuple<Tensor, Tensor> backward(const Tensor& logits, std::optional<Tensor> 
 
 std::vector<std::string> cuda_served() { return kldiv::gpu::statistic_names(); }
 std::string cuda_archs() { return KLDIV_CUDA_ARCHS; }
+std::string cuda_refusal() { return kldiv::gpu::refusal(); }
 
 }  // namespace
 
@@ -191,6 +195,7 @@ STABLE_TORCH_LIBRARY_FRAGMENT(kldiv_kernels_native, m) {
 #endif
     m.def("cuda_served() -> str[]");
     m.def("cuda_archs() -> str");
+    m.def("cuda_refusal() -> str");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(KLDIV_LIBRARY, KLDIV_DEVICE_KEY, m) {
@@ -201,4 +206,5 @@ STABLE_TORCH_LIBRARY_IMPL(KLDIV_LIBRARY, KLDIV_DEVICE_KEY, m) {
 STABLE_TORCH_LIBRARY_IMPL(KLDIV_LIBRARY, CompositeExplicitAutograd, m) {
     m.impl("cuda_served", TORCH_BOX(&cuda_served));
     m.impl("cuda_archs", TORCH_BOX(&cuda_archs));
+    m.impl("cuda_refusal", TORCH_BOX(&cuda_refusal));
 }

@@ -92,6 +92,8 @@ KLDIV_DEVICE float shuffle_xor(float x, int lanes) { return __shfl_xor_sync(0xff
 KLDIV_DEVICE int shuffle_xor(int x, int lanes) { return __shfl_xor_sync(0xffffffffu, x, lanes); }
 // Lanes of the warp wait for each other and see each other's memory.
 KLDIV_DEVICE void warp_sync() { __syncwarp(); }
+// Whether it is so in some lane of the warp.
+KLDIV_DEVICE bool any_lane(bool so) { return __any_sync(0xffffffffu, so) != 0; }
 // `threads` threads, whole warps, meet at barrier `id` (0 to 15) of their block.
 KLDIV_DEVICE void block_sync(int id, int threads) {
     asm volatile("bar.sync %0, %1;" ::"r"(id), "r"(threads) : "memory");
@@ -141,8 +143,22 @@ KLDIV_DEVICE void mbarrier_arrive_expect(uint64_t* barrier, uint32_t bytes) {
     asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(shared_address(barrier)), "r"(bytes)
                  : "memory");
 }
-// Until the phase of that parity (0 for the first, then alternating) has completed.
+// Until the phase of that parity (0 for the first, then alternating) has completed; what this CTA's threads and copies
+// wrote before it is seen then.
 KLDIV_DEVICE void mbarrier_wait(uint64_t* barrier, uint32_t parity) {
+    asm volatile(
+        "{\n"
+        ".reg .pred done;\n"
+        "again:\n"
+        "mbarrier.try_wait.parity.shared::cta.b64 done, [%0], %1;\n"
+        "@!done bra again;\n"
+        "}" ::"r"(shared_address(barrier)),
+        "r"(parity)
+        : "memory");
+}
+// The same where other CTAs of the cluster wrote (`store_async`). Such a wait also empties the first-level cache. The
+// host model has one order of memory and takes both for one.
+KLDIV_DEVICE void mbarrier_wait_cluster(uint64_t* barrier, uint32_t parity) {
     asm volatile(
         "{\n"
         ".reg .pred done;\n"
@@ -164,11 +180,10 @@ KLDIV_DEVICE void bulk_store(void* global, const void* shared, uint32_t bytes) {
     asm volatile("cp.async.bulk.global.shared::cta.bulk_group [%0], [%1], %2;" ::"l"(global),
                  "r"(shared_address(shared)), "r"(bytes)
                  : "memory");
+    asm volatile("cp.async.bulk.commit_group;" ::: "memory");
 }
 // Until this thread's bulk stores have read their shared memory.
-KLDIV_DEVICE void bulk_wait_read() {
-    asm volatile("cp.async.bulk.commit_group;\ncp.async.bulk.wait_group.read 0;" ::: "memory");
-}
+KLDIV_DEVICE void bulk_wait_read() { asm volatile("cp.async.bulk.wait_group.read 0;" ::: "memory"); }
 // Between this thread's writes to shared memory and a bulk copy of them. The host model has one order of memory and
 // cannot show its absence.
 KLDIV_DEVICE void fence_async_proxy() { asm volatile("fence.proxy.async.shared::cta;" ::: "memory"); }

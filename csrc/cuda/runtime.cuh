@@ -10,7 +10,8 @@ namespace kldiv::gpu {
 
 struct LaunchShape {
     int64_t blocks = 1;
-    int threads = 1, cluster = 1;
+    int threads = 1;
+    int cluster = 0;  // blocks of a cluster; 0: a kernel without clusters
     int64_t shared_bytes = 0;
 };
 
@@ -19,7 +20,6 @@ struct DeviceInfo {
     int capability;  // 90 for 9.0
     int processors;
     int64_t shared_bytes;  // the most that a block may have
-    std::string name;
 };
 
 }  // namespace kldiv::gpu
@@ -66,7 +66,6 @@ inline const DeviceInfo& device_info() {
     info.capability = 10 * attribute(cudaDevAttrComputeCapabilityMajor) + attribute(cudaDevAttrComputeCapabilityMinor);
     info.processors = attribute(cudaDevAttrMultiProcessorCount);
     info.shared_bytes = attribute(cudaDevAttrMaxSharedMemoryPerBlockOptin);
-    info.name = "sm_" + std::to_string(info.capability);
     return known.emplace(device, info).first->second;
 }
 
@@ -83,7 +82,7 @@ struct Configured {
         config.blockDim = dim3(static_cast<unsigned>(shape.threads));
         config.dynamicSmemBytes = static_cast<size_t>(shape.shared_bytes);
         config.stream = static_cast<cudaStream_t>(stream);
-        if (shape.cluster > 1) {
+        if (shape.cluster > 0) {
             cluster.id = cudaLaunchAttributeClusterDimension;
             cluster.val.clusterDim.x = static_cast<unsigned>(shape.cluster);
             cluster.val.clusterDim.y = cluster.val.clusterDim.z = 1;
@@ -100,14 +99,17 @@ template <class Arguments>
 int active_clusters(Kernel<Arguments> kernel, const LaunchShape& shape) {
     static std::mutex lock;
     static std::map<std::pair<int, std::pair<const void*, std::pair<int, int64_t>>>, int> known;
+    static std::map<std::pair<int, const void*>, int64_t> allowed;
     const void* function = reinterpret_cast<const void*>(kernel);
     const auto key =
         std::make_pair(current_device(), std::make_pair(function, std::make_pair(shape.cluster, shape.shared_bytes)));
     const std::lock_guard<std::mutex> guard(lock);
     const auto found = known.find(key);
     if (found != known.end()) return found->second;
+    // The first use of a kernel loads its code, which a stream's capture would not allow.
+    cudaStreamCaptureMode mode = cudaStreamCaptureModeRelaxed;
+    check(cudaThreadExchangeStreamCaptureMode(&mode), "cudaThreadExchangeStreamCaptureMode");
     // The attribute holds for all shapes of a kernel: it must not shrink again.
-    static std::map<std::pair<int, const void*>, int64_t> allowed;
     int64_t& most = allowed[{key.first, function}];
     most = std::max(most, shape.shared_bytes);
     int clusters = 0;
@@ -119,27 +121,52 @@ int active_clusters(Kernel<Arguments> kernel, const LaunchShape& shape) {
         LaunchShape one = shape;
         one.blocks = shape.cluster;
         Configured<Arguments> configured(one, nullptr);
-        if (shape.cluster > 1) {
-            error = cudaOccupancyMaxActiveClusters(&clusters, function, &configured.config);
-        } else {
-            error = cudaOccupancyMaxActiveBlocksPerMultiprocessor(&clusters, function, shape.threads,
-                                                                  static_cast<size_t>(shape.shared_bytes));
-            clusters *= device_info().processors;
-        }
+        error = cudaOccupancyMaxActiveClusters(&clusters, function, &configured.config);
     }
-    if (error != cudaSuccess) {
+    check(cudaThreadExchangeStreamCaptureMode(&mode), "cudaThreadExchangeStreamCaptureMode");
+    const bool refused = error == cudaErrorInvalidValue || error == cudaErrorInvalidClusterSize ||
+                         error == cudaErrorInvalidConfiguration || error == cudaErrorLaunchOutOfResources;
+    if (refused) {
         (void)cudaGetLastError();
         clusters = 0;
+    } else {
+        check(error, "clusters of " + std::to_string(shape.cluster) + " blocks");
     }
     known.emplace(key, clusters);
     return clusters;
 }
 
-template <class Arguments>
-void launch(Kernel<Arguments> kernel, const LaunchShape& shape, void* stream, const Arguments& arguments,
-            const std::string& what) {
+// `what` says what is launched; it is called where that fails.
+template <class Arguments, class What>
+void launch(Kernel<Arguments> kernel, const LaunchShape& shape, void* stream, const Arguments& arguments, What what) {
     Configured<Arguments> configured(shape, stream);
-    check(cudaLaunchKernelEx(&configured.config, kernel, arguments), what);
+    const cudaError_t error = cudaLaunchKernelEx(&configured.config, kernel, arguments);
+    if (error != cudaSuccess) check(error, what());
+}
+
+// The architecture that the code of a kernel which this device runs was compiled for: less than the device's where it
+// comes from older PTX. Asked once a device.
+template <class Arguments>
+int compiled_for(Kernel<Arguments> kernel) {
+    static std::mutex lock;
+    static std::map<int, int> known;
+    const std::lock_guard<std::mutex> guard(lock);
+    int& capability = known[current_device()];
+    if (capability == 0) {
+        cudaFuncAttributes attributes{};
+        check(cudaFuncGetAttributes(&attributes, reinterpret_cast<const void*>(kernel)), "cudaFuncGetAttributes");
+        capability = attributes.ptxVersion;
+    }
+    return capability;
+}
+
+// Why this build's CUDA runtime cannot work with the driver that is here, "" where it can.
+inline std::string driver_refusal() {
+    int version = 0;
+    if (cudaDriverGetVersion(&version) != cudaSuccess || version == 0) return "no CUDA driver is installed";
+    if (version / 1000 >= CUDART_VERSION / 1000) return "";
+    return "the driver is for CUDA " + std::to_string(version / 1000) + " and this build for CUDA " +
+           std::to_string(CUDART_VERSION / 1000) + ": update the driver, or build with an older toolkit";
 }
 
 }  // namespace kldiv::gpu

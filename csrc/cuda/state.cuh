@@ -116,7 +116,8 @@ KLDIV_DEVICE void add_columns(State& state, const Columns& s, const Columns& t, 
         float root_q = 0, p = 0;
         if constexpr (FIRST & kHellinger) root_q = exp2(0.5f * ys);
         const float q = squares ? root_q * root_q : exp2(ys);
-        zs += q;
+        const auto add = [&](float& to, float x) { to = i == 0 ? x : to + x; };
+        add(zs, q);
         if constexpr (FIRST & kEntropy) as = fma(-q, ys, as);
         if constexpr (FIRST & kTeacher) {
             const float yt = fma(t.x[i], ct, -state.t.m);
@@ -127,10 +128,10 @@ KLDIV_DEVICE void add_columns(State& state, const Columns& s, const Columns& t, 
             } else {
                 p = exp2(yt);
             }
-            zt += p;
+            add(zt, p);
             const float u = (yt - ys) * kLn2;
-            if constexpr (FIRST & kForwardKl) forward += kl_term(p, q, u);
-            if constexpr (FIRST & kReverseKl) reverse += kl_term(q, p, -u);
+            if constexpr (FIRST & kForwardKl) add(forward, kl_term(p, q, u));
+            if constexpr (FIRST & kReverseKl) add(reverse, kl_term(q, p, -u));
             if constexpr (FIRST & kReferenceEntropy) at = fma(-p, yt, at);
         }
         if constexpr (FIRST & kArgmax) {
@@ -178,8 +179,10 @@ KLDIV_DEVICE void merge_lanes(State& state) {
     if constexpr (FIRST & kEntropy) state.s.a = warp_sum(state.s.a);
     if constexpr (FIRST & kTeacher) {
         state.t.z = warp_sum(state.t.z);
-        state.s.blocked = warp_max(state.s.blocked);
-        state.t.blocked = warp_max(state.t.blocked);
+        if (any_lane(state.s.blocked > kNoLogit || state.t.blocked > kNoLogit)) {
+            state.s.blocked = warp_max(state.s.blocked);
+            state.t.blocked = warp_max(state.t.blocked);
+        }
     }
     if constexpr (FIRST & kReferenceEntropy) state.t.a = warp_sum(state.t.a);
     if constexpr (FIRST & kForwardKl) state.forward_kl = warp_sum(state.forward_kl);

@@ -64,6 +64,9 @@ def _refusal() -> str | None:
         )
     if not torch.cuda.is_available():
         return "there is no CUDA device here" if torch.version.cuda else "this PyTorch is built without CUDA"
+    driver = str(torch.ops.kldiv_kernels_native.cuda_refusal())
+    if driver:
+        return driver
     try:
         refusals = [_refusal_of(device) for device in range(torch.cuda.device_count())]
     except RuntimeError as error:  # a broken driver, a process forked after CUDA had started

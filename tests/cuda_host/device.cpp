@@ -13,6 +13,7 @@ namespace host {
 namespace {
 
 struct Device {
+    const char* name;
     DeviceInfo info;
     int largest_cluster;
     int64_t shared_of_processor;
@@ -23,12 +24,12 @@ struct Device {
 // table "Technical specifications per compute capability".
 constexpr int kProcessors = 4;
 const Device kDevices[] = {
-    {{80, kProcessors, 166912, "sm_80"}, 1, 164 << 10, 2048},
-    {{86, kProcessors, 101376, "sm_86"}, 1, 100 << 10, 1536},
-    {{89, kProcessors, 101376, "sm_89"}, 1, 100 << 10, 1536},
-    {{90, kProcessors, 232448, "sm_90"}, 16, 228 << 10, 2048},
-    {{100, kProcessors, 232448, "sm_100"}, 16, 228 << 10, 2048},
-    {{120, kProcessors, 101376, "sm_120"}, 8, 100 << 10, 1536},
+    {"sm_80", {80, kProcessors, 166912}, 1, 164 << 10, 2048},
+    {"sm_86", {86, kProcessors, 101376}, 1, 100 << 10, 1536},
+    {"sm_89", {89, kProcessors, 101376}, 1, 100 << 10, 1536},
+    {"sm_90", {90, kProcessors, 232448}, 16, 228 << 10, 2048},
+    {"sm_100", {100, kProcessors, 232448}, 16, 228 << 10, 2048},
+    {"sm_120", {120, kProcessors, 101376}, 8, 100 << 10, 1536},
 };
 constexpr int64_t kSharedOfSystem = 1024;  // that a block takes beside its own
 constexpr int kMostBlocksOfProcessor = 16;
@@ -43,14 +44,14 @@ const char* environment(const char* name, const char* otherwise) {
 const Device& device() {
     const std::string name = environment("KLDIV_HOST_DEVICE", "sm_90");
     for (const Device& device : kDevices)
-        if (device.info.name == name) return device;
+        if (name == device.name) return device;
     throw std::runtime_error("KLDIV_HOST_DEVICE: the model has no device \"" + name + "\"");
 }
 
 std::string why_refused(const LaunchShape& shape) {
     const Device& on = device();
     const int largest = std::min(on.largest_cluster, std::atoi(environment("KLDIV_HOST_LARGEST_CLUSTER", "16")));
-    const std::string where = " on " + on.info.name;
+    const std::string where = std::string(" on ") + on.name;
     if (shape.threads < 1 || shape.threads > 1024 || shape.threads % kWarp)
         return "a block of " + std::to_string(shape.threads) + " threads";
     if (shape.cluster < 1 || (shape.cluster > 1 && shape.cluster > largest))

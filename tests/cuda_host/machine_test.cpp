@@ -144,7 +144,7 @@ void calls() {
     check(
         "shared memory that was not asked for",
         [] {
-            launch<Exchange>(cluster_sums, {1, 32, 1, 200000}, nullptr, {}, "a test");
+            launch<Exchange>(cluster_sums, {1, 32, 1, 200000}, nullptr, {}, [] { return "a test"; });
             return true;
         },
         "active_clusters has not asked");

@@ -9,7 +9,4 @@ extern int mutant;
 inline bool left_out(int number) { return mutant == number; }
 }  // namespace host
 
-// bulk_wait_read without the wait.
-void bulk_commit();
-
 }  // namespace kldiv::gpu

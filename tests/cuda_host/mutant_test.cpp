@@ -11,7 +11,6 @@
 #include <cstdio>
 #include <stdexcept>
 
-#include "cluster.h"
 #include "cuda/kernels.h"
 #include "mutant.h"
 #include "mutant_problems.h"
@@ -21,8 +20,6 @@ namespace kldiv::gpu {
 namespace host {
 int mutant = -1;
 }
-
-void bulk_commit() { host::self().unwaited = false; }
 
 // What the problems take: each one-read kernel costs seconds to compile.
 OneReadKernel one_read_float32(int code) {

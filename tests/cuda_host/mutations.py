@@ -19,8 +19,6 @@ from pathlib import Path
 from cuda_host.build import FOLDER, HERE, JOBS, ROOT, build
 
 CUDA = ROOT / "csrc" / "cuda"
-# A call that does a part of what another does: what is lost must be seen too.
-INSTEAD = {"bulk_wait_read": "bulk_commit"}
 NONE = -1
 # Without the variables that choose the machine and the plan: the program sets its own.
 _ENVIRONMENT = {k: v for k, v in os.environ.items() if not k.startswith(("KLDIV_HOST_", "KLDIV_CUDA_"))}
@@ -32,11 +30,10 @@ class Mutation:
     where: str  # header:line
     call: str
     function: str
-    instead: str  # what is called in its place, "" for nothing
 
     @property
     def name(self) -> str:
-        return f"{self.where} {self.call}" + (f" -> {self.instead}" if self.instead else "")
+        return f"{self.where} {self.call}"
 
 
 def functions() -> dict[str, bool]:
@@ -76,20 +73,11 @@ def _rewritten() -> tuple[list[Mutation], dict[str, str]]:
             before = text[text.rfind("\n", 0, found.start()) + 1 : found.start()]
             if "//" in before:
                 return found.group()
-            function = found.group(1)
             where = f"{header}:{text.count(chr(10), 0, found.start()) + 1}"
-            call = _call_at(text, found.start())
-
-            def number(instead: str = "") -> int:
-                mutations.append(Mutation(len(mutations), where, call, function, instead))
-                return len(mutations) - 1
-
+            number = len(mutations)
+            mutations.append(Mutation(number, where, _call_at(text, found.start()), found.group(1)))
             # Every call is a statement of its own, so that what stands before it is before all of it.
-            guard = f"host::left_out({number()}) ? void() : "
-            if function not in INSTEAD:
-                return f"{guard}{function}("
-            other = INSTEAD[function]
-            return f"{guard}(host::left_out({number(other)}) ? {other} : {function})("
+            return f"host::left_out({number}) ? void() : {found.group()}"
 
         headers[path.name] = pattern.sub(guarded, text).replace("#pragma once", '#pragma once\n#include "mutant.h"', 1)
     return mutations, headers

@@ -123,6 +123,11 @@ KLDIV_DEVICE float shuffle_xor(float x, int lanes) { return bits_float(host::shu
 KLDIV_DEVICE int shuffle_xor(int x, int lanes) {
     return static_cast<int>(host::shuffle_xor(static_cast<uint32_t>(x), lanes));
 }
+KLDIV_DEVICE bool any_lane(bool so) {
+    uint32_t any = so;
+    for (int lanes = 16; lanes > 0; lanes /= 2) any |= host::shuffle_xor(any, lanes);
+    return any != 0;
+}
 void warp_sync();
 void block_sync(int id, int threads);
 
@@ -150,6 +155,7 @@ void mbarrier_init(uint64_t* barrier, uint32_t arrivals);
 void mbarrier_arrive(uint64_t* barrier);
 void mbarrier_arrive_expect(uint64_t* barrier, uint32_t bytes);
 void mbarrier_wait(uint64_t* barrier, uint32_t parity);
+KLDIV_DEVICE void mbarrier_wait_cluster(uint64_t* barrier, uint32_t parity) { mbarrier_wait(barrier, parity); }
 void bulk_load(void* shared, const void* global, uint32_t bytes, uint64_t* barrier);
 void bulk_store(void* global, const void* shared, uint32_t bytes);
 void bulk_wait_read();

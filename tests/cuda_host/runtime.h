@@ -8,12 +8,21 @@
 // KLDIV_HOST_STEPS            changes of thread after which a launch is taken for endless
 #pragma once
 
+#include <cstdlib>
 #include <string>
 #include <type_traits>
 
 #include "machine.h"
 
 namespace kldiv::gpu {
+
+namespace host {
+// To the model a block without a cluster is a cluster of one.
+inline LaunchShape in_clusters(LaunchShape shape) {
+    shape.cluster = shape.cluster == 0 ? 1 : shape.cluster;
+    return shape;
+}
+}  // namespace host
 
 inline int current_device() { return 0; }
 const DeviceInfo& device_info();
@@ -23,12 +32,11 @@ using Kernel = void (*)(Arguments);
 
 template <class Arguments>
 int active_clusters(Kernel<Arguments> kernel, const LaunchShape& shape) {
-    return host::active_clusters(reinterpret_cast<const void*>(kernel), shape);
+    return host::active_clusters(reinterpret_cast<const void*>(kernel), host::in_clusters(shape));
 }
 
-template <class Arguments>
-void launch(Kernel<Arguments> kernel, const LaunchShape& shape, void*, const Arguments& arguments,
-            const std::string& what) {
+template <class Arguments, class What>
+void launch(Kernel<Arguments> kernel, const LaunchShape& shape, void*, const Arguments& arguments, What what) {
     static_assert(std::is_trivially_copyable_v<Arguments> && sizeof(Arguments) <= 32764);
     struct Call {
         Kernel<Arguments> kernel;
@@ -38,7 +46,16 @@ void launch(Kernel<Arguments> kernel, const LaunchShape& shape, void*, const Arg
         const Call& call = *static_cast<const Call*>(context);
         call.kernel(call.arguments);
     };
-    host::run(reinterpret_cast<const void*>(kernel), shape, entry, &call, what);
+    host::run(reinterpret_cast<const void*>(kernel), host::in_clusters(shape), entry, &call, what());
 }
+
+// KLDIV_HOST_COMPILED         the architecture of the code that the device runs; default: its own
+template <class Arguments>
+int compiled_for(Kernel<Arguments>) {
+    const char* asked = std::getenv("KLDIV_HOST_COMPILED");
+    return asked ? std::atoi(asked) : device_info().capability;
+}
+
+inline std::string driver_refusal() { return ""; }
 
 }  // namespace kldiv::gpu

@@ -12,7 +12,7 @@ namespace kldiv::gpu {
 template <class Arguments>
 void start(Kernel<Arguments> kernel, const LaunchShape& shape, const Arguments& arguments) {
     active_clusters<Arguments>(kernel, shape);
-    launch<Arguments>(kernel, shape, nullptr, arguments, "a test");
+    launch<Arguments>(kernel, shape, nullptr, arguments, [] { return "a test"; });
 }
 
 // --- warps and named barriers ----------------------------------------------------------------------------------------

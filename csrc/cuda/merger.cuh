@@ -1,0 +1,129 @@
+// The merger of the one-read kernel: a warp that merges what the compute warps and the other CTAs found of a row, and
+// finishes it.
+#pragma once
+
+#include "one_read_parts.cuh"
+
+namespace kldiv::gpu {
+
+// One number for each statistic that a call may ask for: their values, or their coefficients.
+struct RowNumbers {
+    float divergence, logprob, logsumexp;
+};
+
+// How a row's coefficients follow from its own statistics. Those of a plain loss are given; a token-level policy loss
+// is another struct like this, whose coefficient of logprob depends on the value.
+struct GivenCoefficients {
+    KLDIV_DEVICE static RowNumbers of(const RowNumbers& given, const RowNumbers&) { return given; }
+};
+
+template <class D, int element, class Coefficients>
+struct Merger : Cta<D, element> {
+    using Base = Cta<D, element>;
+    using Base::a, Base::call, Base::rank, Base::received, Base::received_sums, Base::shared, Base::two;
+    using T = Traits<D>;
+
+    KLDIV_DEVICE explicit Merger(const OneReadArguments& arguments) : Base(arguments) {}
+
+    // This CTA's part to every CTA of the cluster, itself included; then everyone's parts are in `to`.
+    KLDIV_DEVICE void share(const Exchanged& part, Exchanged* to, uint64_t* barrier, uint32_t parity) const {
+        const int lane = thread_index() % 32;
+        if (lane == 0) mbarrier_arrive_expect(barrier, a.cluster * static_cast<uint32_t>(sizeof(Exchanged)));
+        if (lane < a.cluster) {
+            Words half[2];
+#pragma unroll
+            for (int i = 0; i < 8; ++i) half[i / 4].w[i % 4] = float_bits(part.x[i]);
+            char* mine = reinterpret_cast<char*>(to + rank);
+            store_async(mine, barrier, lane, half[0]);
+            store_async(mine + 16, barrier, lane, half[1]);
+        }
+        mbarrier_wait_cluster(barrier, parity);
+    }
+
+    KLDIV_DEVICE State merged_state(int k) const {
+        const int lane = thread_index() % 32;
+        mbarrier_wait(&shared->swept[k % 2], parity_of(k));
+        State state;
+        if (lane < kComputeWarps) state = T::state_of(shared->left[k % 2][lane]);
+        merge_lanes<T::first>(state);
+        Exchanged* to = received + k % 2 * a.cluster;
+        share(T::exchange(state), to, &shared->exchanged[k % 2], parity_of(k));
+        state = lane < a.cluster ? T::state_of(to[lane]) : State{};
+        merge_lanes<T::first>(state);
+        return state;
+    }
+
+    KLDIV_DEVICE Sums merged_sums(int k) const {
+        const int lane = thread_index() % 32;
+        mbarrier_wait(&shared->summed[k % 2], parity_of(k));
+        Sums sums;
+        if (lane < kComputeWarps) sums = T::sums_of(shared->left_sums[k % 2][lane]);
+        merge_lanes(sums);
+        Exchanged* to = received_sums + k % 2 * a.cluster;
+        share(T::exchange(sums), to, &shared->exchanged_sums[k % 2], parity_of(k));
+        sums = lane < a.cluster ? T::sums_of(to[lane]) : Sums{};
+        merge_lanes(sums);
+        return sums;
+    }
+
+    KLDIV_DEVICE void run() const {
+        const int lane = thread_index() % 32;
+        Stage stage;
+        for (int k = 0;; ++k, stage.next(a.stages)) {
+            mbarrier_wait(&shared->full[stage.index], stage.parity);
+            const int64_t index = shared->row[stage.index].index;
+            if (index < 0) return;
+            // Asked for now, used when the row has been swept.
+            const RowInput row = open_row(call, index);
+            const auto coefficient = [&](int at) { return at < 0 ? 0.0f : call.coefficients[at * call.rows + index]; };
+            const RowNumbers given = {coefficient(a.divergence_row), coefficient(a.logprob_row),
+                                      coefficient(a.logsumexp_row)};
+            const int64_t label = a.logprob_row < 0 ? -1 : call.labels[index];
+            const bool labelled = label >= 0 && label < call.columns;
+            const float logit = labelled ? load_column(row.student, element, label) : 0.0f;
+
+            const State state = merged_state(k);
+            const Normalised n = normalise(row, state, two);
+            RowResult& result = shared->result[k % 2];
+            if (lane == 0) result.n = n;
+            Sums sums;
+            if constexpr (T::needs_sums) {
+                if (lane == 0) mbarrier_arrive(&shared->normal[k % 2]);
+                sums = merged_sums(k);
+            } else {
+                sums.sum[0] = first_value(T::code, state, n);
+            }
+            if (lane == 0) finish(index, row, state, n, sums, given, label, labelled, logit, result, k);
+        }
+    }
+
+    KLDIV_DEVICE void finish(int64_t index, const RowInput& row, const State& state, const Normalised& n,
+                             const Sums& sums, const RowNumbers& given, int64_t label, bool labelled, float logit,
+                             RowResult& result, int k) const {
+        Finished finished = finish_as<D>(sums, flags_of(row, state), this->alpha_of(row.alpha), row.beta);
+        const float nan = std::numeric_limits<float>::quiet_NaN();
+        if (is_nan(n.zs) || (two && is_nan(n.zt))) finished.value = finished.sum_q = nan;
+        const float logprob = labelled ? log_softmax(logit, row.s, n.ms, n.zs, n.log_zs, label == row.exclude) : nan;
+        const RowNumbers values = {finished.value, label < 0 ? 0.0f : logprob, logsumexp_of(n)};
+        const RowNumbers c = Coefficients::of(given, values);
+        const float over_temperature = n.cs / kLog2e;
+        result.any = c.divergence != 0 || c.logprob != 0 || c.logsumexp != 0;
+        result.weight = c.divergence * over_temperature;
+        result.share =
+            (c.logsumexp - times(c.divergence, finished.sum_q) - (label >= 0 ? c.logprob : 0)) * over_temperature;
+        result.label = this->in_slice(label);
+        result.label_weight = c.logprob * over_temperature;
+#pragma unroll
+        for (int j = 0; j < kRowConstants; ++j) result.k[j] = finished.k[j];
+        mbarrier_arrive(&shared->ready[k % 2]);
+        if (rank != 0) return;
+        const auto write = [&](int at, float x) {
+            if (at >= 0) call.values[at * call.rows + index] = x;
+        };
+        write(a.divergence_row, values.divergence);
+        write(a.logprob_row, values.logprob);
+        write(a.logsumexp_row, values.logsumexp);
+    }
+};
+
+}  // namespace kldiv::gpu
