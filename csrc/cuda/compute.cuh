@@ -121,19 +121,18 @@ struct Compute : Cta<D, element> {
 #pragma unroll
             for (int i = 0; i < kColumns; ++i)
                 g.x[i] = exp2(fma(s.x[i], n.cs, -n.ms)) * of_q - exp2(fma(t.x[i], n.ct, -n.mt)) * of_p;
-        } else {
+        } else if (bounded) {
 #pragma unroll
             for (int i = 0; i < kColumns; ++i) {
                 const Element<float> e = element_of<D>(n, s.x[i], t.x[i]);
                 g.x[i] = fma(result.weight, D::grad_logq(e, constants), result.share * e.q);
             }
-            // 0 * inf: a column without mass takes no share of an infinite sum.
-            if (!bounded) {
+        } else {
 #pragma unroll
-                for (int i = 0; i < kColumns; ++i) {
-                    const Element<float> e = element_of<D>(n, s.x[i], t.x[i]);
-                    if (e.q == 0) g.x[i] = result.weight * D::grad_logq(e, constants);
-                }
+            for (int i = 0; i < kColumns; ++i) {
+                const Element<float> e = element_of<D>(n, opaque(s.x[i]), opaque(t.x[i]));
+                // 0 * inf: a column without mass takes no share of an infinite sum.
+                g.x[i] = fma(result.weight, D::grad_logq(e, constants), e.q == 0 ? 0.0f : result.share * e.q);
             }
         }
         return g;
@@ -175,17 +174,17 @@ struct Compute : Cta<D, element> {
 
     KLDIV_DEVICE void run() const {
         bool masses = true, next_masses = true, swept = false;
-        Stage stage, next;
-        // With one stage the next row comes only after this one has left.
-        const bool ahead = a.stages > 1;
+        Stage stage;
         for (int k = 0;; ++k) {
             if (!swept && !sweep(k, stage, &next_masses)) return;
             masses = next_masses;
             if constexpr (T::needs_sums) sums(k, stage, masses);
+            Stage next = stage;
             next.next(a.stages);
-            swept = ahead && sweep(k + 1, next, &next_masses);
+            // With one stage the next row comes only after this one has left.
+            swept = a.stages > 1 && sweep(k + 1, next, &next_masses);
             gradient(k, stage, masses);
-            if (ahead && !swept) return;
+            if (a.stages > 1 && !swept) return;
             stage = next;
         }
     }

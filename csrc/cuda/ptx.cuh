@@ -48,7 +48,7 @@ KLDIV_DEVICE float log2_approx(float x) {
 }
 KLDIV_DEVICE uint32_t float_bits(float x) { return __float_as_uint(x); }
 KLDIV_DEVICE float bits_float(uint32_t bits) { return __uint_as_float(bits); }
-// x, of which the compiler knows nothing: so it does not compute ahead of a switch what all cases have in common, for
+// x, of which the compiler knows nothing: so it does not compute ahead of a branch what all of them have in common, for
 // which registers would not do.
 KLDIV_DEVICE float opaque(float x) {
     asm volatile("" : "+f"(x));
