@@ -56,6 +56,23 @@ def test_the_table_of_compiled_kernels() -> None:
                 assert f"| {name} | `{kernel['kernel']}` | {row} |" in README
 
 
+def test_the_table_of_compiled_cuda_kernels() -> None:
+    resources = json.loads((ROOT / "benchmarks/cuda_resources.json").read_text())
+    assert f"Compiled with nvcc {resources['nvcc']}:" in README
+    targets = [name for name in resources["kernels"][0] if name.startswith("sm_")]
+    assert f"| | {' | '.join(targets)} |" in README
+    cells = [kernel[target] for kernel in resources["kernels"] for target in targets if kernel.get(target)]
+    assert not any(any(cell[1:4]) for cell in cells), "README says that no kernel spills or has a stack"
+    shown = 0
+    for kernel in resources["kernels"]:
+        numbers = " | ".join(str(kernel[target][0]) if kernel.get(target) else "" for target in targets)
+        name = kernel["kernel"].removesuffix(" bfloat16")
+        if f"| `{name}` |" in README:
+            assert f"| `{name}` | {numbers} |" in README
+            shown += 1
+    assert shown >= 6
+
+
 def test_the_code_runs() -> None:
     blocks = re.findall(r"```python\n(.*?)```", README, re.S)
     assert len(blocks) >= 3

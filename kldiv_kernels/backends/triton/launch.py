@@ -14,9 +14,9 @@ from torch import Tensor
 
 from kldiv_kernels import registry
 from kldiv_kernels.backends import Call, value_rows
+from kldiv_kernels.backends.strides import leading
 from kldiv_kernels.backends.triton import kernels, slices, state, table
 from kldiv_kernels.backends.triton.bind import Bound, bind, unspecialised
-from kldiv_kernels.backends.strides import leading
 
 # The slices of a row are merged by a warp.
 _MOST_SLICES = 32
