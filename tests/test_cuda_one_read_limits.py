@@ -91,3 +91,12 @@ def test_infinite_where_two_sweeps_are(name: str, alpha: float, beta: float, sid
         assert torch.equal(got.where(got.isinf(), 0), wanted.where(wanted.isinf(), 0))
     if (name, side) in (("forward_kl", "student"), ("reverse_kl", "teacher"), ("jeffreys", "disjoint")):
         assert one_read[0].isposinf().all()
+
+
+def test_code_from_older_ptx_has_no_clusters(machine: Machine) -> None:
+    """A device of sm_90 runs what was compiled for sm_80 where a build has nothing newer: kernels without clusters."""
+    logits, reference = pair(3, 64 * 1024)
+    machine(plan="")
+    check(("forward_kl",), logits, reference)
+    machine.environment.setenv("KLDIV_HOST_COMPILED", "80")
+    check(("forward_kl",), logits, reference, ran=lambda kernel: "two-sweep" in kernel)
