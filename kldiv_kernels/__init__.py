@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from kldiv_kernels import nn
+from kldiv_kernels import advantages, nn
 from kldiv_kernels.backends import backends
 from kldiv_kernels.losses import (
     alpha_beta_divergence,
@@ -24,14 +24,18 @@ from kldiv_kernels.losses import (
     tvd,
 )
 from kldiv_kernels.planning import Plan, plan
+from kldiv_kernels.policy import policy_loss
+from kldiv_kernels.policy_assembly import PolicyLoss
 from kldiv_kernels.registry import register_statistic, unregister_statistic
 from kldiv_kernels.stats import TokenStats, entropy, selective_log_softmax, token_stats
 from kldiv_kernels.version import __version__
 
 __all__ = [
     "Plan",
+    "PolicyLoss",
     "TokenStats",
     "__version__",
+    "advantages",
     "alpha_beta_divergence",
     "alpha_divergence",
     "backends",
@@ -45,6 +49,7 @@ __all__ = [
     "js_divergence",
     "nn",
     "plan",
+    "policy_loss",
     "register_statistic",
     "renyi",
     "reverse_chi2",

@@ -116,6 +116,14 @@ def weight_checked(where: str, weight: Tensor | None, logits: Tensor) -> None:
         _per_token(where, "weight", weight, logits, logits.shape[:-1])
 
 
+def per_token_checked(where: str, name: str, tensor: Tensor | None, logits: Tensor, *, integers: bool = False) -> None:
+    """One number a token under any name."""
+    if tensor is not None:
+        if integers:
+            _integers(where, name, tensor)
+        _per_token(where, name, tensor, logits, logits.shape[:-1])
+
+
 def statistics(names: Iterable[str], where: str) -> list[Statistic]:
     if isinstance(names, str):
         raise TypeError(f"{where}: stats is the string {names!r}; expected a sequence of names, such as [{names!r}]")

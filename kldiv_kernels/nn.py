@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import inspect
+from dataclasses import fields
 from typing import Any
 
 from torch import Tensor
@@ -9,8 +11,15 @@ from torch.nn import Module
 
 from kldiv_kernels import registry
 from kldiv_kernels.losses import divergence_loss
+from kldiv_kernels.policy import policy_loss
+from kldiv_kernels.policy_assembly import PolicyLoss as PolicyLossResult
+from kldiv_kernels.policy_options import PolicyOptions, resolve
 
 _PER_CALL = ("weight", "labels", "mask", "normalizer", "exclude")
+_POLICY_PER_CALL = (
+    "old_logprobs", "reference_logprobs", "reference_logits", "sampling_logprobs", "anchor_logprobs", "token_weights",
+    "mask", "normalizer",
+)  # fmt: skip
 
 
 class DivergenceLoss(Module):
@@ -75,3 +84,37 @@ class HellingerLoss(DivergenceLoss):
 
     def __init__(self, **options: Any) -> None:
         super().__init__("hellinger", **options)
+
+
+class PolicyLoss(Module):
+    """`policy_loss` with its options fixed; they are checked at construction.
+
+    Args: the keyword arguments of `policy_loss`. The tensors and the normalizer belong to a batch and are given to
+    `forward`.
+
+    >>> import torch, kldiv_kernels as kk
+    >>> criterion = kk.nn.PolicyLoss(loss_type="dapo", clip_high=0.28)
+    >>> out = criterion(torch.zeros(1, 2, 4), torch.tensor([[1, 2]]), torch.tensor([1.0]))
+    >>> out.loss.item()
+    -1.0
+    """
+
+    def __init__(self, **options: Any) -> None:
+        super().__init__()
+        where = type(self).__name__
+        per_call = [name for name in options if name in _POLICY_PER_CALL]
+        if per_call:
+            raise TypeError(f"{where}: {', '.join(per_call)} belongs to a batch; give it to forward()")
+        known = [p.name for p in inspect.signature(policy_loss).parameters.values() if p.kind is p.KEYWORD_ONLY]
+        unknown = [name for name in options if name not in known]
+        if unknown:
+            raise TypeError(f"{where}: {', '.join(unknown)} is no option of policy_loss; expected one of {known}")
+        chosen = {field.name: options.get(field.name) for field in fields(PolicyOptions)}
+        resolve(where, options.get("preset"), chosen)
+        self.options = options
+
+    def forward(self, logits: Tensor, token_ids: Tensor, advantages: Tensor, **batch: Any) -> PolicyLossResult:
+        return policy_loss(logits, token_ids, advantages, **self.options, **batch)
+
+    def extra_repr(self) -> str:
+        return ", ".join(f"{name}={value!r}" for name, value in self.options.items())

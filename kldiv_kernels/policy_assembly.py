@@ -1,0 +1,109 @@
+"""From per-token values to the policy loss: term, selection, weights, KL, entropy bonus, aggregation, metrics."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from kldiv_kernels.policy_inputs import Batch
+from kldiv_kernels.policy_options import INF, PolicyOptions
+from kldiv_kernels.policy_terms import PolicyTerm, Tokens, level_log_ratio, policy_term
+from kldiv_kernels.policy_weights import aggregate, highest_entropy, off_policy_weight, on_policy_sequences, sampled_kl
+
+
+@dataclass(frozen=True)
+class PolicyLoss:
+    """What `policy_loss` returns.
+
+    loss: scalar, differentiable. per_token_loss: [B, T] (or [N]), differentiable: policy term, weights and KL penalty
+    before aggregation and without the entropy bonus; 0 where masked. metrics: scalars on the logits' device, without
+    gradient; nothing waits for the device until one is read.
+    """
+
+    loss: Tensor
+    per_token_loss: Tensor
+    metrics: dict[str, Tensor]
+
+
+def assemble(batch: Batch, options: PolicyOptions, shape: torch.Size) -> PolicyLoss:
+    """The loss of a batch; `shape` is that of per_token_loss."""
+    log_ratio = batch.logprob - batch.anchor
+    level = level_log_ratio(log_ratio, batch.valid, options)
+    tokens = Tokens(batch.logprob, batch.anchor, batch.advantages, batch.valid, log_ratio, level)
+    weight = None
+    if batch.sampling is not None and options.off_policy != "none":
+        weight = off_policy_weight(batch.old, batch.sampling, batch.valid, options)
+    term = policy_term(tokens, options, None if weight is None else weight.log())
+
+    kept = batch.valid
+    if options.entropy_quantile < 1:
+        kept = highest_entropy(batch.entropy, batch.valid, options.entropy_quantile)
+    per_token = torch.where(_selected(batch, kept, options), _weighted(term.per_token, batch, weight, options), 0.0)
+    kl = _kl(batch, level, options)
+    if kl is not None and options.kl_coef != 0:
+        per_token = per_token + torch.where(batch.valid, options.kl_coef * kl, 0.0)
+
+    count_empty = options.count_empty_sequences
+    loss = aggregate(per_token, batch.valid, options.aggregation, batch.normalizer, count_empty)
+    if options.entropy_coef != 0:
+        how, normalizer = ("token-mean", None)
+        if options.entropy_aggregation == "loss":
+            how, normalizer = options.aggregation, batch.normalizer
+        loss = loss - options.entropy_coef * aggregate(batch.entropy, kept, how, normalizer, count_empty)
+    with torch.no_grad():
+        metrics = _metrics(batch, term, level, kl, weight)
+    return PolicyLoss(loss, per_token.reshape(shape), metrics)
+
+
+def _selected(batch: Batch, kept: Tensor, options: PolicyOptions) -> Tensor:
+    if options.off_policy_threshold == INF:
+        return kept
+    sampling = batch.old if batch.sampling is None else batch.sampling
+    return kept & on_policy_sequences(
+        batch.logprob, sampling, batch.advantages, batch.valid, options.off_policy_threshold
+    )
+
+
+def _weighted(per_token: Tensor, batch: Batch, weight: Tensor | None, options: PolicyOptions) -> Tensor:
+    # VESPO has the off-policy weight inside its own.
+    if weight is not None and options.loss_type != "vespo":
+        per_token = per_token * weight
+    return per_token if batch.weights is None else per_token * batch.weights
+
+
+def _kl(batch: Batch, level: Tensor, options: PolicyOptions) -> Tensor | None:
+    if batch.exact_kl is not None:
+        return batch.exact_kl
+    if batch.reference is None:
+        return None
+    kl = sampled_kl(batch.logprob, batch.reference, options)
+    return kl * level.exp() if options.kl_bias_correction else kl
+
+
+def _metrics(
+    batch: Batch, term: PolicyTerm, level: Tensor, kl: Tensor | None, weight: Tensor | None
+) -> dict[str, Tensor]:
+    count = batch.valid.sum()
+
+    def mean(x: Tensor) -> Tensor:
+        return torch.where(batch.valid, x.to(batch.logprob.dtype), 0.0).sum() / count.clamp_min(1)
+
+    ratio, moved = level.exp(), batch.logprob - batch.old
+    metrics = {
+        "tokens": count,
+        "entropy": mean(batch.entropy),
+        "ratio_mean": mean(ratio),
+        # Ratios are positive: a 0 in place of the masked ones leaves the largest alone, and is that of no token.
+        "ratio_max": torch.cat([torch.where(batch.valid, ratio, 0.0).reshape(-1), ratio.new_zeros(1)]).max(),
+        "approx_kl": mean(torch.expm1(moved) - moved),
+    }
+    metrics |= {f"clip_fraction_{name}": mean(where) for name, where in term.clipped.items()}
+    if kl is not None:
+        metrics["kl" if batch.exact_kl is None else "exact_kl"] = mean(kl)
+    if batch.sampling is not None:
+        metrics["sampling_kl"] = mean(batch.sampling - batch.old)
+    if weight is not None:
+        metrics["off_policy_weight"] = mean(weight)
+    return {name: value.detach() for name, value in metrics.items()}

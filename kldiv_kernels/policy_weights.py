@@ -1,0 +1,95 @@
+r"""What stands beside the policy term: KL estimators, off-policy corrections, token selection and aggregation.
+
+x = log π_ref − log π of the sampled token, y ~ π. The gradient that autograd gives, in expectation (the sample is
+fixed, so a good estimate of a value need not have the gradient of what it estimates):
+
+    k1       −x                      KL(π‖π_ref)      0: useless as a loss
+    k2       x²/2                    biased           ∇KL(π‖π_ref)
+    k3       e^x − x − 1             KL(π‖π_ref)      ∇KL(π_ref‖π), the other direction
+    abs      |x|                     biased           ∇ of no KL
+    k3_plus  k3·exp(lp − sg[lp])     KL(π‖π_ref)      ∇KL(π‖π_ref); the gradient of k2 token by token
+    r·k3     (kl_bias_correction)    KL(π‖π_ref)      ∇KL(π‖π_ref), also when y ~ π_old
+
+Sources: J. Schulman, "Approximating KL divergence" (2020); TRL 1.16, verl and NeMo-RL for the clamps and the ratio.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+from kldiv_kernels.policy_options import PolicyOptions
+
+
+def sampled_kl(logprob: Tensor, reference: Tensor, options: PolicyOptions) -> Tensor:
+    """The estimator `options.kl_estimator`, per token, before the bias correction."""
+    x = reference - logprob
+    if options.kl_log_ratio_clamp < math.inf:
+        x = x.clamp(-options.kl_log_ratio_clamp, options.kl_log_ratio_clamp)
+    if options.kl_estimator == "k1":
+        kl = -x
+    elif options.kl_estimator == "k2":
+        kl = x.square() / 2
+    elif options.kl_estimator == "abs":
+        kl = x.abs()
+    else:
+        kl = torch.expm1(x) - x
+    if options.kl_clamp < math.inf:
+        kl = kl.clamp(-options.kl_clamp, options.kl_clamp)
+    return kl * (logprob - logprob.detach()).exp() if options.kl_estimator == "k3_plus" else kl
+
+
+def off_policy_weight(old: Tensor, sampling: Tensor, mask: Tensor, options: PolicyOptions) -> Tensor:
+    """[B, T], π_old/π_sampling of a token or the product over its sequence: truncated to, or 0 outside, the bounds."""
+    log_weight = (old - sampling) * mask
+    if options.off_policy.startswith("sequence"):
+        log_weight = log_weight.sum(-1, keepdim=True).expand_as(old)
+    weight = log_weight.exp()
+    low, high = options.off_policy_min, options.off_policy_max
+    if options.off_policy.endswith("truncate"):
+        return weight.clamp(low, high)
+    return torch.where((weight < low) | (weight > high), 0.0, weight)
+
+
+def on_policy_sequences(
+    logprob: Tensor, sampling: Tensor, advantages: Tensor, mask: Tensor, threshold: float
+) -> Tensor:
+    """Off-policy sequence mask (DeepSeek-V3.2), bool [B, T]: False in a sequence whose mean log π_sampling − log π is
+    above the threshold, where the advantage is negative."""
+    drift = ((sampling - logprob.detach()) * mask).sum(-1, keepdim=True)
+    return (advantages >= 0) | (drift / mask.sum(-1, keepdim=True).clamp_min(1) <= threshold)
+
+
+def highest_entropy(entropy: Tensor, mask: Tensor, fraction: float) -> Tensor:
+    """Bool [B, T]: the tokens whose entropy is at least the (1 − fraction)-quantile over the mask.
+
+    torch.quantile (linear interpolation), written so that the number of tokens stays on the device.
+    """
+    if entropy.numel() == 0:
+        return mask
+    ordered = torch.where(mask, entropy.detach(), torch.inf).reshape(-1).sort().values
+    position = (mask.sum() - 1).clamp_min(0).double() * (1 - fraction)
+    below, above = position.floor(), position.ceil()
+    # gather, because indexing by a tensor without dimensions would wait for its value.
+    low, high = (ordered.gather(0, at.long().reshape(1)) for at in (below, above))
+    return mask & (entropy.detach() >= low + (high - low) * (position - below).to(low.dtype))
+
+
+def aggregate(
+    values: Tensor, mask: Tensor, aggregation: str, normalizer: float | Tensor | None, count_empty: bool
+) -> Tensor:
+    """The scalar of per-token values [B, T]; 0 without tokens."""
+    values = torch.where(mask, values, 0.0)
+    if aggregation == "token-mean":
+        return values.sum() / (mask.sum().clamp_min(1) if normalizer is None else normalizer)
+    if aggregation == "token-sum":
+        return values.sum() / (1.0 if normalizer is None else normalizer)
+    counts = mask.sum(-1)
+    sequences = values.sum(-1)
+    if aggregation == "seq-mean-token-mean":
+        sequences = sequences / counts.clamp_min(1)
+    if normalizer is None:
+        normalizer = max(counts.numel(), 1) if count_empty else (counts > 0).sum().clamp_min(1)
+    return sequences.sum() / normalizer

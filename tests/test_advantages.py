@@ -1,0 +1,132 @@
+"""Advantages against loops over the groups in float64."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+
+import pytest
+import torch
+from torch import Tensor
+
+from kldiv_kernels import advantages
+
+# Any integers, in any order; groups of five, three, two and one.
+GROUPS = torch.tensor([9, -4, 9, 300, 9, -4, 9, 300, 9, 7, -4])
+
+
+def _rewards() -> Tensor:
+    rewards = torch.randn(11, dtype=torch.float64)
+    rewards[GROUPS == 300] = 0.7
+    return rewards
+
+
+def _per_group(function: Callable[[list[float], int], float], rewards: Tensor) -> list[float]:
+    out = []
+    for i, group in enumerate(GROUPS.tolist()):
+        members = [j for j, other in enumerate(GROUPS.tolist()) if other == group]
+        out.append(function([rewards[j].item() for j in members], members.index(i)))
+    return out
+
+
+def _std(x: list[float]) -> float:
+    return torch.tensor(x, dtype=torch.float64).std().item() if len(x) > 1 else 0.0
+
+
+def _mean(x: list[float]) -> float:
+    return sum(x) / len(x) if x else 0.0
+
+
+def _without(x: list[float], i: int) -> list[float]:
+    return x[:i] + x[i + 1 :]
+
+
+def _rloo(x: list[float], i: int) -> float:
+    return x[i] - _mean(_without(x, i)) if len(x) > 1 else 0.0
+
+
+def _leave_one_out(x: list[float], i: int) -> float:
+    std = _std(_without(x, i))
+    return _rloo(x, i) / (std + 1e-6) if std > 0 else _rloo(x, i)
+
+
+EXPECTED: dict[str, tuple[Callable[[Tensor, Tensor], Tensor], Callable[[list[float], int], float]]] = {
+    "group_relative": (advantages.group_relative, lambda x, i: (x[i] - _mean(x)) / (_std(x) + 1e-4)),
+    "eps": (
+        lambda r, g: advantages.group_relative(r, g, eps=0.5), lambda x, i: (x[i] - _mean(x)) / (_std(x) + 0.5),
+    ),
+    "unscaled": (lambda r, g: advantages.group_relative(r, g, scale=False), lambda x, i: x[i] - _mean(x)),
+    "rloo": (advantages.rloo, _rloo),
+    "leave_one_out": (advantages.leave_one_out, _leave_one_out),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", EXPECTED)
+def test_groups(name: str) -> None:
+    function, formula = EXPECTED[name]
+    rewards = _rewards()
+    got = function(rewards.requires_grad_(), GROUPS)
+    assert not got.requires_grad
+    assert torch.allclose(got, torch.tensor(_per_group(formula, rewards), dtype=torch.float64), rtol=1e-9, atol=1e-12)
+    single = function(rewards.float(), GROUPS.int())
+    assert single.dtype == torch.float32
+    assert torch.allclose(single.double(), got, rtol=1e-4, atol=1e-5)
+
+
+def test_leave_one_out_where_the_others_agree() -> None:
+    """One success among equal failures: dividing by rounding instead of a deviation would be enormous."""
+    for dtype in (torch.float32, torch.float64):
+        got = advantages.leave_one_out(torch.tensor([0.1, 0.1, 0.1, 0.9], dtype=dtype), torch.zeros(4).long())
+        assert got[3].item() == pytest.approx(0.8)
+        assert got[:3].abs().max() < 1
+
+
+@pytest.mark.parametrize("grouped", [True, False])
+@pytest.mark.parametrize("masked", [True, False])
+def test_reinforce_plus_plus(grouped: bool, masked: bool) -> None:
+    rewards = _rewards()
+    returns = torch.tensor(_per_group(lambda x, i: x[i] - _mean(x), rewards)).double() if grouped else rewards
+    mask = torch.rand(11, 5) < 0.6
+    got = advantages.reinforce_plus_plus(rewards, GROUPS if grouped else None, mask.int() if masked else None)
+    if not masked:
+        assert torch.allclose(got, (returns - returns.mean()) / (returns.var() + 1e-8).sqrt(), atol=1e-6)
+        return
+    tokens = returns[:, None].expand(11, 5)[mask]
+    assert torch.allclose(got[mask], (tokens - tokens.mean()) / (tokens.var() + 1e-8).sqrt(), atol=1e-6)
+    assert not got[~mask].any()
+
+
+def test_nothing_to_normalise() -> None:
+    assert not advantages.reinforce_plus_plus(torch.ones(3), torch.arange(3), torch.zeros(3, 4).bool()).any()
+    assert not advantages.reinforce_plus_plus(torch.full((1,), 5.0)).any()
+    for function in (advantages.group_relative, advantages.rloo, advantages.leave_one_out):
+        assert function(torch.zeros(0), torch.zeros(0).long()).shape == (0,)
+        assert not function(torch.rand(3), torch.arange(3)).any()
+
+
+@pytest.mark.parametrize(
+    ("call", "error", "message"),
+    [
+        (lambda: advantages.rloo([1.0], GROUPS), TypeError, "rloo: rewards is list; expected a floating-point torch"),
+        (lambda: advantages.rloo(GROUPS, GROUPS), TypeError, "rloo: rewards is torch.int64; expected a floating"),
+        (
+            lambda: advantages.group_relative(torch.zeros(3, 2), GROUPS), ValueError,
+            "group_relative: rewards has shape [3, 2]; expected [B], one a sample",
+        ),
+        (
+            lambda: advantages.leave_one_out(torch.zeros(3), GROUPS), ValueError,
+            "leave_one_out: groups has shape [11] on cpu; expected [3] on cpu like rewards",
+        ),
+        (
+            lambda: advantages.group_relative(torch.zeros(3), torch.zeros(3)), TypeError,
+            "group_relative: groups is torch.float32; expected a torch.Tensor of integers",
+        ),
+        (
+            lambda: advantages.reinforce_plus_plus(torch.zeros(3), mask=torch.zeros(2, 3).bool()), ValueError,
+            "reinforce_plus_plus: mask is torch.bool [2, 3]; expected bool or integers [3, tokens]",
+        ),
+    ],
+)  # fmt: skip
+def test_bad_input(call: Callable[[], object], error: type[Exception], message: str) -> None:
+    with pytest.raises(error, match=re.escape(message)):
+        call()
