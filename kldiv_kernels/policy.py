@@ -167,9 +167,13 @@ def policy_loss(
     if reference_logits is not None:
         stats.append(options.kl_estimator if options.kl_estimator in EXACT_KL else "reference_logprob")
         reference_logits = reference_logits.detach()
-    values = token_stats(
-        logits, reference_logits, torch.where(valid, token_ids, 0),
-        stats=stats, temperature=temperature, mask=valid, vocab_size=vocab_size, backend=backend,
-    )  # fmt: skip
+    try:
+        values = token_stats(
+            logits, reference_logits, torch.where(valid, token_ids, 0),
+            stats=stats, temperature=temperature, mask=valid, vocab_size=vocab_size, backend=backend,
+        )  # fmt: skip
+    except IndexError as error:
+        # A token outside the vocabulary: token_stats knows it by another name.
+        raise IndexError(str(error).replace("token_stats: labels", f"{where}: token_ids")) from None
     batch = policy_inputs.prepare(tensors, valid, values)
     return assemble(batch, options, token_ids.shape)

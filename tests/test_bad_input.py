@@ -7,6 +7,7 @@ from collections.abc import Callable
 
 import pytest
 import torch
+from bad_policy import POLICY
 from torch import Tensor
 
 import kldiv_kernels as kk
@@ -230,7 +231,7 @@ VALUES: dict[str, Case] = {
     ),
 }  # fmt: skip
 
-GROUPS = {"shape": SHAPES, "type": TYPES, "name": NAMES, "value": VALUES}
+GROUPS = {"shape": SHAPES, "type": TYPES, "name": NAMES, "value": VALUES, "policy": POLICY}
 CASES = {f"{group}: {name}": case for group, cases in GROUPS.items() for name, case in cases.items()}
 
 
