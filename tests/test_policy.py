@@ -116,6 +116,51 @@ def test_token_weights_and_anchor() -> None:
     assert out.metrics["off_policy_weight"].item() == pytest.approx(off_policy[batch.mask].mean().item())
 
 
+def test_only_the_logits_get_a_gradient() -> None:
+    batch = oracle.batch()
+    logits, _ = leaves(batch)
+    names = ("old_logprobs", "anchor_logprobs", "reference_logits", "sampling_logprobs", "token_weights")
+    given = (batch.old, batch.old + 0.1, batch.reference_logits, batch.sampling, batch.old)
+    others = {name: x.detach().clone().requires_grad_() for name, x in zip(names, given, strict=True)}
+    advantages = batch.advantages.clone().requires_grad_()
+    out = kk.policy_loss(
+        logits, batch.token_ids, advantages, **others, kl_coef=0.1, kl_estimator="reverse_kl", off_policy_max=5.0
+    )
+    out.loss.backward()
+    assert logits.grad.any()
+    assert all(x.grad is None for x in (advantages, *others.values()))
+
+
+def test_columns_at_minus_infinity() -> None:
+    """As if they were not there; the entropy p·log p at p = 0 is where TRL's NaN comes from."""
+    batch = oracle.batch()
+    logits, again = leaves(batch)
+    options = {"old_logprobs": batch.old, "entropy_coef": 0.1, "kl_coef": 0.1, "kl_estimator": "js"}
+    narrow = kk.policy_loss(
+        logits, batch.token_ids, batch.advantages, reference_logits=batch.reference_logits, **options
+    )
+    gone = torch.full((5, 6, 4), -torch.inf, dtype=torch.float64)
+    wide = kk.policy_loss(
+        torch.cat([again, gone], -1), batch.token_ids, batch.advantages,
+        reference_logits=torch.cat([batch.reference_logits, gone], -1), **options,
+    )  # fmt: skip
+    batch.mask[:] = True
+    check(batch, narrow.loss, logits, wide, again)
+
+
+@pytest.mark.parametrize("loss_type", ["grpo", "gspo", "sapo", "cispo", "gmpo", "topr", "dppo_kl"])
+@pytest.mark.parametrize("apart", [300.0, -300.0])
+def test_a_ratio_that_would_overflow(loss_type: str, apart: float) -> None:
+    """e^300 is infinite in float32, and 0·inf in the gradient of a clip would be NaN."""
+    batch = oracle.batch()
+    logits = batch.logits.float().requires_grad_()
+    old = batch.gathered(batch.logits).float() - apart
+    out = kk.policy_loss(logits, batch.token_ids, batch.advantages.float(), loss_type=loss_type, old_logprobs=old)
+    out.loss.backward()
+    assert out.loss.isfinite()
+    assert logits.grad.isfinite().all()
+
+
 def test_ignored_tokens_are_masked() -> None:
     batch = oracle.batch()
     options = {"old_logprobs": batch.old, "entropy_coef": 0.1}
