@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import inspect
-from dataclasses import fields
 from typing import Any
 
 from torch import Tensor
@@ -13,7 +12,7 @@ from kldiv_kernels import registry
 from kldiv_kernels.losses import divergence_loss
 from kldiv_kernels.policy import policy_loss
 from kldiv_kernels.policy_assembly import PolicyLoss as PolicyLossResult
-from kldiv_kernels.policy_options import PolicyOptions, resolve
+from kldiv_kernels.policy_options import OPTION_NAMES, resolve
 
 _PER_CALL = ("weight", "labels", "mask", "normalizer", "exclude")
 _POLICY_PER_CALL = (
@@ -109,7 +108,7 @@ class PolicyLoss(Module):
         unknown = [name for name in options if name not in known]
         if unknown:
             raise TypeError(f"{where}: {', '.join(unknown)} is no option of policy_loss; expected one of {known}")
-        chosen = {field.name: options.get(field.name) for field in fields(PolicyOptions)}
+        chosen = {name: options.get(name) for name in OPTION_NAMES}
         resolve(where, options.get("preset"), chosen)
         self.options = options
 

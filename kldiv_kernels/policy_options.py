@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, fields
 from typing import Any
 
 INF = math.inf
@@ -59,6 +59,8 @@ class PolicyOptions:
     count_empty_sequences: bool = True
 
 
+_DEFAULTS = {field.name: field.default for field in fields(PolicyOptions)}
+OPTION_NAMES = tuple(_DEFAULTS)
 _AGGREGATION = {
     **dict.fromkeys(("grpo", "sapo", "gspo", "gmpo"), "seq-mean-token-mean"),
     "luspo": "seq-mean-token-sum",
@@ -66,44 +68,44 @@ _AGGREGATION = {
 }
 _LEVEL = {"gspo": "sequence", "topr": "sequence_sum"}
 _VERL_CLAMP: dict[str, float | tuple[float, float]] = {"gspo": (-INF, 10.0), "gmpo": INF}
+_CLAMPED_KL: dict[str | None, tuple[str, ...]] = {"verl": ("k3", "k3_plus"), "nemo_rl": SAMPLED_KL}
 _LOSS_TYPE = {None: "grpo", "trl": "dapo", "verl": "dapo", "nemo_rl": "dapo"}
 
 
-def _defaults(preset: str | None, loss_type: str, kl_estimator: str) -> PolicyOptions:
-    options = PolicyOptions(
-        loss_type=loss_type,
-        kl_estimator=kl_estimator,
-        aggregation=_AGGREGATION.get(loss_type, "token-mean"),
-        importance_level=_LEVEL.get(loss_type, "token"),
+def _defaults(preset: str | None, loss_type: str, kl_estimator: str) -> dict[str, Any]:
+    """What differs from the defaults of PolicyOptions."""
+    options: dict[str, Any] = {
+        "loss_type": loss_type,
+        "kl_estimator": kl_estimator,
+        "aggregation": _AGGREGATION.get(loss_type, "token-mean"),
+        "importance_level": _LEVEL.get(loss_type, "token"),
         # The ratio that multiplies the score is capped at 20 (Binary-TV and Binary-KL DPPO, arXiv 2602.04879).
-        delta=20.0 if loss_type in DPPO else INF,
-    )
+        "delta": 20.0 if loss_type in DPPO else INF,
+    }
     if preset == "trl":
-        options = replace(
-            options,
-            log_ratio_clamp=INF,
-            off_policy="token_truncate" if loss_type == "vespo" else "sequence_mask",
-            off_policy_max=3.0,
-            kl_bias_correction=kl_estimator in SAMPLED_KL and kl_estimator != "k3_plus",
-            entropy_aggregation="token-mean",
-        )
+        options |= {
+            "log_ratio_clamp": INF,
+            "off_policy": "token_truncate" if loss_type == "vespo" else "sequence_mask",
+            "off_policy_max": 3.0,
+            "kl_bias_correction": kl_estimator in SAMPLED_KL and kl_estimator != "k3_plus",
+            "entropy_aggregation": "token-mean",
+        }
         if loss_type == "cispo":
-            options = replace(options, clip_absolute=True, clip_low=0.0)
+            options |= {"clip_absolute": True, "clip_low": 0.0}
         if loss_type == "gmpo":
-            options = replace(options, clip_low=0.4, clip_high=0.4)
+            options |= {"clip_low": 0.4, "clip_high": 0.4}
     if preset == "verl":
-        options = replace(
-            options,
-            count_empty_sequences=loss_type == "gmpo",
-            dual_clip=3.0 if loss_type in CLIPPED and loss_type != "gspo" else INF,
-            log_ratio_clamp=_VERL_CLAMP.get(loss_type, 20.0),
-            importance_level="sequence" if loss_type == "topr" else options.importance_level,
-        )
+        options |= {
+            "count_empty_sequences": loss_type == "gmpo",
+            "dual_clip": 3.0 if loss_type in CLIPPED and loss_type != "gspo" else INF,
+            "log_ratio_clamp": _VERL_CLAMP.get(loss_type, 20.0),
+        }
+        if loss_type == "topr":
+            options["importance_level"] = "sequence"
     if preset == "nemo_rl":
-        options = replace(options, log_ratio_clamp=INF, count_empty_sequences=False, off_policy="none")
-    clamped = {"verl": ("k3", "k3_plus"), "nemo_rl": SAMPLED_KL}.get(preset or "", ())
-    if kl_estimator in clamped:
-        options = replace(options, kl_log_ratio_clamp=20.0, kl_clamp=10.0)
+        options |= {"log_ratio_clamp": INF, "count_empty_sequences": False, "off_policy": "none"}
+    if kl_estimator in _CLAMPED_KL.get(preset, ()):
+        options |= {"kl_log_ratio_clamp": 20.0, "kl_clamp": 10.0}
     return options
 
 
@@ -117,29 +119,29 @@ def resolve(where: str, preset: str | None, given: Mapping[str, Any]) -> PolicyO
             raise ValueError(f"{where}: {name} is {given[name]!r}; expected {', '.join(allowed[:-1])} or {allowed[-1]}")
     loss_type = given.get("loss_type", _LOSS_TYPE[preset])
     estimator = given.get("kl_estimator", "k3_plus" if preset == "nemo_rl" else "k3")
-    options = _defaults(preset, loss_type, estimator)
+    defaults = _defaults(preset, loss_type, estimator)
     if "delta" in given:
-        options = replace(options, dual_clip=INF)
-    options = replace(options, **given)
+        defaults["dual_clip"] = INF
+    options = PolicyOptions(**{**defaults, **given})
     _check_values(where, options)
     _check_combinations(where, options, given)
     return options
 
 
 def _check_values(where: str, options: PolicyOptions) -> None:
-    for field in fields(PolicyOptions):
-        value = getattr(options, field.name)
-        rule = _VALUES.get(field.name)
-        if isinstance(field.default, bool):
+    for name, default in _DEFAULTS.items():
+        value = getattr(options, name)
+        rule = _VALUES.get(name)
+        if isinstance(default, bool):
             if not isinstance(value, bool):
-                raise TypeError(f"{where}: {field.name} is {value!r}; expected True or False")
-        elif isinstance(field.default, tuple):
+                raise TypeError(f"{where}: {name} is {value!r}; expected True or False")
+        elif isinstance(default, tuple):
             if not (isinstance(value, tuple) and len(value) == 2 and all(_is_number(x) for x in value)):
-                raise TypeError(f"{where}: {field.name} is {value!r}; expected a pair of numbers")
-        elif isinstance(field.default, float) and field.name != "log_ratio_clamp" and not _is_number(value):
-            raise TypeError(f"{where}: {field.name} is {value!r}; expected a number")
+                raise TypeError(f"{where}: {name} is {value!r}; expected a pair of numbers")
+        elif isinstance(default, float) and name != "log_ratio_clamp" and not _is_number(value):
+            raise TypeError(f"{where}: {name} is {value!r}; expected a number")
         if rule is not None and not rule[1](value):
-            raise ValueError(f"{where}: {field.name} is {value}; expected {rule[0]}")
+            raise ValueError(f"{where}: {name} is {value}; expected {rule[0]}")
     low, high = bounds(options.log_ratio_clamp) if _is_clamp(options.log_ratio_clamp) else (0.0, 0.0)
     if not low < high:
         raise ValueError(

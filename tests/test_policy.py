@@ -333,3 +333,20 @@ def test_module() -> None:
     expected = kk.policy_loss(batch.logits, batch.token_ids, batch.advantages, **tensors, **options)
     assert torch.equal(got.loss, expected.loss)
     assert repr(module) == "PolicyLoss(preset='verl', loss_type='cispo', clip_high=0.3, temperature=0.7)"
+
+
+@pytest.mark.parametrize("preset", [None, "trl", "verl"])
+def test_torch_compile(preset: str | None) -> None:
+    """One graph, the same loss and gradient."""
+    batch = oracle.batch()
+    logits, again = leaves(batch)
+
+    def loss(x: Tensor) -> Tensor:
+        return kk.policy_loss(
+            x, batch.token_ids, batch.advantages, old_logprobs=batch.old, mask=batch.mask, preset=preset,
+            sampling_logprobs=batch.sampling, entropy_coef=0.1, entropy_quantile=0.5,
+        ).loss  # fmt: skip
+
+    expected, got = loss(logits), torch.compile(loss, backend="aot_eager", fullgraph=True)(again)
+    assert torch.allclose(expected, got)
+    assert torch.allclose(*(torch.autograd.grad(y, x)[0] for y, x in ((expected, logits), (got, again))))
