@@ -88,7 +88,8 @@ def policy_loss(
             topr in verl); "sequence_sum": its sum (topr, as in the paper). Default: the loss type's own.
         clip_low, clip_high: the ratio is clipped to [1 − clip_low, 1 + clip_high], for cispo too, as in verl, NeMo-RL
             and SkyRL; gmpo clips the log-ratio to [−clip_low, clip_high]; for dppo they bound the probability's move.
-            0.2 each. `clip_absolute=True`: [clip_low, clip_high] itself, TRL's cispo (with clip_low=0).
+            0.2 each. `clip_absolute=True`: [clip_low, clip_high] itself, TRL's cispo (with clip_low=0; its
+            documentation recommends clip_high=5, its default is 0.2 too).
         dual_clip: 1 or more; bounds the clipped loss by −dual_clip·A where A < 0. Default off (verl: 3).
         delta: upper bound of the unclipped ratio (two-sided GRPO, TRL); for dppo of the weight, there 20. Default off.
         log_ratio_clamp: the log-ratio at its level is clamped to ±this, or (low, high). Default 20, as in verl; off in
@@ -105,15 +106,15 @@ def policy_loss(
         off_policy_threshold: drops sequences with A < 0 whose mean log π_sampling − log π (without sampling_logprobs:
             π_old) is above it. Default off.
         kl_coef, kl_estimator: 0 and "k3". k1, k2, k3, abs, k3_plus estimate KL(π‖π_ref) from the sampled tokens;
-            forward_kl KL(π_ref‖π), reverse_kl KL(π‖π_ref), js and hellinger are exact, from reference_logits. Which
-            way each one's gradient points is in `policy_weights`. k3_plus is verl's "k3+" and NeMo-RL's k3.
+            forward_kl KL(π_ref‖π), reverse_kl KL(π‖π_ref), js (β = ½) and hellinger are exact, from reference_logits.
+            Which way each one's gradient points is in `policy_weights`. k3_plus is verl's "k3+" and NeMo-RL's k3.
         kl_bias_correction: multiplies a sampled estimator by the ratio, with gradient. Default False; True in TRL.
         kl_log_ratio_clamp, kl_clamp: bounds of |log π_ref − log π| and of the estimate. Default off, as in TRL; 20 and
             10 in verl (k3) and NeMo-RL.
         entropy_coef: of the exact entropy, which has a gradient. 0.
         entropy_quantile: the fraction of tokens, those with the highest entropy, that keep policy term and bonus. 1.
         entropy_aggregation: "loss" (default, verl): as the loss; "token-mean" (TRL): over this call's tokens.
-        aggregation: "token-mean" Σ/tokens, "seq-mean-token-mean", "seq-mean-token-sum", "token-sum". Default, as in
+        aggregation: "token-mean", "seq-mean-token-mean", "seq-mean-token-sum", "token-sum". Default, as in
             TRL: seq-mean-token-mean for grpo, sapo, gspo and gmpo, -token-sum for luspo, token-sum for dr_grpo,
             token-mean for the others.
         normalizer: number or scalar tensor by which the sum over tokens or sequences is divided in place of the number
@@ -123,10 +124,10 @@ def policy_loss(
         temperature, vocab_size, backend: see `token_stats`.
 
     Returns:
-        PolicyLoss. metrics: tokens, entropy, ratio_mean, ratio_max, approx_kl (k3 of π_old from π); where they apply,
-        clip_fraction_low, clip_fraction_high, clip_fraction_dual, clip_fraction_cov, kl (the estimate), exact_kl,
-        sampling_kl (mean log π_sampling − log π_old), off_policy_weight. All are means over valid tokens. float32
-        (float64 for float64 logits). No valid token: loss and gradient 0.
+        PolicyLoss, float32 (float64 for float64 logits); without a valid token loss and gradient are 0. metrics:
+        tokens (their number), ratio_max, and as means over the valid tokens entropy, ratio_mean, approx_kl (k3 of
+        KL(π_old‖π)) and, where they apply, clip_fraction_low, clip_fraction_high, clip_fraction_dual,
+        clip_fraction_cov, kl (the estimate), exact_kl, sampling_kl (log π_sampling − log π_old), off_policy_weight.
 
     Raises:
         TypeError, ValueError, IndexError: naming the argument, what it was and what is allowed.
