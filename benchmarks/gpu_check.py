@@ -160,7 +160,7 @@ class Check:
             return Step("build", "skip", 0.0, f"{library.name} not built: {why}; its backends are not checked")
         self.say("build ...")
         command = [self.runner.python, "setup.py", "build_ext", "--inplace"]
-        # For this GPU alone: all targets take ten minutes.
+        # For this GPU alone: all targets take longer than the step has.
         archs = self.report["device"].get("capability", "").replace(".", "")
         wanted = {"KLDIV_CUDA_ARCHS": os.environ.get("KLDIV_CUDA_ARCHS") or archs}
         code, text, seconds = self.runner.run(command, self.limit("build"), **wanted)

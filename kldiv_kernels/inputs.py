@@ -116,6 +116,16 @@ def weight_checked(where: str, weight: Tensor | None, logits: Tensor) -> None:
         _per_token(where, "weight", weight, logits, logits.shape[:-1])
 
 
+def normalizer_checked(where: str, normalizer: float | Tensor | None) -> None:
+    if isinstance(normalizer, Tensor):
+        if normalizer.numel() != 1:
+            raise ValueError(
+                f"{where}: normalizer has shape {list(normalizer.shape)}; expected a number or one element"
+            )
+    elif normalizer is not None and not normalizer > 0:
+        raise ValueError(f"{where}: normalizer is {normalizer}; expected a number above 0")
+
+
 def per_token_checked(where: str, name: str, tensor: Tensor | None, logits: Tensor, *, integers: bool = False) -> None:
     """One number a token under any name."""
     if tensor is not None:

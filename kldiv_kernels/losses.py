@@ -110,15 +110,8 @@ def _token_weight(rows: int, logits: Tensor, weight: Tensor | None, temperature:
 def _normalizer(normalizer: float | Tensor | None, mask: Tensor | None, rows: int) -> float | Tensor:
     if normalizer is None:
         return max(rows, 1) if mask is None else mask.sum().clamp_min(1)
-    if isinstance(normalizer, Tensor):
-        if normalizer.numel() != 1:
-            raise ValueError(
-                f"divergence_loss: normalizer has shape {list(normalizer.shape)}; expected a number or one element"
-            )
-        return normalizer.reshape(())
-    if not normalizer > 0:
-        raise ValueError(f"divergence_loss: normalizer is {normalizer}; expected a number above 0")
-    return normalizer
+    inputs.normalizer_checked("divergence_loss", normalizer)
+    return normalizer.reshape(()) if isinstance(normalizer, Tensor) else normalizer
 
 
 def _named(kind: str, doc: str) -> Callable[..., Tensor]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+from collections.abc import Iterable
 from typing import Any
 
 from torch import Tensor
@@ -21,6 +22,16 @@ _POLICY_PER_CALL = (
 )  # fmt: skip
 
 
+def _refuse_batch(where: str, options: Iterable[str], of_a_batch: tuple[str, ...]) -> None:
+    given = [name for name in options if name in of_a_batch]
+    if given:
+        raise TypeError(f"{where}: {', '.join(given)} belongs to a batch; give it to forward()")
+
+
+def _written(options: dict[str, Any]) -> list[str]:
+    return [f"{name}={value!r}" for name, value in options.items()]
+
+
 class DivergenceLoss(Module):
     """`divergence_loss` with its options fixed.
 
@@ -36,9 +47,7 @@ class DivergenceLoss(Module):
     def __init__(self, kind: str = "forward_kl", **options: Any) -> None:
         super().__init__()
         registry.get(kind, f"{type(self).__name__}: kind", registry.divergence_names())
-        per_call = [name for name in options if name in _PER_CALL]
-        if per_call:
-            raise TypeError(f"{type(self).__name__}: {', '.join(per_call)} belongs to a batch; give it to forward()")
+        _refuse_batch(type(self).__name__, options, _PER_CALL)
         self.kind = kind
         self.options = options
 
@@ -46,7 +55,7 @@ class DivergenceLoss(Module):
         return divergence_loss(logits, reference_logits, self.kind, **self.options, **batch)
 
     def extra_repr(self) -> str:
-        return ", ".join([repr(self.kind), *(f"{name}={value!r}" for name, value in self.options.items())])
+        return ", ".join([repr(self.kind), *_written(self.options)])
 
 
 class KLDivLoss(DivergenceLoss):
@@ -101,9 +110,7 @@ class PolicyLoss(Module):
     def __init__(self, **options: Any) -> None:
         super().__init__()
         where = type(self).__name__
-        per_call = [name for name in options if name in _POLICY_PER_CALL]
-        if per_call:
-            raise TypeError(f"{where}: {', '.join(per_call)} belongs to a batch; give it to forward()")
+        _refuse_batch(where, options, _POLICY_PER_CALL)
         known = [p.name for p in inspect.signature(policy_loss).parameters.values() if p.kind is p.KEYWORD_ONLY]
         unknown = [name for name in options if name not in known]
         if unknown:
@@ -116,4 +123,4 @@ class PolicyLoss(Module):
         return policy_loss(logits, token_ids, advantages, **self.options, **batch)
 
     def extra_repr(self) -> str:
-        return ", ".join(f"{name}={value!r}" for name, value in self.options.items())
+        return ", ".join(_written(self.options))

@@ -101,7 +101,7 @@ def check(where: str, logits: Tensor, tensors: Tensors, options: PolicyOptions, 
     inputs.mask_checked(where, tensors.mask, logits, logits.shape[:-1])
     for name in _PER_TOKEN:
         inputs.per_token_checked(where, name, getattr(tensors, name), logits)
-    _check_normalizer(where, tensors.normalizer)
+    inputs.normalizer_checked(where, tensors.normalizer)
     _check_presence(where, list(logits.shape[:-1]), tensors, options, off_policy_given)
     if logits.dim() == 2:
         _check_packed(where, options, tensors.sampling_logprobs is not None)
@@ -119,16 +119,6 @@ def _check_advantages(where: str, advantages: Tensor, logits: Tensor) -> None:
             f"{leading}"
         )
     inputs.per_token_checked(where, "advantages", advantages, logits)
-
-
-def _check_normalizer(where: str, normalizer: float | Tensor | None) -> None:
-    if isinstance(normalizer, Tensor):
-        if normalizer.numel() != 1:
-            raise ValueError(
-                f"{where}: normalizer has shape {list(normalizer.shape)}; expected a number or one element"
-            )
-    elif normalizer is not None and not normalizer > 0:
-        raise ValueError(f"{where}: normalizer is {normalizer}; expected a number above 0")
 
 
 def _check_presence(

@@ -47,6 +47,12 @@ MOST_SPILLED = 16
 VOCAB = 151_936
 
 
+def cells(table: dict[str, Any]) -> list[list[int]]:
+    """Every (registers, shared bytes, spilled bytes, programs) of the table."""
+    columns = [column for row in table["kernels"] for column in row.values() if isinstance(column, dict)]
+    return [cell for column in columns for cell in column.values()]
+
+
 @dataclass(frozen=True)
 class Processor:
     """What programs share: an SM (CUDA C++ Programming Guide, technical specifications by compute capability), or a
