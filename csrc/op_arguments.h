@@ -12,6 +12,7 @@
 #include <vector>
 
 #include "plan.h"
+#include "tokens.h"
 
 // The arguments of forward and backward, and what follows them.
 #define KLDIV_CALL                                                                                                \
@@ -83,11 +84,15 @@ inline int64_t labels_per_row(const std::optional<Tensor>& labels) {
     return labels ? labels->size(1) : 1;
 }
 
-// The tensors that every job takes as pointers.
-template <class Job>
-void take_tokens(Job& job, const Tensor& logits, const std::optional<Tensor>& labels, const std::optional<Tensor>& mask,
-                 const std::optional<Tensor>& exclude, const std::optional<Tensor>& token_parameters,
-                 const std::vector<double>& parameters) {
+template <class Real>
+void take_parameters(const std::vector<double>& parameters, Real (&to)[4]) {
+    STD_TORCH_CHECK(parameters.size() == 4, "parameters must be temperature, reference temperature, alpha, beta");
+    std::copy(parameters.begin(), parameters.end(), to);
+}
+
+inline void take_tokens(Tokens& job, const Tensor& logits, const std::optional<Tensor>& labels,
+                        const std::optional<Tensor>& mask, const std::optional<Tensor>& exclude,
+                        const std::optional<Tensor>& token_parameters) {
     job.rows = row_count(logits);
     job.labels_per_row = labels_per_row(labels);
     job.labels = per_token<int64_t>(labels, logits, job.rows * job.labels_per_row, ScalarType::Long, "labels");
@@ -95,8 +100,6 @@ void take_tokens(Job& job, const Tensor& logits, const std::optional<Tensor>& la
     job.exclude = per_token<int64_t>(exclude, logits, job.rows, ScalarType::Long, "exclude");
     job.token_parameters =
         per_token<float>(token_parameters, logits, 4 * job.rows, ScalarType::Float, "token_parameters");
-    STD_TORCH_CHECK(parameters.size() == 4, "parameters must be temperature, reference temperature, alpha, beta");
-    std::copy(parameters.begin(), parameters.end(), job.parameters);
 }
 
 inline Tensor new_floats(const Tensor& like, int64_t rows, int64_t columns) {

@@ -64,7 +64,8 @@ kldiv::Job make_job(const Tensor& logits, const std::optional<Tensor>& reference
     job.columns = vocab_size;
     job.student = rows_of(logits, logits, vocab_size, "logits");
     if (reference) job.teacher = rows_of(*reference, logits, vocab_size, "reference");
-    kldiv::take_tokens(job, logits, labels, mask, exclude, token_parameters, parameters);
+    kldiv::take_tokens(job, logits, labels, mask, exclude, token_parameters);
+    kldiv::take_parameters(parameters, job.parameters);
     for (int64_t i = 0; job.labels && i < job.rows * job.labels_per_row; ++i)
         STD_TORCH_CHECK(job.labels[i] < vocab_size, "labels must be below vocab_size");
     for (const std::string& name : stats) {

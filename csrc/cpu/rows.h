@@ -5,6 +5,7 @@
 #include <string>
 #include <vector>
 
+#include "../tokens.h"
 #include "kernels.h"
 
 namespace kldiv {
@@ -41,15 +42,9 @@ struct Request {
 // (sum of grad_logq, sum of grad_logp, its constants), as [state_rows, N] floats.
 constexpr int kStateOfRow = 8, kStateOfStatistic = 2 + kRowConstants;
 
-struct Job {
+struct Job : Tokens {
     const Kernels* kernels;
     Rows student, teacher;
-    int64_t rows = 0, columns = 0;    // columns: without padding
-    const int64_t* labels = nullptr;  // [N, labels_per_row], -1: none
-    int64_t labels_per_row = 1;
-    const bool* mask = nullptr;
-    const int64_t* exclude = nullptr;
-    const float* token_parameters = nullptr;  // [4, N]
     double parameters[4] = {1, 1, 0.5, 0.5};
     std::vector<Request> stats;
     float* values = nullptr;              // [value rows, N], or null in a backward pass

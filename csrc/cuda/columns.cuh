@@ -51,15 +51,17 @@ KLDIV_DEVICE Columns unpack(const Raw<element>& raw) {
     return out;
 }
 
-// Of two 16-bit columns in a word at a time.
+KLDIV_DEVICE Range range_of(const Columns& columns) {
+    Range out = {columns.x[0], columns.x[0]};
+#pragma unroll
+    for (int i = 1; i < kColumns; ++i) out = {::fminf(out.smallest, columns.x[i]), ::fmaxf(out.largest, columns.x[i])};
+    return out;
+}
+// The same, of two 16-bit columns in a word at a time.
 template <int element>
 KLDIV_DEVICE Range range(const Raw<element>& raw, const Columns& columns) {
     if constexpr (element == kFloat32) {
-        Range out = {columns.x[0], columns.x[0]};
-#pragma unroll
-        for (int i = 1; i < kColumns; ++i)
-            out = {::fminf(out.smallest, columns.x[i]), ::fmaxf(out.largest, columns.x[i])};
-        return out;
+        return range_of(columns);
     } else {
         const uint32_t* w = raw.words[0].w;
         uint32_t low, high;

@@ -24,12 +24,6 @@ struct Compute : Cta<D, element> {
         return *reinterpret_cast<const Raw<element>*>(slot + column * bytes);
     }
     KLDIV_DEVICE static bool holds(int column, int wanted) { return static_cast<unsigned>(wanted - column) < kColumns; }
-    KLDIV_DEVICE static float largest_of(const Columns& columns) {
-        float out = columns.x[0];
-#pragma unroll
-        for (int i = 1; i < kColumns; ++i) out = ::fmaxf(out, columns.x[i]);
-        return out;
-    }
     // The columns that a sweep takes as having no mass, in both rows.
     KLDIV_DEVICE static void leave_out(const StageRow& row, int column, Columns& s, Columns& t) {
         replace(row.excluded - column, row.s.floor, s);
@@ -55,8 +49,8 @@ struct Compute : Cta<D, element> {
                 holds(column, row.excluded)) {
                 *masses = false;
                 leave_out(row, column, s, t);
-                range_s.largest = largest_of(s);
-                range_t.largest = largest_of(t);
+                range_s = range_of(s);
+                range_t = range_of(t);
                 if constexpr (two) note_blocked(state, s, t, row.s.floor, row.t.floor);
             }
             add_columns<T::first>(state, s, t, range_s.largest, range_t.largest, row.s.c, row.t.c, 0);
@@ -161,12 +155,8 @@ struct Compute : Cta<D, element> {
             for (int column = thread_index() * kColumns; column < count; column += kComputeThreads * kColumns)
                 *reinterpret_cast<Raw<element>*>(student + column * bytes) = Raw<element>{};
         }
-        if (begin + count == call.columns) {
-            char* out = row_at(call.d_student, element, row.index);
-            for (int64_t column = call.columns + thread_index() * kColumns; column < call.d_student.width;
-                 column += kComputeThreads * kColumns)
-                store_columns(out, element, column, call.d_student.width, Columns{});
-        }
+        if (begin + count == call.columns)
+            zero_columns(call.d_student, element, row.index, call.columns, call.d_student.width, kComputeThreads);
         fence_async_proxy();
         warp_sync();
         if (thread_index() % 32 == 0) mbarrier_arrive(&shared->done[stage.index]);

@@ -6,6 +6,7 @@
 #include <vector>
 
 #include "../plan.h"
+#include "../tokens.h"
 
 namespace kldiv::gpu {
 
@@ -27,31 +28,34 @@ struct Gradient {
 
 constexpr int kMostStatistics = 32;
 
-struct Job {
-    Rows student, teacher;            // teacher.data null: none
-    int64_t rows = 0, columns = 0;    // columns: without padding
-    const int64_t* labels = nullptr;  // [N, labels_per_row], -1: none
-    int64_t labels_per_row = 1;
-    const bool* mask = nullptr;
-    const int64_t* exclude = nullptr;
-    const float* token_parameters = nullptr;  // [4, N]
+// As the kernels get it, by value.
+struct Call : Tokens {
+    Rows student, teacher;  // teacher.data null: none
     float parameters[4] = {1, 1, 0.5f, 0.5f};
-    std::vector<int> stats;               // codes of `statistic_code`
+    int stats[kMostStatistics];  // codes of `statistic_code`
+    int stat_count = 0;
     float* values = nullptr;              // [value rows, N]
     float* state = nullptr;               // [state rows, N], written by `run_forward`, read by `run_backward`
     const float* coefficients = nullptr;  // [value rows, N]; null: no gradient
-    float* workspace = nullptr;           // `workspace_floats` of them
     Gradient d_student, d_teacher;
+};
+
+struct Job : Call {
+    float* workspace = nullptr;  // `workspace_floats` of them
     void* stream = nullptr;
 };
 
 // The code of a statistic's name, -1 for a name that this backend does not have, and their names.
 int statistic_code(const std::string& name);
 std::vector<std::string> statistic_names();
+bool needs_labels(int code);
+bool needs_reference(int code);
 
 // Why nothing can be launched here, whatever the device; "" where it can.
 std::string refusal();
 
+// Rows of the table of values that the first `stats` statistics have.
+int64_t value_rows(const Job& job, int stats);
 int64_t state_rows(const Job& job);
 int64_t workspace_floats(const Job& job);
 

@@ -5,7 +5,7 @@
 
 #include "kernels.h"
 #include "runtime.cuh"
-#include "sweeps.cuh"
+#include "gradient.cuh"
 
 namespace kldiv::gpu {
 
@@ -29,17 +29,9 @@ const char* name_of(int code) {
     return "";
 }
 
-bool labelled(int code) { return code == kLogprob || code == kReferenceLogprob; }
-
-int64_t value_rows(const Job& job, size_t stats) {
-    int64_t count = 0;
-    for (size_t i = 0; i < stats; ++i) count += labelled(job.stats[i]) ? job.labels_per_row : 1;
-    return count;
-}
-
 int sums_count(const Job& job) {
     return static_cast<int>(
-        std::count_if(job.stats.begin(), job.stats.end(), [](int code) { return !finishes_first(code); }));
+        std::count_if(job.stats, job.stats + job.stat_count, [](int code) { return !finishes_first(code); }));
 }
 
 int64_t slices_of(const Job& job) {
@@ -47,31 +39,9 @@ int64_t slices_of(const Job& job) {
     return (job.columns + slice - 1) / slice;
 }
 
-Call call_of(const Job& job) {
-    Call call{};
-    call.student = job.student;
-    call.teacher = job.teacher;
-    call.rows = job.rows;
-    call.columns = job.columns;
-    call.labels = job.labels;
-    call.labels_per_row = job.labels_per_row;
-    call.mask = job.mask;
-    call.exclude = job.exclude;
-    call.token_parameters = job.token_parameters;
-    std::copy(job.parameters, job.parameters + 4, call.parameters);
-    std::copy(job.stats.begin(), job.stats.end(), call.stats);
-    call.stat_count = static_cast<int>(job.stats.size());
-    call.values = job.values;
-    call.state = job.state;
-    call.coefficients = job.coefficients;
-    call.d_student = job.d_student;
-    call.d_teacher = job.d_teacher;
-    return call;
-}
-
 SweepArguments sweep_arguments(const Job& job) {
     SweepArguments a{};
-    a.call = call_of(job);
+    a.call = job;
     a.slices = slices_of(job);
     a.slice = slice_columns(job.columns);
     a.sums_count = sums_count(job);
@@ -97,7 +67,8 @@ void launch_sweep(Kernel<SweepArguments> kernel, int64_t blocks, const Job& job,
 // What the first sweep takes for these statistics, and the kernel that takes as little more as possible.
 int first_of(const Job& job) {
     int first = job.teacher.data ? kTeacher : 0;
-    for (const int code : job.stats) {
+    for (int i = 0; i < job.stat_count; ++i) {
+        const int code = job.stats[i];
         if (code == k_entropy) first |= kEntropy;
         if (code == k_reference_entropy) first |= kReferenceEntropy;
         if (code == k_forward_kl) first |= kForwardKl;
@@ -130,8 +101,8 @@ Kernel<SweepArguments> sweep_kernel(int first) {
 // The one statistic beside log-probabilities that a one-read call has, as its rows take it; entropy, with a
 // coefficient of 0, where it has none.
 Resolved one_read_statistic(const Job& job) {
-    for (const int code : job.stats)
-        if (code >= k_entropy) return resolve(code, job.parameters[2], job.parameters[3]);
+    for (int i = 0; i < job.stat_count; ++i)
+        if (job.stats[i] >= k_entropy) return resolve(job.stats[i], job.parameters[2], job.parameters[3]);
     return {k_entropy, 0};
 }
 
@@ -161,9 +132,9 @@ void run_one_read(const Job& job, const CudaPlan& plan) {
     const int64_t clusters = active_clusters(kernel, shape);
     shape.blocks = plan.cluster * std::min(job.rows, clusters);
     OneReadArguments a{};
-    a.call = call_of(job);
+    a.call = job;
     a.divergence_row = a.logprob_row = a.logsumexp_row = -1;
-    for (size_t i = 0; i < job.stats.size(); ++i) {
+    for (int i = 0; i < job.stat_count; ++i) {
         const int code = job.stats[i], row = static_cast<int>(value_rows(job, i));
         (code == kLogprob ? a.logprob_row : (code == kLogsumexp ? a.logsumexp_row : a.divergence_row)) = row;
     }
@@ -190,9 +161,30 @@ std::vector<std::string> statistic_names() {
     return names;
 }
 
+bool needs_labels(int code) { return code == kLogprob || code == kReferenceLogprob; }
+
+bool needs_reference(int code) {
+    switch (code) {
+        case kReferenceLogprob:
+            return true;
+#define KLDIV_CASE(name, ...) \
+    case k_##name:            \
+        return __VA_ARGS__::needs_p;
+            KLDIV_DIVERGENCES(KLDIV_CASE)
+#undef KLDIV_CASE
+        default:
+            return false;
+    }
+}
+
+int64_t value_rows(const Job& job, int stats) {
+    const int64_t labelled = std::count_if(job.stats, job.stats + stats, needs_labels);
+    return stats + labelled * (job.labels_per_row - 1);
+}
+
 std::string refusal() { return driver_refusal(); }
 
-int64_t state_rows(const Job& job) { return kStateOfRow + kStateOfStatistic * static_cast<int64_t>(job.stats.size()); }
+int64_t state_rows(const Job& job) { return kStateOfRow + kStateOfStatistic * job.stat_count; }
 
 int64_t workspace_floats(const Job& job) {
     return job.rows * slices_of(job) * (kStateFloats + kSumsFloats * sums_count(job));
@@ -223,7 +215,7 @@ CudaPlan plan(const Job& job) {
     shape.known_coefficients = job.coefficients != nullptr;
     shape.token_parameters = job.token_parameters != nullptr;
     shape.labels_per_row = job.labels_per_row;
-    for (const int code : job.stats) shape.stats.emplace_back(name_of(code));
+    for (int i = 0; i < job.stat_count; ++i) shape.stats.emplace_back(name_of(job.stats[i]));
     CudaPlan plan = plan_cuda(shape, target);
     // Clusters of 16 may be refused, and any shape by a device that is shared.
     std::string refused;

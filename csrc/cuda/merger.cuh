@@ -57,11 +57,11 @@ struct Merger : Cta<D, element> {
         const int lane = thread_index() % 32;
         mbarrier_wait(&shared->summed[k % 2], parity_of(k));
         Sums sums;
-        if (lane < kComputeWarps) sums = T::sums_of(shared->left_sums[k % 2][lane]);
+        if (lane < kComputeWarps) sums = saved_sums(shared->left_sums[k % 2][lane].x);
         merge_lanes(sums);
         Exchanged* to = received_sums + k % 2 * a.cluster;
         share(T::exchange(sums), to, &shared->exchanged_sums[k % 2], parity_of(k));
-        sums = lane < a.cluster ? T::sums_of(to[lane]) : Sums{};
+        sums = lane < a.cluster ? saved_sums(to[lane].x) : Sums{};
         merge_lanes(sums);
         return sums;
     }
@@ -100,9 +100,8 @@ struct Merger : Cta<D, element> {
     KLDIV_DEVICE void finish(int64_t index, const RowInput& row, const State& state, const Normalised& n,
                              const Sums& sums, const RowNumbers& given, int64_t label, bool labelled, float logit,
                              RowResult& result, int k) const {
-        Finished finished = finish_as<D>(sums, flags_of(row, state), this->alpha_of(row.alpha), row.beta);
+        const Finished finished = finish_as<D>(sums, flags_of(row, state), n, this->alpha_of(row.alpha), row.beta);
         const float nan = std::numeric_limits<float>::quiet_NaN();
-        if (is_nan(n.zs) || (two && is_nan(n.zt))) finished.value = finished.sum_q = nan;
         const float logprob = labelled ? log_softmax(logit, row.s, n.ms, n.zs, n.log_zs, label == row.exclude) : nan;
         const RowNumbers values = {finished.value, label < 0 ? 0.0f : logprob, logsumexp_of(n)};
         const RowNumbers c = Coefficients::of(given, values);

@@ -1,8 +1,6 @@
 // What the roles of the one-read kernel (one_read.cuh) share: a CTA's shared memory, and what stands in it.
 #pragma once
 
-#include <type_traits>
-
 #include "row.cuh"
 
 namespace kldiv::gpu {
@@ -89,15 +87,9 @@ struct Traits {
         return x;
     }
     KLDIV_DEVICE static Exchanged exchange(const Sums& x) {
-        return {{x.sum[0], x.sum[1], x.sum[2], x.sum[3], x.log_top, x.log_sum, 0, 0}};
-    }
-    KLDIV_DEVICE static Sums sums_of(const Exchanged& from) {
-        Sums x;
-#pragma unroll
-        for (int j = 0; j < 4; ++j) x.sum[j] = from.x[j];
-        x.log_top = from.x[4];
-        x.log_sum = from.x[5];
-        return x;
+        Exchanged out{};
+        save(x, out.x);
+        return out;
     }
 };
 

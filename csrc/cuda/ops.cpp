@@ -5,7 +5,6 @@
 #include "../op_arguments.h"
 #include "job.h"
 
-#include <algorithm>
 #include <tuple>
 #include <vector>
 
@@ -82,14 +81,6 @@ kldiv::gpu::Rows rows_of(const Tensor& tensor, const Tensor& logits, int64_t col
     return rows;
 }
 
-bool needs_labels(const std::string& name) { return name == "logprob" || name == "reference_logprob"; }
-
-bool needs_reference(const std::string& name) {
-    static const std::vector<std::string> of_the_student = {"logprob",     "logsumexp", "entropy",
-                                                            "max_logprob", "argmax",    "collision"};
-    return std::find(of_the_student.begin(), of_the_student.end(), name) == of_the_student.end();
-}
-
 // The arguments that describe the rows, the same for both operators.
 Job make_job(const Tensor& logits, const std::optional<Tensor>& reference, const std::optional<Tensor>& labels,
              const std::optional<Tensor>& mask, const std::optional<Tensor>& exclude,
@@ -99,21 +90,17 @@ Job make_job(const Tensor& logits, const std::optional<Tensor>& reference, const
     job.columns = vocab_size;
     job.student = rows_of(logits, logits, vocab_size, "logits");
     if (reference) job.teacher = rows_of(*reference, logits, vocab_size, "reference");
-    kldiv::take_tokens(job, logits, labels, mask, exclude, token_parameters, parameters);
+    kldiv::take_tokens(job, logits, labels, mask, exclude, token_parameters);
+    kldiv::take_parameters(parameters, job.parameters);
     STD_TORCH_CHECK(stats.size() <= kldiv::gpu::kMostStatistics, "at most ", kldiv::gpu::kMostStatistics, " stats");
     for (const std::string& name : stats) {
-        job.stats.push_back(kldiv::gpu::statistic_code(name));
-        STD_TORCH_CHECK(job.stats.back() >= 0, "the cuda backend has no ", name);
-        STD_TORCH_CHECK(job.labels || !needs_labels(name), name, " needs labels");
-        STD_TORCH_CHECK(job.teacher.data || !needs_reference(name), name, " needs reference");
+        const int code = kldiv::gpu::statistic_code(name);
+        STD_TORCH_CHECK(code >= 0, "the cuda backend has no ", name);
+        STD_TORCH_CHECK(job.labels || !kldiv::gpu::needs_labels(code), name, " needs labels");
+        STD_TORCH_CHECK(job.teacher.data || !kldiv::gpu::needs_reference(code), name, " needs reference");
+        job.stats[job.stat_count++] = code;
     }
     return job;
-}
-
-int64_t value_rows(const Job& job, const std::vector<std::string>& stats) {
-    int64_t rows = 0;
-    for (const std::string& name : stats) rows += needs_labels(name) ? job.labels_per_row : 1;
-    return rows;
 }
 
 Tensor new_gradient(const Tensor& like, kldiv::gpu::Gradient* gradient) {
@@ -132,13 +119,14 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> forward(const Tensor& logits, std::op
     const OnDevice device(logits);
     Job job = make_job(logits, reference, labels, mask, exclude, token_parameters, parameters, stats, vocab_size);
     teacher = teacher && reference;
-    const Tensor values = kldiv::new_floats(logits, value_rows(job, stats), job.rows);
+    const Tensor values = kldiv::new_floats(logits, kldiv::gpu::value_rows(job, job.stat_count), job.rows);
     Tensor state = kldiv::new_floats(logits, with_state ? kldiv::gpu::state_rows(job) : 0, job.rows);
     const Tensor none = new_empty(logits, {0});
     const Tensor dlogits = student ? new_gradient(logits, &job.d_student) : none;
     const Tensor dreference = teacher ? new_gradient(*reference, &job.d_teacher) : none;
-    const float* given = kldiv::per_token<float>(coefficients, logits, value_rows(job, stats) * job.rows,
-                                                 ScalarType::Float, "coefficients");
+    const float* given =
+        kldiv::per_token<float>(coefficients, logits, kldiv::gpu::value_rows(job, job.stat_count) * job.rows,
+                                ScalarType::Float, "coefficients");
     if (student || teacher) job.coefficients = given;
     if (job.rows == 0) return {values, state, dlogits, dreference};
 
@@ -168,8 +156,9 @@ std::tuple<Tensor, Tensor> backward(const Tensor& logits, std::optional<Tensor> 
     teacher = teacher && reference;
     job.state = const_cast<float*>(
         kldiv::per_token<float>(state, logits, kldiv::gpu::state_rows(job) * job.rows, ScalarType::Float, "state"));
-    job.coefficients = kldiv::per_token<float>(coefficients, logits, value_rows(job, stats) * job.rows,
-                                               ScalarType::Float, "coefficients");
+    job.coefficients =
+        kldiv::per_token<float>(coefficients, logits, kldiv::gpu::value_rows(job, job.stat_count) * job.rows,
+                                ScalarType::Float, "coefficients");
     const Tensor none = new_empty(logits, {0});
     const Tensor dlogits = student ? new_gradient(logits, &job.d_student) : none;
     const Tensor dreference = teacher ? new_gradient(*reference, &job.d_teacher) : none;

@@ -1,6 +1,8 @@
 // One row: what is asked of it, where it is, what its finished softmaxes are, its statistics.
 #pragma once
 
+#include <type_traits>
+
 #include "job.h"
 #include "state.cuh"
 
@@ -17,24 +19,6 @@ enum Code {
     KLDIV_DIVERGENCES(KLDIV_CODE)
 #undef KLDIV_CODE
         kCodes
-};
-
-// A call as the kernels get it, by value.
-struct Call {
-    Rows student, teacher;
-    int64_t rows, columns;
-    const int64_t* labels;
-    int64_t labels_per_row;
-    const bool* mask;
-    const int64_t* exclude;
-    const float* token_parameters;
-    float parameters[4];
-    int stats[kMostStatistics];
-    int stat_count;
-    float* values;
-    float* state;
-    const float* coefficients;
-    Gradient d_student, d_teacher;
 };
 
 // Saved state of a row: references and sums of both softmaxes, then for each statistic the sums of its gradients and
@@ -59,6 +43,12 @@ KLDIV_DEVICE const char* row_at(const Rows& rows, int64_t index) {
 }
 KLDIV_DEVICE char* row_at(const Gradient& gradient, int element, int64_t index) {
     return static_cast<char*>(gradient.data) + index * gradient.width * element_bytes(element);
+}
+// The first `threads` threads of a block write zeros to columns [begin, end) of a row.
+KLDIV_DEVICE void zero_columns(const Gradient& to, int element, int64_t index, int64_t begin, int64_t end,
+                               int threads) {
+    for (int64_t start = begin + thread_index() * kColumns; start < end; start += threads * kColumns)
+        store_columns(row_at(to, element, index), element, start, end, Columns{});
 }
 
 // Where a row is and how it is read.
@@ -174,6 +164,22 @@ struct Sums {
     float log_top = kNoLogit, log_sum = 0;  // log sum e^w = log_top + log(log_sum)
 };
 
+constexpr int kSumsFloats = 6;
+KLDIV_DEVICE void save(const Sums& x, float* to) {
+#pragma unroll
+    for (int j = 0; j < 4; ++j) to[j] = x.sum[j];
+    to[4] = x.log_top;
+    to[5] = x.log_sum;
+}
+KLDIV_DEVICE Sums saved_sums(const float* from) {
+    Sums x;
+#pragma unroll
+    for (int j = 0; j < 4; ++j) x.sum[j] = from[j];
+    x.log_top = from[4];
+    x.log_sum = from[5];
+    return x;
+}
+
 template <class D>
 KLDIV_DEVICE void add_terms(Sums& sums, const typename D::template Constants<float>& constants, const Normalised& n,
                             const Columns& s, const Columns& t) {
@@ -213,8 +219,9 @@ KLDIV_DEVICE Flags flags_of(const RowInput& row, const State& state) {
             fma(state.s.blocked, row.s.c, -state.s.m) > kZeroExponent};
 }
 
+// NaN where a row that D looks at has no softmax.
 template <class D>
-KLDIV_DEVICE Finished finish_as(const Sums& sums, const Flags& flags, float alpha, float beta) {
+KLDIV_DEVICE Finished finish_as(const Sums& sums, const Flags& flags, const Normalised& n, float alpha, float beta) {
     RowSums row;
 #pragma unroll
     for (int j = 0; j < 4; ++j) row.sum[j] = sums.sum[j];
@@ -224,7 +231,11 @@ KLDIV_DEVICE Finished finish_as(const Sums& sums, const Flags& flags, float alph
     if ((flags.q_is_zero && D::infinite_where_q_is_zero(alpha)) ||
         (flags.p_is_zero && D::infinite_where_p_is_zero(alpha)))
         (D::log_sum ? row.log_sum : row.sum[0]) = infinity;
-    return D::finish(row, alpha, beta);
+    Finished done = D::finish(row, alpha, beta);
+    constexpr bool needs_q = !std::is_same_v<D, Swap<Entropy>>;
+    if ((needs_q && is_nan(n.zs)) || (D::needs_p && is_nan(n.zt)))
+        done.value = done.sum_q = done.sum_p = std::numeric_limits<float>::quiet_NaN();
+    return done;
 }
 
 // The value of a statistic that the first sweep finishes, from the merged state of a row.

@@ -27,7 +27,7 @@ struct SweepArguments {
     bool student, teacher;  // gradients wanted
 };
 
-constexpr int kStateFloats = 13, kSumsFloats = 6;
+constexpr int kStateFloats = 13;
 constexpr int kEverything = kTeacher | kEntropy | kReferenceEntropy | kForwardKl | kReverseKl | kHellinger | kArgmax;
 
 KLDIV_DEVICE void save(const State& x, float* to) {
@@ -58,25 +58,10 @@ KLDIV_DEVICE State saved_state(const float* from) {
     x.column = static_cast<int>(float_bits(from[12]));
     return x;
 }
-KLDIV_DEVICE void save(const Sums& x, float* to) {
-#pragma unroll
-    for (int j = 0; j < 4; ++j) to[j] = x.sum[j];
-    to[4] = x.log_top;
-    to[5] = x.log_sum;
-}
-KLDIV_DEVICE Sums saved_sums(const float* from) {
-    Sums x;
-#pragma unroll
-    for (int j = 0; j < 4; ++j) x.sum[j] = from[j];
-    x.log_top = from[4];
-    x.log_sum = from[5];
-    return x;
-}
-
-// The merged state of the block's threads, in its first warp. What `from` and `save` exchange goes through shared
-// memory, `floats` a warp.
+// What the block's threads have, merged, in its first warp. What `save` and `load` exchange goes through shared memory,
+// `floats` a warp.
 template <class X, class Merge, class Load>
-KLDIV_DEVICE X merge_block(X x, int floats, const X& nothing, Merge merge, Load load) {
+KLDIV_DEVICE X merge_block(X x, int floats, Merge merge, Load load) {
     float* left = reinterpret_cast<float*>(shared_memory());
     const int warp = thread_index() / 32, lane = thread_index() % 32, warps = block_threads() / 32;
     merge(x);
@@ -84,14 +69,23 @@ KLDIV_DEVICE X merge_block(X x, int floats, const X& nothing, Merge merge, Load 
     if (lane == 0) save(x, left + warp * floats);
     block_sync(0, block_threads());
     if (warp == 0) {
-        x = lane < warps ? load(left + lane * floats) : nothing;
+        x = lane < warps ? load(left + lane * floats) : X{};
         merge(x);
     }
     return x;
 }
 
-KLDIV_DEVICE int64_t block_of(const SweepArguments& a) {
+// Which slice a block has, counted over all rows. Asked for again where it is wanted: that costs no register meanwhile.
+KLDIV_DEVICE int64_t slice_of(const SweepArguments& a) {
     return a.backwards ? grid_blocks() - 1 - block_index() : block_index();
+}
+// The slice: columns [begin, limit) of row `index`.
+struct Place {
+    int64_t index, begin, limit;
+};
+KLDIV_DEVICE Place place_of(const SweepArguments& a) {
+    const int64_t index = slice_of(a) / a.slices, begin = slice_of(a) % a.slices * a.slice, end = begin + a.slice;
+    return {index, begin, end < a.call.columns ? end : a.call.columns};
 }
 
 struct Pair {
@@ -111,13 +105,6 @@ KLDIV_DEVICE Pair load_pair(const Call& call, const RowInput& row, int64_t start
     }
     if constexpr (!two) pair.t = pair.s;
     return pair;
-}
-
-KLDIV_DEVICE Range range_of(const Columns& columns) {
-    Range out = {columns.x[0], columns.x[0]};
-#pragma unroll
-    for (int i = 1; i < kColumns; ++i) out = {::fminf(out.smallest, columns.x[i]), ::fmaxf(out.largest, columns.x[i])};
-    return out;
 }
 
 // body(start, pair) for this thread's columns of [begin, limit). `ahead`: the next ones are already on their way, which
@@ -155,15 +142,12 @@ KLDIV_DEVICE State sweep_slice(const Call& call, const RowInput& row, int64_t be
 template <int FIRST>
 KLDIV_KERNEL(kSweepThreads, 2)
 sweep(SweepArguments a) {
-    const int64_t block = block_of(a), index = block / a.slices, slice = block % a.slices;
-    if (a.call.mask && !a.call.mask[index]) return;
-    const RowInput row = open_row(a.call, index);
-    const int64_t begin = slice * a.slice, end = begin + a.slice;
-    State state = sweep_slice<FIRST>(a.call, row, begin, end < a.call.columns ? end : a.call.columns);
+    const Place at = place_of(a);
+    if (a.call.mask && !a.call.mask[at.index]) return;
+    State state = sweep_slice<FIRST>(a.call, open_row(a.call, at.index), at.begin, at.limit);
     state = merge_block(
-        state, kStateFloats, State{}, [](State& x) { merge_lanes<FIRST>(x); },
-        [](const float* x) { return saved_state(x); });
-    if (thread_index() == 0) save(state, a.states + block * kStateFloats);
+        state, kStateFloats, [](State& x) { merge_lanes<FIRST>(x); }, [](const float* x) { return saved_state(x); });
+    if (thread_index() == 0) save(state, a.states + slice_of(a) * kStateFloats);
 }
 
 // The merged state of a row, in every lane of every warp that asks.
@@ -189,13 +173,11 @@ KLDIV_DEVICE void with_divergence(int code, Function function) {
 }
 
 KLDIV_KERNEL(kSweepThreads, 2) sums(SweepArguments a) {
-    const int64_t block = block_of(a), index = block / a.slices, slice = block % a.slices;
-    if (a.call.mask && !a.call.mask[index]) return;
-    const RowInput row = open_row(a.call, index);
-    const Normalised n = normalise(row, row_state(a, index), a.call.teacher.data != nullptr);
-    const int64_t begin = slice * a.slice, end = begin + a.slice;
-    const int64_t limit = end < a.call.columns ? end : a.call.columns;
-    int at = 0;
+    const Place at = place_of(a);
+    if (a.call.mask && !a.call.mask[at.index]) return;
+    const RowInput row = open_row(a.call, at.index);
+    const Normalised n = normalise(row, row_state(a, at.index), a.call.teacher.data != nullptr);
+    int64_t to = at.index * a.sums_count;
     for (int i = 0; i < a.call.stat_count; ++i) {
         if (finishes_first(a.call.stats[i])) continue;
         const Resolved resolved = resolve(a.call.stats[i], row.alpha, row.beta);
@@ -204,16 +186,16 @@ KLDIV_KERNEL(kSweepThreads, 2) sums(SweepArguments a) {
             using D = decltype(divergence);
             const float unknown[kRowConstants] = {};
             const typename D::template Constants<float> constants(resolved.alpha, row.beta, unknown);
-            for_columns<D::needs_p, false>(a.call, row, begin, limit, [&](int64_t, Pair& pair) {
+            for_columns<D::needs_p, false>(a.call, row, at.begin, at.limit, [&](int64_t, Pair& pair) {
                 raise_to(n.floor_s, pair.s);
                 raise_to(n.floor_t, pair.t);
                 add_terms<D>(total, constants, n, pair.s, pair.t);
             });
         });
         total = merge_block(
-            total, kSumsFloats, Sums{}, [](Sums& x) { merge_lanes(x); }, [](const float* x) { return saved_sums(x); });
-        if (thread_index() == 0) save(total, a.sums + ((index * a.sums_count + at) * a.slices + slice) * kSumsFloats);
-        ++at;
+            total, kSumsFloats, [](Sums& x) { merge_lanes(x); }, [](const float* x) { return saved_sums(x); });
+        if (thread_index() == 0) save(total, a.sums + (to * a.slices + slice_of(a) % a.slices) * kSumsFloats);
+        ++to;
     }
 }
 
@@ -230,9 +212,7 @@ KLDIV_DEVICE Finished finish_statistic(int code, const RowInput& row, const Stat
     if (finishes_first(code)) sums.sum[0] = first_value(resolved.code, state, n);
     with_divergence(resolved.code, [&](auto divergence) {
         using D = decltype(divergence);
-        done = finish_as<D>(sums, flags_of(row, state), resolved.alpha, row.beta);
-        const bool bad = (resolved.code != k_reference_entropy && is_nan(n.zs)) || (D::needs_p && is_nan(n.zt));
-        if (bad) done.value = done.sum_q = done.sum_p = std::numeric_limits<float>::quiet_NaN();
+        done = finish_as<D>(sums, flags_of(row, state), n, resolved.alpha, row.beta);
     });
     return done;
 }
@@ -292,161 +272,6 @@ KLDIV_KERNEL(kSweepThreads, 1) finish(SweepArguments a) {
 #pragma unroll
         for (int j = 0; j < kRowConstants; ++j) save_state(first + 2 + j, done.k[j]);
     }
-}
-
-// What a row's gradient is made of beside its statistics' own terms.
-struct Shares {
-    float s = 0, t = 0;  // of the two softmaxes
-    bool any = false;    // some coefficient is not 0
-};
-
-KLDIV_DEVICE Shares shares_of(const Call& call, int64_t index) {
-    Shares out;
-    const int64_t n = call.rows;
-    const float* coefficient = call.coefficients + index;
-    for (int i = 0; i < call.stat_count; ++i) {
-        const int code = call.stats[i];
-        if (code == kLogprob || code == kReferenceLogprob) {
-            for (int64_t j = 0; j < call.labels_per_row; ++j, coefficient += n) {
-                out.any |= *coefficient != 0;
-                if (call.labels[index * call.labels_per_row + j] < 0) continue;
-                (code == kLogprob ? out.s : out.t) -= *coefficient;
-            }
-            continue;
-        }
-        const float c = *coefficient;
-        coefficient += n;
-        out.any |= c != 0;
-        if (code == kLogsumexp) out.s += c;
-        if (code < k_entropy) continue;
-        const float* of = call.state + (kStateOfRow + i * kStateOfStatistic) * n + index;
-        out.s -= times(c, of[0]);
-        out.t -= times(c, of[n]);
-    }
-    return out;
-}
-
-KLDIV_DEVICE void add_labels(const Call& call, int64_t index, int64_t start, bool student, Columns& g) {
-    const float* coefficient = call.coefficients + index;
-    for (int i = 0; i < call.stat_count; ++i) {
-        const int code = call.stats[i];
-        const int64_t values = code == kLogprob || code == kReferenceLogprob ? call.labels_per_row : 1;
-        if (code == (student ? kLogprob : kReferenceLogprob)) {
-            for (int64_t j = 0; j < values; ++j) {
-                const int64_t at = call.labels[index * values + j] - start;
-                if (at < 0 || at >= kColumns) continue;
-                const float weight = coefficient[j * call.rows];
-#pragma unroll
-                for (int c = 0; c < kColumns; ++c) g.x[c] += at == c ? weight : 0.0f;
-            }
-        }
-        coefficient += values * call.rows;
-    }
-}
-
-// One gradient, of the columns of a slice.
-template <bool student>
-KLDIV_DEVICE void slice_gradient(const SweepArguments& a, const RowInput& row, const Normalised& n,
-                                 const Shares& shares, int64_t index, int64_t begin, int64_t limit) {
-    const Call& call = a.call;
-    const Gradient& to = student ? call.d_student : call.d_teacher;
-    const int element = student ? call.student.element : call.teacher.element;
-    char* out = row_at(to, element, index);
-    const float share = student ? shares.s : shares.t, over_temperature = (student ? n.cs : n.ct) / kLog2e;
-    const auto body = [&](int64_t start, Pair& pair) {
-        raise_to(n.floor_s, pair.s);
-        raise_to(n.floor_t, pair.t);
-        Columns g;
-#pragma unroll
-        for (int i = 0; i < kColumns; ++i) {
-            const float y = student ? fma(pair.s.x[i], n.cs, -n.ms) : fma(pair.t.x[i], n.ct, -n.mt);
-            const float q = exp2(y) * (student ? n.over_zs : n.over_zt);
-            // 0 * inf: a column without mass takes no share of an infinite sum.
-            g.x[i] = q == 0 ? 0.0f : share * q;
-        }
-        const float* coefficient = call.coefficients + index;
-        for (int i = 0; i < call.stat_count; ++i) {
-            const int code = call.stats[i];
-            const float c = *coefficient;
-            coefficient += (code == kLogprob || code == kReferenceLogprob ? call.labels_per_row : 1) * call.rows;
-            if (code < k_entropy || c == 0) continue;
-            const Resolved resolved = resolve(code, row.alpha, row.beta);
-            const float* k_at = call.state + (kStateOfRow + i * kStateOfStatistic + 2) * call.rows + index;
-            with_divergence(resolved.code, [&](auto divergence) {
-                using D = decltype(divergence);
-                if constexpr (student || D::needs_p) {
-                    float k[kRowConstants] = {};
-                    if constexpr (D::grad_needs_row) {
-#pragma unroll
-                        for (int j = 0; j < kRowConstants; ++j) k[j] = k_at[j * call.rows];
-                    }
-                    const typename D::template Constants<float> constants(resolved.alpha, row.beta, k);
-#pragma unroll
-                    for (int j = 0; j < kColumns; ++j) {
-                        const Element<float> e = element_of<D>(n, opaque(pair.s.x[j]), opaque(pair.t.x[j]));
-                        g.x[j] = fma(c, student ? D::grad_logq(e, constants) : D::grad_logp(e, constants), g.x[j]);
-                    }
-                }
-            });
-        }
-        if (call.labels) add_labels(call, index, start, student, g);
-#pragma unroll
-        for (int i = 0; i < kColumns; ++i) g.x[i] *= over_temperature;
-        const int64_t excluded = row.exclude - start;
-        if (excluded >= 0 && excluded < kColumns) replace(static_cast<int>(excluded), 0.0f, g);
-        store_columns(out, element, start, limit, g);
-    };
-    if (call.teacher.data)
-        for_columns<true, false>(call, row, begin, limit, body);
-    else
-        for_columns<false, false>(call, row, begin, limit, body);
-}
-
-// Zeros from `begin` on.
-KLDIV_DEVICE void zero_columns(const Gradient& to, int element, int64_t index, int64_t begin, int64_t end) {
-    const Columns zero{};
-    for (int64_t start = begin + thread_index() * kColumns; start < end; start += block_threads() * kColumns)
-        store_columns(row_at(to, element, index), element, start, end, zero);
-}
-
-KLDIV_KERNEL(kSweepThreads, 2) gradient(SweepArguments a) {
-    const Call& call = a.call;
-    const int64_t block = block_of(a), index = block / a.slices, slice = block % a.slices;
-    const int64_t begin = slice * a.slice, end = begin + a.slice;
-    const int64_t limit = end < call.columns ? end : call.columns;
-    // The last slice's block also has the padding.
-    const bool last = slice + 1 == a.slices;
-    const auto zero = [&](int64_t from) {
-        const auto side = [&](const Gradient& to, int element) {
-            zero_columns(to, element, index, from, last ? to.width : limit);
-        };
-        if (a.student) side(call.d_student, call.student.element);
-        if (a.teacher) side(call.d_teacher, call.teacher.element);
-    };
-    const bool active = !call.mask || call.mask[index];
-    const Shares shares = active ? shares_of(call, index) : Shares{};
-    if (!shares.any) {
-        zero(begin);
-        return;
-    }
-    const RowInput row = open_row(call, index);
-    const float* state = call.state + index;
-    const Normalised n = normalise(row, state[0], state[call.rows], state[2 * call.rows], state[3 * call.rows]);
-    if (a.student) slice_gradient<true>(a, row, n, shares, index, begin, limit);
-    if (a.teacher) slice_gradient<false>(a, row, n, shares, index, begin, limit);
-    if (last) zero(limit);
-}
-
-// The rows that the mask leaves out, for kernels that do not visit them: values and gradient are 0.
-KLDIV_KERNEL(kSweepThreads, 2) zero_masked(SweepArguments a) {
-    const Call& call = a.call;
-    const int64_t index = block_index();
-    if (call.mask[index]) return;
-    if (thread_index() == 0) {
-        float* value = call.values + index;
-        for (int i = 0; i < call.stat_count; ++i, value += call.rows) *value = 0;
-    }
-    zero_columns(call.d_student, call.student.element, index, 0, call.d_student.width);
 }
 
 }  // namespace kldiv::gpu

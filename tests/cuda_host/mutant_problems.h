@@ -121,7 +121,7 @@ inline std::string solve(const Problem& p) {
     if (p.teacher) job.teacher = teacher.rows;
     job.rows = p.rows;
     job.columns = p.columns + p.beyond;
-    for (const char* name : p.stats) job.stats.push_back(statistic_code(name));
+    for (const char* name : p.stats) job.stats[job.stat_count++] = statistic_code(name);
     const int64_t values = value_rows_of(p), width = p.columns + p.padding;
     Memory labels(p.rows * p.labels_per_row * 8), mask(p.rows), exclude(p.rows * 8);
     Memory out(values * p.rows * 4), coefficients(values * p.rows * 4);

@@ -1,0 +1,17 @@
+// What a call says of its tokens, on any device.
+#pragma once
+
+#include <cstdint>
+
+namespace kldiv {
+
+struct Tokens {
+    int64_t rows = 0, columns = 0;    // columns: without padding
+    const int64_t* labels = nullptr;  // [N, labels_per_row], -1: none
+    int64_t labels_per_row = 1;
+    const bool* mask = nullptr;
+    const int64_t* exclude = nullptr;
+    const float* token_parameters = nullptr;  // [4, N]
+};
+
+}  // namespace kldiv
