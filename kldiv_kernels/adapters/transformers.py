@@ -1,0 +1,265 @@
+r"""Losses for `transformers`: cross-entropy with an entropy bonus, and distillation from a teacher.
+
+Each is one callable with the two ways in that `transformers` has:
+
+    Trainer(..., compute_loss_func=loss)   calls loss(outputs, labels, num_items_in_batch=n)
+    model.loss_function = loss             is called loss(logits=, labels=, vocab_size=, num_items_in_batch=n, ...)
+
+with logits [batch, tokens, vocab] that are not shifted. With target y_t = labels[t + 1]:
+
+    cross-entropy   Σ_t [−log q_t(y_t) − entropy_coef·H(q_t)] / n
+    distillation    Σ_t [(1 − w)·D(p_t, q_t) − w·log q_t(y_t)] / n
+
+n is `num_items_in_batch`, which the Trainer counts over all ranks and accumulation steps, or else the number of targets
+of the call: as in `ForCausalLMLoss` (transformers 5.23), of which entropy_coef = 0 is value and gradient.
+
+The labels are shifted, not the logits: those are read where they are, without a copy in float32.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from kldiv_kernels.backends import names as backend_names
+from kldiv_kernels.losses import divergence_loss
+from kldiv_kernels.stats import token_stats
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+_IGNORED = -100
+# What the student is called with and its teacher is not: the loss is made here, and a cache is one model's own.
+_STUDENT_ONLY = ("labels", "shift_labels", "num_items_in_batch", "past_key_values", "use_cache")
+
+
+def cross_entropy_loss(*, entropy_coef: float = 0.0, backend: str = "auto") -> Callable[..., Tensor]:
+    """Causal language-model loss with an entropy bonus, from one read of the logits.
+
+    Args:
+        entropy_coef: subtracts entropy_coef × the mean entropy (nats) of the target positions; below 0 it is a
+            penalty. Default 0.
+        backend: see `kldiv_kernels.token_stats`.
+
+    Returns:
+        loss(logits, labels, vocab_size=None, num_items_in_batch=None, ignore_index=-100, shift_labels=None), for
+        `Trainer(compute_loss_func=loss)` and for `model.loss_function = loss`. `logits` [batch, tokens, vocab] is a
+        tensor or a model output that has one; `labels` [batch, tokens] are shifted by the loss, `shift_labels` are
+        already; logits from column `vocab_size` on are padding. float32 scalar; 0 when there is no target, where
+        `ForCausalLMLoss` is NaN. Other keyword arguments, which models pass on, are ignored.
+
+    Raises:
+        TypeError: entropy_coef is no number; a call without logits. ValueError: a call without labels.
+
+    >>> import torch
+    >>> loss = cross_entropy_loss(entropy_coef=0.01)
+    >>> logits, labels = torch.zeros(1, 3, 8), torch.tensor([[5, 1, -100]])
+    >>> round(loss(logits, labels).item(), 4)  # log 8 − 0.01·log 8, of one target
+    2.0586
+    """
+    if isinstance(entropy_coef, bool) or not isinstance(entropy_coef, (int, float)):
+        raise TypeError(f"cross_entropy_loss: entropy_coef is {entropy_coef!r}; expected a number")
+
+    def loss(
+        logits: Any,
+        labels: Tensor | None = None,
+        vocab_size: int | None = None,
+        num_items_in_batch: Tensor | float | None = None,
+        ignore_index: int = _IGNORED,
+        shift_labels: Tensor | None = None,
+        **others: Any,
+    ) -> Tensor:
+        logits = _logits("cross_entropy_loss", logits)
+        targets = _targets("cross_entropy_loss", logits, labels, shift_labels, ignore_index)
+        valid = targets != _IGNORED
+        names = ("logprob", "entropy") if entropy_coef else ("logprob",)
+        stats = token_stats(logits, labels=targets, stats=names, mask=valid, vocab_size=vocab_size, backend=backend)
+        total = -stats.logprob.sum()
+        if entropy_coef:
+            total = total - entropy_coef * stats.entropy.sum()
+        return total / _normalizer(valid, num_items_in_batch)
+
+    return loss
+
+
+class DistillationLoss:
+    """What `distillation_loss` returns: the loss, called as the module says, and `remove()`.
+
+    The teacher needs what the student was called with, which neither way in hands on. A forward pre-hook on the student
+    keeps it from the call to the loss of that call, and no longer.
+    """
+
+    def __init__(self, student: PreTrainedModel, teacher: PreTrainedModel, options: _Options, vocab_size: int) -> None:
+        self.teacher = teacher.eval()  # type: ignore[no-untyped-call]
+        self.vocab_size = vocab_size
+        self._options = options
+        self._inputs: tuple[tuple[Any, ...], dict[str, Any]] | None = None
+        self._hook = student.register_forward_pre_hook(self._remember, with_kwargs=True)
+
+    def __call__(
+        self,
+        logits: Any,
+        labels: Tensor | None = None,
+        vocab_size: int | None = None,
+        num_items_in_batch: Tensor | float | None = None,
+        ignore_index: int = _IGNORED,
+        shift_labels: Tensor | None = None,
+        **others: Any,
+    ) -> Tensor:
+        from kldiv_kernels.trainer import distillation
+
+        logits = _logits("distillation_loss", logits)
+        targets = _targets("distillation_loss", logits, labels, shift_labels, ignore_index)
+        return distillation.distillation_loss(
+            logits,
+            None if self._options.ce_weight == 1.0 else self._teacher_logits(logits.device),
+            targets,
+            self._options,  # type: ignore[arg-type]
+            vocab_size=self.vocab_size,
+            normalizer=_normalizer(targets != _IGNORED, num_items_in_batch),
+        )
+
+    def remove(self) -> None:
+        """Takes the hook off the student. The loss cannot be called any more."""
+        self._hook.remove()
+        self._inputs = None
+
+    def _remember(self, module: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        # With a cache of earlier tokens this is generation: no loss follows, and the teacher has not seen those tokens.
+        if kwargs.get("past_key_values") is None:
+            self._inputs = args, {name: x for name, x in kwargs.items() if name not in _STUDENT_ONLY}
+
+    def _teacher_logits(self, device: torch.device) -> Tensor:
+        if self._inputs is None:
+            raise RuntimeError(
+                "distillation_loss: the student was not called before the loss; expected as `student` the model that "
+                "the Trainer is given (for PEFT, the PeftModel), and no remove()"
+            )
+        (args, kwargs), self._inputs = self._inputs, None
+        home = next(self.teacher.parameters()).device
+        args, kwargs = tuple(_on(home, x) for x in args), {name: _on(home, x) for name, x in kwargs.items()}
+        with torch.no_grad():
+            logits: Tensor = self.teacher(*args, **kwargs, use_cache=False).logits
+        return logits.to(device)
+
+
+def distillation_loss(
+    student: PreTrainedModel,
+    teacher: PreTrainedModel,
+    kind: str = "forward_kl",
+    *,
+    ce_weight: float = 0.0,
+    temperature: float = 1.0,
+    temperature_squared: bool = False,
+    alpha: float = 0.5,
+    beta: float = 0.5,
+    vocab_size: int | None = None,
+    backend: str = "auto",
+) -> DistillationLoss:
+    """(1 − ce_weight)·divergence(teacher, student) + ce_weight·cross-entropy, for a Trainer of any class.
+
+    `kldiv_kernels.trainer.DistillationTrainer` has the same loss and held-out metrics; this one leaves the Trainer to
+    you. A call of the loss runs the teacher, on the inputs that the student had.
+
+    Args:
+        student: the model that the Trainer is given (for PEFT the PeftModel); it gets a forward pre-hook, which
+            `remove()` takes off.
+        teacher: run without gradient, in evaluation mode, in its own dtype and on its own device. Its vocabulary may
+            be padded to another width than the student's.
+        kind: a divergence of `kldiv_kernels.divergence_loss`, which also says what temperature, temperature_squared,
+            alpha, beta and backend are.
+        ce_weight: 0 (default) to 1; 1 does not run the teacher.
+        vocab_size: columns from here on are padding. Default: the narrower vocabulary of the two models.
+
+    Returns:
+        DistillationLoss, for `Trainer(compute_loss_func=loss)` and for `student.loss_function = loss`; its arguments
+        are those of the loss of `cross_entropy_loss`. float32 scalar; 0 when there is no target.
+
+    Raises:
+        ValueError: an option outside of what is allowed, student and teacher the same model, a call without labels.
+        RuntimeError: a call of the loss without a call of the student before it.
+
+    >>> from transformers import LlamaConfig, LlamaForCausalLM
+    >>> sizes = dict(vocab_size=16, intermediate_size=8, num_hidden_layers=1, num_attention_heads=1)
+    >>> student = LlamaForCausalLM(LlamaConfig(hidden_size=4, **sizes))
+    >>> teacher = LlamaForCausalLM(LlamaConfig(hidden_size=8, **sizes))
+    >>> loss = distillation_loss(student, teacher, "js", beta=0.9)
+    >>> tokens = torch.tensor([[1, 5, 2]])
+    >>> 0 < loss(student(input_ids=tokens), tokens).item() < 0.1
+    True
+    """
+    from kldiv_kernels.trainer.distillation import shared_vocab_size
+
+    where = "distillation_loss"
+    if teacher is student:
+        raise ValueError(f"{where}: teacher is the student; expected another model")
+    if not 0.0 <= ce_weight <= 1.0:
+        raise ValueError(f"{where}: ce_weight is {ce_weight}; expected between 0 and 1")
+    if backend not in ("auto", *backend_names()):
+        raise ValueError(f"{where}: backend is {backend!r}; expected one of auto, {', '.join(backend_names())}")
+    options = _Options(kind, ce_weight, temperature, temperature_squared, alpha, beta, backend)
+    # The loss knows what it allows: ask it on two columns, before a step is trained.
+    row = torch.zeros(1, 2)
+    divergence_loss(row, row, kind, backend="reference", **options.divergence_options())
+    return DistillationLoss(student, teacher, options, shared_vocab_size(student, teacher, vocab_size))
+
+
+@dataclass(frozen=True)
+class _Options:
+    """What the loss of `kldiv_kernels.trainer` reads of its DistillationArguments."""
+
+    kind: str
+    ce_weight: float
+    temperature: float
+    temperature_squared: bool
+    alpha: float
+    beta: float
+    backend: str
+
+    def divergence_options(self) -> dict[str, Any]:
+        return {
+            "temperature": self.temperature,
+            "temperature_squared": self.temperature_squared,
+            "alpha": self.alpha,
+            "beta": self.beta,
+        }
+
+
+def _logits(where: str, given: Any) -> Tensor:
+    logits = given if isinstance(given, Tensor) else getattr(given, "logits", None)
+    if not isinstance(logits, Tensor):
+        raise TypeError(
+            f"{where}: logits is {type(given).__name__}; expected a torch.Tensor or a model output with one"
+        )
+    return logits
+
+
+def _targets(
+    where: str, logits: Tensor, labels: Tensor | None, shift_labels: Tensor | None, ignore_index: int
+) -> Tensor:
+    """[batch, tokens], the target of each position; -100 where there is none."""
+    if shift_labels is None:
+        if labels is None:
+            raise ValueError(
+                f"{where}: labels is None; expected {list(logits.shape[:-1])}, -100 where there is no target"
+            )
+        shift_labels = torch.nn.functional.pad(labels[..., 1:], (0, 1), value=ignore_index)
+    targets = shift_labels.to(logits.device).reshape(logits.shape[:-1])
+    return targets if ignore_index == _IGNORED else torch.where(targets == ignore_index, _IGNORED, targets)
+
+
+def _normalizer(valid: Tensor, num_items_in_batch: Tensor | float | None) -> Tensor:
+    """Scalar; 1 in place of 0, so that a batch without a target has loss 0."""
+    if num_items_in_batch is None:
+        return valid.sum().clamp_min(1)
+    # One element a GPU under DataParallel, all equal.
+    count = torch.as_tensor(num_items_in_batch, device=valid.device).reshape(-1)[0]
+    return torch.where(count > 0, count, 1)
+
+
+def _on(device: torch.device, value: Any) -> Any:
+    return value.to(device) if isinstance(value, Tensor) else value
