@@ -1,8 +1,10 @@
-"""This library inside TRL 1.14 to 1.16: trainers, and functions of TRL replaced in place.
+"""This library inside TRL 1.14 to 1.16.
 
-    from kldiv_kernels.adapters.trl import GRPOTrainer
+    from kldiv_kernels.adapters.trl import DistillationTrainer, GRPOTrainer, patched_trl
 
-GRPOTrainer: TRL's with `policy_loss`. TRL is imported when a name here is first used.
+GRPOTrainer is TRL's with every loss of `policy_loss`, DistillationTrainer TRL's with every divergence (both TRL 1.15 or
+1.16). `patch_trl` replaces divergences, log-probabilities and entropy inside TRL's other trainers. TRL is imported
+when a trainer or a patch is first asked for.
 """
 
 from __future__ import annotations
@@ -10,15 +12,17 @@ from __future__ import annotations
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
+from kldiv_kernels.adapters.trl.patch import patch_trl, patched_trl, unpatch_trl
 from kldiv_kernels.adapters.trl.version import require
 
 if TYPE_CHECKING:
+    from kldiv_kernels.adapters.trl.distillation import DistillationTrainer
     from kldiv_kernels.adapters.trl.grpo import GRPOTrainer
 
-__all__ = ["GRPOTrainer"]
+__all__ = ["DistillationTrainer", "GRPOTrainer", "patch_trl", "patched_trl", "unpatch_trl"]
 
 # TRL 1.14 scores tokens in another way, which the trainers do not know.
-_TRAINERS = {"GRPOTrainer": "grpo"}
+_TRAINERS = {"DistillationTrainer": "distillation", "GRPOTrainer": "grpo"}
 
 
 def __getattr__(name: str) -> Any:

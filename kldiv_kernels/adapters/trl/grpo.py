@@ -44,10 +44,6 @@ class GRPOTrainer(grpo_trainer.GRPOTrainer):
 
     Raises:
         ValueError: at construction, for what `policy_loss` or this trainer does not allow.
-
-    >>> from kldiv_kernels.adapters.trl import GRPOTrainer
-    >>> issubclass(GRPOTrainer, __import__("trl").GRPOTrainer)
-    True
     """
 
     # TRL's types are those of any transformers.Trainer, without GRPOConfig's fields.
