@@ -92,9 +92,8 @@ def patch_trl(backend: str = "auto") -> list[str]:
         for function, make in functions.items():
             original = getattr(_module(module_name), function, None)
             if original is not None:
-                replacement = make(original, backend)
-                state.functions.append((original, replacement))
-                names += _replace(original, replacement)
+                state.functions.append((original, make(original, backend)))
+    names += _replace(state.functions)
     _state = state
     return sorted(names)
 
@@ -106,8 +105,7 @@ def unpatch_trl() -> None:
         return
     for owner, method, original in _state.methods:
         setattr(owner, method, original)
-    for original, replacement in _state.functions:
-        _replace(replacement, original)
+    _replace([(replacement, original) for original, replacement in _state.functions])
     _state = None
 
 
@@ -129,13 +127,14 @@ def _module(name: str) -> ModuleType | None:
         return None
 
 
-def _replace(old: Callable[..., Any], new: Callable[..., Any]) -> list[str]:
-    """Every name of a module of TRL that stands for `old`."""
+def _replace(pairs: list[tuple[Callable[..., Any], Callable[..., Any]]]) -> list[str]:
+    """Puts the second of a pair where a module of TRL has the first, under any name; returns the names."""
+    by_identity = {id(old): new for old, new in pairs}
     found = []
     for module_name, module in list(sys.modules.items()):
-        if module is None or module_name.split(".")[0] != "trl":
+        if module is None or not (module_name == "trl" or module_name.startswith("trl.")):
             continue
-        for name in [name for name, value in vars(module).items() if value is old]:
-            setattr(module, name, new)
+        for name in [name for name, value in vars(module).items() if id(value) in by_identity]:
+            setattr(module, name, by_identity[id(vars(module)[name])])
             found.append(f"{module_name}.{name}")
     return found
