@@ -1,0 +1,31 @@
+"""The call signatures of verl's losses, and `register` for its registry. Only `register` needs verl.
+
+`POLICY_LOSSES` are the policy losses by verl's names, `agg_loss` their aggregation. `logprobs_from_logits` and
+`entropy_from_logits` stand for those of `verl.utils.torch_functional`, `compute_forward_kl_topk` for that of
+`verl.trainer.distillation.fsdp.losses`. verl has no registry for the latter three: assign them to those modules before
+others import the names from there.
+
+What differs from verl (read at August 2026):
+
+- Masked tokens are not looked at, NaN or not, and a batch without a valid token has loss 0, not 0/0.
+- Statistics of the logits are float32, for bfloat16 logits too, and the logits are never written to.
+- clip_cov draws its tokens from the device's random numbers. In geo_mean a token with advantage 0 beside others that
+  have one keeps its log-ratio, unless that is below −clip_ratio_low; in verl it counts as ratio 1.
+- `actor/pg_clipfrac` of dppo_tv and dppo_kl does not count tokens with advantage 0, which have no gradient to lose.
+- A top-k entry without teacher probability adds 0, not NaN. In `overlap_count` a tie with the student's k-th logit is
+  inside its top k.
+"""
+
+from __future__ import annotations
+
+from kldiv_kernels.adapters.verl.logits import compute_forward_kl_topk, entropy_from_logits, logprobs_from_logits
+from kldiv_kernels.adapters.verl.policy import POLICY_LOSSES, agg_loss, register
+
+__all__ = [
+    "POLICY_LOSSES",
+    "agg_loss",
+    "compute_forward_kl_topk",
+    "entropy_from_logits",
+    "logprobs_from_logits",
+    "register",
+]

@@ -1,0 +1,257 @@
+"""verl's signatures: its policy losses, sequence by sequence in float64, and its functions of raw logits."""
+
+from __future__ import annotations
+
+import math
+import sys
+from collections.abc import Callable
+from types import ModuleType, SimpleNamespace
+from typing import Any
+
+import policy_oracle as oracle
+import pytest
+import torch
+from torch import Tensor
+
+from kldiv_kernels.adapters import verl
+
+LOW, HIGH = 0.15, 0.3
+Parts = tuple[Tensor, dict[str, Tensor]]
+
+
+def _config(**entries: Any) -> Any:
+    """Like verl's dataclasses, with attributes and get."""
+    given = {"clip_ratio": 0.2, "clip_ratio_low": LOW, "clip_ratio_high": HIGH, "global_batch_info": {}, **entries}
+    given["get"] = lambda name, default=None: given.get(name, default)
+    return SimpleNamespace(**given)
+
+
+def _ppo(r: Tensor, a: Tensor, low: float = LOW, high: float = HIGH) -> tuple[Tensor, Tensor]:
+    plain, clipped = -a * r, -a * r.clamp(1 - low, 1 + high)
+    return torch.max(plain, clipped), clipped > plain
+
+
+def _vanilla(d: Tensor, lp: Tensor, old: Tensor, a: Tensor) -> Parts:
+    loss, clipped = _ppo(d.exp(), a)
+    dual = (a < 0) & (loss > -1.3 * a)
+    loss = torch.where(dual, -1.3 * a, loss)
+    return loss, {"pg_clipfrac": clipped, "ppo_kl": -d, "pg_clipfrac_lower": dual}
+
+
+def _gspo(d: Tensor, lp: Tensor, old: Tensor, a: Tensor) -> Parts:
+    s = d.mean().detach().exp() * (lp - lp.detach()).exp()
+    loss, clipped = _ppo(s, a, LOW / 10, HIGH / 10)
+    return loss, {"pg_clipfrac": clipped, "ppo_kl": -d, "pg_clipfrac_lower": 0 * d}
+
+
+def _sapo(d: Tensor, lp: Tensor, old: Tensor, a: Tensor) -> Parts:
+    tau = torch.where(a > 0, 0.8, 1.2)
+    loss = -4 / tau / (1 + (-tau * (d.exp() - 1)).exp()) * a
+    return loss, {"pg_clipfrac": 0 * d, "ppo_kl": -d, "pg_clipfrac_lower": 0 * d}
+
+
+def _cispo(d: Tensor, lp: Tensor, old: Tensor, a: Tensor) -> Parts:
+    r = d.detach().exp()
+    kept = r.clamp(1 - LOW, 1 + HIGH)
+    return -kept * a * lp, {"pg_clipfrac": r != kept, "ppo_kl": -d, "pg_clipfrac_lower": 0 * d}
+
+
+def _geo_mean(d: Tensor, lp: Tensor, old: Tensor, a: Tensor) -> Parts:
+    inside = d.clamp(-LOW, HIGH)
+    pessimistic = a.sign() * torch.min(a.sign() * d, a.sign() * inside)
+    out = inside != d
+    loss = (-a.mean() * pessimistic.mean().exp()).expand(d.shape)
+    return loss, {"pg_clipfrac": out & (a > 0), "ppo_kl": -d, "pg_clipfrac_lower": out & (a < 0)}
+
+
+def _dppo(d: Tensor, lp: Tensor, old: Tensor, a: Tensor, kind: str) -> Parts:
+    now, before = lp.detach().exp(), old.exp()
+    if kind == "tv":
+        kept = torch.where(a > 0, now - before <= HIGH / 10, before - now <= LOW / 10)
+    else:
+        kl = before * (before / now).log() + (1 - before) * ((1 - before) / (1 - now)).log()
+        kept = torch.where(a > 0, (kl <= HIGH / 100) | (now <= before), (kl <= LOW / 100) | (now >= before))
+    r = d.detach().exp()
+    loss = torch.where(kept, -r.clamp(max=1.3) * a * lp, 0.0)
+    return loss, {"pg_clipfrac": ~kept, "ppo_kl": -d, "pg_clipfrac_lower": kept & (r > 1.3)}
+
+
+def _gpg(d: Tensor, lp: Tensor, old: Tensor, a: Tensor) -> Parts:
+    return -a * lp, {}
+
+
+LOSSES: dict[str, tuple[dict[str, Any], Callable[..., Parts]]] = {
+    "vanilla": ({"clip_ratio_c": 1.3}, _vanilla),
+    "gspo": ({"clip_ratio_low": LOW / 10, "clip_ratio_high": HIGH / 10}, _gspo),
+    "sapo": ({"tau_pos": 0.8, "tau_neg": 1.2}, _sapo),
+    "cispo": ({}, _cispo),
+    "geo_mean": ({}, _geo_mean),
+    "dppo_tv": (
+        {"clip_ratio_low": LOW / 10, "clip_ratio_high": HIGH / 10, "clip_ratio_c": 1.3},
+        lambda *x: _dppo(*x, "tv"),
+    ),
+    "dppo_kl": (
+        {"clip_ratio_low": LOW / 100, "clip_ratio_high": HIGH / 100, "clip_ratio_c": 1.3},
+        lambda *x: _dppo(*x, "kl"),
+    ),
+    "gpg": ({}, _gpg),
+}
+MODES = ["token-mean", "token-sum", "seq-mean-token-sum", "seq-mean-token-sum-norm", "seq-mean-token-mean"]
+
+
+def _aggregated(sequences: list[Tensor], mode: str, info: dict[str, Any], width: int) -> Tensor:
+    how = mode.removesuffix("-norm")
+    normalizer = {"token-mean": info.get("batch_num_tokens"), "token-sum": None}.get(how, info.get("global_batch_size"))
+    total = oracle.aggregate(sequences, how, normalizer, count_empty=False) * info.get("dp_size", 1)
+    return total / info.get("loss_scale_factor", width) if mode != how else total
+
+
+def _check(loss: Tensor, expected: Tensor, ours: Tensor, exact: Tensor, mask: Tensor) -> None:
+    assert loss.item() == pytest.approx(expected.item(), rel=1e-7, abs=1e-9)
+    (got,), (wanted,) = torch.autograd.grad(loss, ours), torch.autograd.grad(expected, exact)
+    assert wanted.abs().max() > 1e-3
+    assert torch.allclose(got, wanted, rtol=0, atol=1e-7 * wanted.abs().max().item())
+    assert not got[~mask].any()
+
+
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("ranks", [False, True])
+@pytest.mark.parametrize("weighted", [False, True])
+@pytest.mark.parametrize("name", list(LOSSES))
+def test_policy_losses(name: str, mode: str, ranks: bool, weighted: bool) -> None:
+    entries, term = LOSSES[name]
+    batch = oracle.batch()
+    now = batch.gathered(batch.logits)
+    ours, exact = (now.clone().requires_grad_() for _ in range(2))
+    # geo_mean has one advantage a sequence; the others have their own at every token.
+    advantages = batch.advantages[:, :1].expand(now.shape) if name == "geo_mean" else batch.advantages
+    weights = torch.rand_like(now) + 0.5 if weighted else torch.ones_like(now)
+    info = {"dp_size": 2, "batch_num_tokens": 41, "global_batch_size": 9, "loss_scale_factor": 7} if ranks else {}
+
+    losses: list[Tensor] = []
+    logged: list[dict[str, Tensor]] = []
+    for lp, old, a, w in batch.split(exact, batch.old, advantages, weights):
+        if not len(lp):
+            losses.append(lp)
+            continue
+        loss, metrics = term(lp - old, lp, old, a)
+        losses.append(loss * (w.log().mean().exp() if name == "geo_mean" else w))
+        logged.append(metrics)
+    if name == "geo_mean":
+        expected = oracle.aggregate(losses, "seq-mean-token-mean", None)
+    else:
+        used = "seq-mean-token-mean" if name in ("gspo", "sapo") else mode
+        expected = _aggregated(losses, used, info, now.shape[1])
+
+    hidden = [oracle.nan_where_masked(batch, x) for x in (batch.old, ours, advantages)]
+    got, metrics = verl.POLICY_LOSSES[name](
+        *hidden, batch.mask.int(), mode, _config(global_batch_info=info, **entries), weights if weighted else None
+    )
+    _check(got, expected, ours, exact, batch.mask)
+    means = {
+        f"actor/{key}": torch.cat([x[key].double() for x in logged]).mean().item()
+        for key in (logged[0] if logged else {})
+    }
+    assert metrics == pytest.approx(means, rel=1e-6, abs=1e-7)
+    assert all(type(x) is float for x in metrics.values())
+    if name not in ("gpg", "sapo"):
+        assert metrics["actor/pg_clipfrac"] > 0
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "slope"),
+    [
+        ("vanilla", -math.exp(20), 0.0),  # the gradient of a clamp is 0 outside of it
+        ("cispo", math.exp(20), -math.exp(20)),  # −r A log π at log π = −1, with the ratio as a constant
+        ("gspo", -math.exp(10), 0.0),
+    ],
+)
+def test_log_ratios_beyond_the_clamp(name: str, value: float, slope: float) -> None:
+    old, ones = torch.tensor([[-60.0]], dtype=torch.float64), torch.ones(1, 1, dtype=torch.float64)
+    log_prob = torch.tensor([[-1.0]], dtype=torch.float64, requires_grad=True)
+    config = _config(clip_ratio_low=1.0, clip_ratio_high=math.inf, clip_ratio_c=math.inf)
+    loss, _ = verl.POLICY_LOSSES[name](old, log_prob, ones, ones, config=config)
+    (gradient,) = torch.autograd.grad(loss, log_prob)
+    assert loss.item() == pytest.approx(value, rel=1e-9)
+    assert gradient.item() == pytest.approx(slope, rel=1e-9)
+
+
+def test_clip_cov_and_kl_cov() -> None:
+    """Fractions and bounds that leave clip_cov no choice: all candidates, and the largest third for kl_cov."""
+    batch = oracle.batch()
+    now, mask = batch.gathered(batch.logits), batch.mask
+    lp, old, a = now[mask], batch.old[mask], batch.advantages[mask]
+    cov = (a - a.mean()) * (lp - lp.mean())
+    bounds = cov.quantile(0.3).item(), cov.quantile(0.9).item()
+    settings = SimpleNamespace(
+        clip_cov_ratio=1.0, clip_cov_lb=bounds[0], clip_cov_ub=bounds[1], kl_cov_ratio=0.34, ppo_kl_coef=0.7
+    )
+    loss_of: dict[str, Callable[[Tensor], Parts]] = {}
+
+    def clip_cov(x: Tensor) -> Parts:
+        loss, clipped = _ppo((x - old).exp(), a)
+        chosen = ~clipped & (cov > bounds[0]) & (cov < bounds[1])
+        assert 0 < chosen.sum() < len(chosen)
+        return torch.where(chosen, 0.0, loss), {"pg_clipfrac": chosen, "ppo_kl": old - x}
+
+    def kl_cov(x: Tensor) -> Parts:
+        count = int(len(x) * 0.34)
+        chosen = torch.zeros_like(x).index_fill(0, cov.topk(count).indices, 1.0)
+        return -a * (x - old).exp() + 0.7 * chosen * (x - old).abs(), {"ppo_kl": (x - old).abs()}
+
+    loss_of |= {"clip_cov": clip_cov, "kl_cov": kl_cov}
+    for name, definition in loss_of.items():
+        ours, exact = (now.clone().requires_grad_() for _ in range(2))
+        loss, logged = definition(exact[mask])
+        got, metrics = verl.POLICY_LOSSES[name](
+            batch.old, ours, batch.advantages, mask, "token-mean", _config(policy_loss=settings)
+        )
+        _check(got, loss.mean(), ours, exact, mask)
+        assert metrics == pytest.approx({f"actor/{k}": x.double().mean().item() for k, x in logged.items()}, rel=1e-6)
+
+
+def test_no_valid_token_is_zero() -> None:
+    zeros = torch.zeros(2, 3)
+    for name, loss in verl.POLICY_LOSSES.items():
+        log_prob = torch.full((2, 3), torch.nan, requires_grad=True)
+        value, metrics = loss(zeros, log_prob, zeros + 1, zeros, config=_config())
+        (gradient,) = torch.autograd.grad(value, log_prob)
+        assert (name, value.item(), gradient.abs().sum().item()) == (name, 0.0, 0.0)
+        assert not any(metrics.values())
+
+
+def test_bad_policy_calls() -> None:
+    ones = torch.ones(2, 3)
+    loss = verl.POLICY_LOSSES["vanilla"]
+    calls: list[tuple[str, Callable[[], Any]]] = [
+        (r"compute_policy_loss_vanilla: config is None", lambda: loss(ones, ones, ones, ones)),
+        (
+            r"advantages has shape \[2\]; expected \[2, 3\]",
+            lambda: loss(ones, ones, ones[:, 0], ones, config=_config()),
+        ),
+        (r"log_prob has shape \[3\]; expected \[batch", lambda: loss(ones, ones[0], ones, ones, config=_config())),
+        (r"loss_agg_mode is 'mean'; expected one of token-mean", lambda: verl.agg_loss(ones, ones, "mean")),
+        (r"batch_num_tokens is None.*dp_size is 2", lambda: verl.agg_loss(ones, ones, "token-mean", dp_size=2)),
+        (r"global_batch_size is None", lambda: verl.agg_loss(ones, ones, "seq-mean-token-sum", dp_size=2)),
+        (r"config.clip_ratio_low is None", lambda: loss(ones, ones, ones, ones, config=SimpleNamespace())),
+        (r"clip_low is -1", lambda: loss(ones, ones, ones, ones, config=_config(clip_ratio_low=-1))),
+    ]
+    for message, call in calls:
+        with pytest.raises(ValueError, match=message):
+            call()
+
+
+def test_register(monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(ImportError, match=r"register_policy_loss cannot be imported .*No module named 'verl'"):
+        verl.register()
+    registry: dict[str, Any] = {}
+    for name in ("verl", "verl.trainer", "verl.trainer.ppo", "verl.trainer.ppo.core_algos"):
+        monkeypatch.setitem(sys.modules, name, ModuleType(name))
+    with pytest.raises(ImportError, match=r"register_policy_loss"):
+        verl.register()
+    core = sys.modules["verl.trainer.ppo.core_algos"]
+    core.register_policy_loss = lambda name: lambda loss: registry.setdefault(name, loss)  # type: ignore[attr-defined]
+    names = ["vanilla", "gspo", "sapo", "cispo", "geo_mean", "clip_cov", "kl_cov", "dppo_tv", "dppo_kl", "gpg"]
+    assert verl.register() == [f"kldiv_{name}" for name in names]
+    assert verl.register(prefix="") == names
+    assert registry == {p + name: verl.POLICY_LOSSES[name] for name in names for p in ("", "kldiv_")}
