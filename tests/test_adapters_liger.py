@@ -10,6 +10,7 @@ import pytest
 import torch
 from torch import Tensor
 from torch.nn.functional import kl_div
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import kldiv_kernels as kk
 from kldiv_kernels.adapters import liger
@@ -191,6 +192,33 @@ def test_blocks_strides_and_no_gradient_to_the_target(monkeypatch: pytest.Monkey
     (gradient,) = torch.autograd.grad(liger.liger_jsd(wide[:, 0], wide[:, 1]), wide)
     assert gradient[:, 0].any()
     assert not gradient[:, 1].any()
+
+
+class _Largest(TorchDispatchMode):
+    """The tensors of [ROWS, VOCAB] elements that operators make."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.made: set[int] = set()
+
+    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = function(*args, **(kwargs or {}))
+        if isinstance(out, Tensor) and out.untyped_storage().nbytes() >= 4 * ROWS * VOCAB:
+            self.made.add(out.data_ptr())
+        return out
+
+
+def test_nothing_of_the_rows_size_but_the_gradient(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(log_probabilities, "_CPU_BLOCK", VOCAB)
+    x, y = _rows()
+    x.requires_grad_()
+    given = {row.data_ptr() for tensor in (x, y) for row in tensor.detach()}
+    with _Largest() as forward:
+        loss = liger.liger_jsd(x, y)
+    assert forward.made <= given
+    with _Largest() as backward:
+        (gradient,) = torch.autograd.grad(loss, x)
+    assert backward.made <= given | {row.data_ptr() for row in gradient}
 
 
 @pytest.mark.parametrize("beta", [0.0, 0.3, 1.0])

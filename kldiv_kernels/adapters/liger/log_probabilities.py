@@ -88,7 +88,7 @@ def reduce(divergence: Divergence, x: Tensor, y: Tensor, valid: Tensor, reductio
     if reduction in ("mean", "batchmean"):
         # The count stays on the device, and no valid row is a sum of 0 over 1.
         scale = scale / (valid.sum().clamp_min(1) * (x.shape[1] if reduction == "mean" else 1))
-    out: Tensor = _Reduced.apply(x, y.detach(), valid, scale, divergence, reduction == "none")  # type: ignore[no-untyped-call]
+    out: Tensor = _Reduced.apply(x, y, valid, scale, divergence, reduction == "none")  # type: ignore[no-untyped-call]
     return out
 
 
