@@ -397,6 +397,20 @@ def test_a_module_imported_while_patched_is_put_back_too() -> None:
         del sys.modules[later.__name__]
 
 
+@pytest.mark.parametrize("error", [ModuleNotFoundError, NameError])
+def test_a_module_that_cannot_be_imported_is_left_out(error: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    everything = patch_trl()
+    unpatch_trl()
+
+    def import_module(name: str) -> Any:
+        if "gold" in name:
+            raise error
+        return importlib.import_module(name)
+
+    monkeypatch.setattr("kldiv_kernels.adapters.trl.patch.import_module", import_module)
+    assert set(everything) - set(patch_trl()) == {"trl.experimental.gold.gold_trainer.GOLDTrainer.generalized_jsd_loss"}
+
+
 def test_twice_is_an_error_and_leaves_the_patch() -> None:
     original = utils.entropy_from_logits
     patch_trl()

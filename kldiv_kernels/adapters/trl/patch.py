@@ -122,8 +122,9 @@ def patched_trl(backend: str = "auto") -> Iterator[list[str]]:
 def _module(name: str) -> ModuleType | None:
     try:
         return import_module(name)
-    except ImportError:
-        # Not in this version, or in need of a package that is not installed: nothing there can be in use.
+    except (ImportError, NameError):
+        # Not in this version, or in need of a package that is not installed (for want of peft, 1.14 has a NameError):
+        # nothing there can be in use.
         return None
 
 
