@@ -7,6 +7,7 @@
 
 #include <algorithm>
 #include <cstdint>
+#include <cstring>
 #include <optional>
 #include <string>
 #include <vector>
@@ -24,6 +25,11 @@
     " -> (Tensor, Tensor, Tensor, Tensor)"
 #define KLDIV_BACKWARD \
     "backward(" KLDIV_CALL ", Tensor state, Tensor coefficients, bool student, bool teacher) -> (Tensor, Tensor)"
+// Values and dlogits of a token-level policy loss; what `coefficients` has for logprob is not looked at (policy.h).
+#define KLDIV_POLICY                                                                \
+    "policy(" KLDIV_CALL                                                            \
+    ", Tensor coefficients, Tensor policy_tokens, str policy_term, str policy_kl, " \
+    "float[] policy_bounds) -> (Tensor, Tensor)"
 
 namespace kldiv {
 
@@ -100,6 +106,25 @@ inline void take_tokens(Tokens& job, const Tensor& logits, const std::optional<T
     job.exclude = per_token<int64_t>(exclude, logits, job.rows, ScalarType::Long, "exclude");
     job.token_parameters =
         per_token<float>(token_parameters, logits, 4 * job.rows, ScalarType::Float, "token_parameters");
+}
+
+template <int count>
+int position(const std::string& name, const char* const (&names)[count], const char* argument) {
+    for (int i = 0; i < count; ++i)
+        if (name == names[i]) return i;
+    STD_TORCH_CHECK(false, argument, " must not be ", name);
+}
+
+inline void take_policy(Tokens& job, const Tensor& logits, const Tensor& tokens, const std::string& term,
+                        const std::string& kl, const std::vector<double>& bounds) {
+    STD_TORCH_CHECK(job.labels && job.labels_per_row == 1, "a policy loss needs one label a row");
+    STD_TORCH_CHECK(bounds.size() == kPolicyBounds, "policy_bounds must be ", kPolicyBounds, " numbers");
+    job.policy.tokens = per_token<float>(tokens, logits, kPolicyTokens * job.rows, ScalarType::Float, "policy_tokens");
+    job.policy.term = position(term, kPolicyTermNames, "policy_term");
+    job.policy.kl = position(kl, kSampledKlNames, "policy_kl");
+    float in_order[kPolicyBounds];
+    std::copy(bounds.begin(), bounds.end(), in_order);
+    std::memcpy(&job.policy.bounds, in_order, sizeof in_order);
 }
 
 inline Tensor new_floats(const Tensor& like, int64_t rows, int64_t columns) {

@@ -90,15 +90,11 @@ void use_plan(kldiv::Job& job, const std::vector<std::string>& stats, bool gradi
     job.split_rows = plan.split_rows;
 }
 
-std::tuple<Tensor, Tensor, Tensor, Tensor> forward(const Tensor& logits, std::optional<Tensor> reference,
-                                                   std::optional<Tensor> labels, std::optional<Tensor> mask,
-                                                   std::optional<Tensor> exclude,
-                                                   std::optional<Tensor> token_parameters,
-                                                   std::vector<double> parameters, std::vector<std::string> stats,
-                                                   int64_t vocab_size, std::optional<Tensor> coefficients,
-                                                   bool with_state, bool student, bool teacher) {
-    kldiv::Job job =
-        make_job(logits, reference, labels, mask, exclude, token_parameters, parameters, stats, vocab_size);
+using Outputs = std::tuple<Tensor, Tensor, Tensor, Tensor>;  // values, state, dlogits, dreference
+
+Outputs run(kldiv::Job& job, const Tensor& logits, const std::optional<Tensor>& reference,
+            const std::vector<std::string>& stats, const std::optional<Tensor>& coefficients, bool with_state,
+            bool student, bool teacher) {
     use_plan(job, stats, coefficients.has_value(), true);
     const Tensor values = kldiv::new_floats(logits, job.value_rows(), job.rows);
     const int64_t state_rows = kldiv::kStateOfRow + kldiv::kStateOfStatistic * static_cast<int64_t>(stats.size());
@@ -112,6 +108,28 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> forward(const Tensor& logits, std::op
     const Tensor dreference = teacher && reference ? new_gradient(*reference, &job.d_teacher, "reference") : none;
     kldiv::run_forward(job);
     return {values, state, dlogits, dreference};
+}
+
+Outputs forward(const Tensor& logits, std::optional<Tensor> reference, std::optional<Tensor> labels,
+                std::optional<Tensor> mask, std::optional<Tensor> exclude, std::optional<Tensor> token_parameters,
+                std::vector<double> parameters, std::vector<std::string> stats, int64_t vocab_size,
+                std::optional<Tensor> coefficients, bool with_state, bool student, bool teacher) {
+    kldiv::Job job =
+        make_job(logits, reference, labels, mask, exclude, token_parameters, parameters, stats, vocab_size);
+    return run(job, logits, reference, stats, coefficients, with_state, student, teacher);
+}
+
+std::tuple<Tensor, Tensor> policy(const Tensor& logits, std::optional<Tensor> reference, std::optional<Tensor> labels,
+                                  std::optional<Tensor> mask, std::optional<Tensor> exclude,
+                                  std::optional<Tensor> token_parameters, std::vector<double> parameters,
+                                  std::vector<std::string> stats, int64_t vocab_size, const Tensor& coefficients,
+                                  const Tensor& policy_tokens, std::string policy_term, std::string policy_kl,
+                                  std::vector<double> policy_bounds) {
+    kldiv::Job job =
+        make_job(logits, reference, labels, mask, exclude, token_parameters, parameters, stats, vocab_size);
+    kldiv::take_policy(job, logits, policy_tokens, policy_term, policy_kl, policy_bounds);
+    const Outputs out = run(job, logits, reference, stats, coefficients, false, true, false);
+    return {std::get<0>(out), std::get<2>(out)};
 }
 
 std::tuple<Tensor, Tensor> backward(const Tensor& logits, std::optional<Tensor> reference, std::optional<Tensor> labels,
@@ -150,6 +168,7 @@ std::string isa() { return kldiv::best_kernels().isa; }
 STABLE_TORCH_LIBRARY(kldiv_kernels_native, m) {
     m.def(KLDIV_FORWARD);
     m.def(KLDIV_BACKWARD);
+    m.def(KLDIV_POLICY);
     m.def("scale_(Tensor(a!) gradient, Tensor factor) -> ()");
     m.def("served() -> str[]");
     m.def("isa() -> str");
@@ -158,6 +177,7 @@ STABLE_TORCH_LIBRARY(kldiv_kernels_native, m) {
 STABLE_TORCH_LIBRARY_IMPL(kldiv_kernels_native, CPU, m) {
     m.impl("forward", TORCH_BOX(&forward));
     m.impl("backward", TORCH_BOX(&backward));
+    m.impl("policy", TORCH_BOX(&policy));
     m.impl("scale_", TORCH_BOX(&scale_));
 }
 

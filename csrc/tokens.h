@@ -3,6 +3,8 @@
 
 #include <cstdint>
 
+#include "policy.h"
+
 namespace kldiv {
 
 struct Tokens {
@@ -12,6 +14,7 @@ struct Tokens {
     const bool* mask = nullptr;
     const int64_t* exclude = nullptr;
     const float* token_parameters = nullptr;  // [4, N]
+    Policy policy;                            // what the coefficients of logprob follow from, or none
 };
 
 }  // namespace kldiv

@@ -39,6 +39,21 @@ def loss(call: Call, backend: str, coefficients: Tensor, student: bool, teacher:
     return reduced
 
 
+def policy_loss(
+    call: Call, backend: str, coefficients: Tensor, tokens: Tensor, term: str, kl: str, bounds: list[float]
+) -> tuple[Tensor, Tensor]:
+    """Values [value_rows, N], differentiable, and the gradient of the logits that a policy loss has (csrc/policy.h)."""
+    arguments = inputs.operator_arguments(call, backend)
+    values, dlogits = torch.ops.kldiv_kernels.policy(*arguments, coefficients, tokens, term, kl, bounds)
+    return values, dlogits
+
+
+def with_gradient(value: Tensor, logits: Tensor, dlogits: Tensor) -> Tensor:
+    """A scalar of this value, and of this gradient with respect to the logits."""
+    scalar: Tensor = torch.ops.kldiv_kernels.with_gradient(value, logits, dlogits)
+    return scalar
+
+
 def _operators(call: Call, backend: str) -> tuple[str, tuple[object, ...]]:
     """The prefix of the operators' names, and their leading arguments."""
     if backend == "triton" and torch.compiler.is_compiling():
@@ -74,6 +89,10 @@ _library.define(
 _library.define(
     f"loss({_CALL_SCHEMA}, Tensor coefficients, bool student, bool teacher) -> (Tensor, Tensor, Tensor, Tensor)"
 )
+_library.define(
+    f"policy({_CALL_SCHEMA}, Tensor coefficients, Tensor tokens, str term, str kl, float[] bounds) -> (Tensor, Tensor)"
+)
+_library.define("with_gradient(Tensor value, Tensor logits, Tensor dlogits) -> Tensor")
 
 
 def _call(arguments: tuple[Any, ...]) -> tuple[Call, backends.Backend]:
@@ -111,10 +130,22 @@ def _loss(*arguments: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     return weighted_sum(coefficients, values), values, or_empty(dlogits, call.logits), or_empty(dreference, call.logits)
 
 
+def _policy(*arguments: Any) -> tuple[Tensor, Tensor]:
+    call, backend = _call(arguments[:_CALL_ARGUMENTS])
+    assert isinstance(backend, backends.OneReadPolicy)
+    return backend.policy(call, *arguments[_CALL_ARGUMENTS:])
+
+
+def _with_gradient(value: Tensor, logits: Tensor, dlogits: Tensor) -> Tensor:
+    return value.clone()
+
+
 for _name, _function in (
     ("statistics", _statistics),
     ("statistics_backward", _statistics_backward),
     ("loss", _loss),
+    ("policy", _policy),
+    ("with_gradient", _with_gradient),
 ):
     _library.impl(_name, _function, "CompositeExplicitAutograd")
 
@@ -157,9 +188,16 @@ def _fake_loss(*arguments: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     return values.new_empty(()), values, *_fake_gradients(call, arguments[-2], arguments[-1])
 
 
+def _fake_policy(*arguments: Any) -> tuple[Tensor, Tensor]:
+    call, _ = _call(arguments[:_CALL_ARGUMENTS])
+    return _fake_values(call), _fake_gradients(call, True, False)[0]
+
+
 torch.library.register_fake("kldiv_kernels::statistics", _fake_statistics)
 torch.library.register_fake("kldiv_kernels::statistics_backward", _fake_backward)
 torch.library.register_fake("kldiv_kernels::loss", _fake_loss)
+torch.library.register_fake("kldiv_kernels::policy", _fake_policy)
+torch.library.register_fake("kldiv_kernels::with_gradient", _with_gradient)
 
 
 def _save_statistics(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
@@ -237,4 +275,34 @@ def register_autograd(prefix: str) -> None:
         torch.library.register_autograd(f"kldiv_kernels::{name}", function, setup_context=save)
 
 
+def _save_policy(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+    ctx.mark_non_differentiable(output[1])
+    ctx.set_materialize_grads(False)
+    ctx.save_for_backward(*inputs[:6])
+    ctx.rest, ctx.inputs = inputs[6:_CALL_ARGUMENTS], len(inputs)
+
+
+def _policy_values_gradient(ctx: Any, values: Tensor | None, _: Any) -> tuple[Any, ...]:
+    """Of the values themselves, which few ask for: the loss has its gradient from the pass. So no state was kept."""
+    nothing: tuple[None, ...] = (None,) * (ctx.inputs - 1)
+    if values is None:
+        return None, *nothing
+    arguments = (*ctx.saved_tensors, *ctx.rest)
+    state = torch.ops.kldiv_kernels.statistics(*arguments, True)[1]
+    dlogits = torch.ops.kldiv_kernels.statistics_backward(*arguments, state, values, True, False)[0]
+    return dlogits, *nothing
+
+
+def _save_gradient(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    ctx.save_for_backward(inputs[2])
+
+
+def _given_gradient(ctx: Any, upstream: Tensor) -> tuple[None, Tensor, None]:
+    if torch.is_grad_enabled():
+        raise RuntimeError(_DOUBLE_BACKWARD)
+    return None, _times_upstream(ctx.saved_tensors[0], upstream), None
+
+
 register_autograd("")
+torch.library.register_autograd("kldiv_kernels::policy", _policy_values_gradient, setup_context=_save_policy)
+torch.library.register_autograd("kldiv_kernels::with_gradient", _given_gradient, setup_context=_save_gradient)

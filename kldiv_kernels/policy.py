@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
-from kldiv_kernels import policy_inputs
+from kldiv_kernels import backends, inputs, ops, policy_inputs, policy_one_read
 from kldiv_kernels.inputs import Parameter
 from kldiv_kernels.policy_assembly import PolicyLoss, assemble
 from kldiv_kernels.policy_options import EXACT_KL, resolve
-from kldiv_kernels.stats import token_stats
 
 
 def policy_loss(
@@ -169,12 +170,34 @@ def policy_loss(
         stats.append(options.kl_estimator if options.kl_estimator in EXACT_KL else "reference_logprob")
         reference_logits = reference_logits.detach()
     try:
-        values = token_stats(
-            logits, reference_logits, torch.where(valid, token_ids, 0),
-            stats=stats, temperature=temperature, mask=valid, vocab_size=vocab_size, backend=backend,
+        call = inputs.prepare(
+            where, logits, reference_logits, torch.where(valid, token_ids, 0),
+            stats=inputs.statistics(stats, where), temperature=temperature, reference_temperature=None, alpha=0.5,
+            beta=0.5, mask=valid, ignore_index=-100, vocab_size=vocab_size, exclude=None,
         )  # fmt: skip
     except IndexError as error:
-        # A token outside the vocabulary: token_stats knows it by another name.
-        raise IndexError(str(error).replace("token_stats: labels", f"{where}: token_ids")) from None
-    batch = policy_inputs.prepare(tensors, valid, values)
-    return assemble(batch, options, token_ids.shape)
+        # A token outside the vocabulary: it is called a label there, and IndexError is for labels.
+        raise ValueError(str(error).replace(f"{where}: labels", f"{where}: token_ids")) from None
+    chosen = inputs.select(call, backend, where)
+    needs_gradient = torch.is_grad_enabled() and logits.requires_grad
+    one_read = needs_gradient and _has_one_read(chosen) and policy_one_read.applies(options, tensors)
+    if one_read:
+        known = policy_one_read.known(tensors, valid, options, call.stats)
+        values, dlogits = ops.policy_loss(
+            call, chosen, known.coefficients, known.tokens, known.term, known.kl, known.bounds
+        )
+    else:
+        values = ops.statistics(call, chosen, needs_gradient)
+    named = dict(zip(call.stats, values, strict=True))
+    out = assemble(policy_inputs.prepare(tensors, valid, named), options, token_ids.shape)
+    if one_read:
+        out = PolicyLoss(ops.with_gradient(out.loss.detach(), logits, dlogits), out.per_token_loss, out.metrics)
+    return out
+
+
+def _serves_policy(backend: str) -> bool:
+    return isinstance(backends.get(backend), backends.OneReadPolicy)
+
+
+# torch.compile takes the answer as it is instead of tracing it.
+_has_one_read: Callable[[str], bool] = torch.compiler.assume_constant_result(_serves_policy)  # type: ignore[no-untyped-call]

@@ -10,7 +10,14 @@ from torch import Tensor
 from kldiv_kernels.policy_inputs import Batch
 from kldiv_kernels.policy_options import INF, PolicyOptions
 from kldiv_kernels.policy_terms import PolicyTerm, Tokens, level_log_ratio, policy_term
-from kldiv_kernels.policy_weights import aggregate, highest_entropy, off_policy_weight, on_policy_sequences, sampled_kl
+from kldiv_kernels.policy_weights import (
+    aggregate,
+    highest_entropy,
+    off_policy_weight,
+    on_policy_sequences,
+    sampled_kl,
+    weighted,
+)
 
 
 @dataclass(frozen=True)
@@ -40,7 +47,7 @@ def assemble(batch: Batch, options: PolicyOptions, shape: torch.Size) -> PolicyL
     kept = batch.valid
     if options.entropy_quantile < 1:
         kept = highest_entropy(batch.entropy, batch.valid, options.entropy_quantile)
-    per_token = torch.where(_selected(batch, kept, options), _weighted(term.per_token, batch, weight, options), 0.0)
+    per_token = torch.where(_selected(batch, kept, options), weighted(term.per_token, batch, weight, options), 0.0)
     kl = _kl(batch, level, options)
     if kl is not None and options.kl_coef != 0:
         per_token = per_token + torch.where(batch.valid, options.kl_coef * kl, 0.0)
@@ -64,13 +71,6 @@ def _selected(batch: Batch, kept: Tensor, options: PolicyOptions) -> Tensor:
     return kept & on_policy_sequences(
         batch.logprob, sampling, batch.advantages, batch.valid, options.off_policy_threshold
     )
-
-
-def _weighted(per_token: Tensor, batch: Batch, weight: Tensor | None, options: PolicyOptions) -> Tensor:
-    # VESPO has the off-policy weight inside its own.
-    if weight is not None and options.loss_type != "vespo":
-        per_token = per_token * weight
-    return per_token if batch.weights is None else per_token * batch.weights
 
 
 def _kl(batch: Batch, level: Tensor, options: PolicyOptions) -> Tensor | None:

@@ -20,6 +20,7 @@ import math
 import torch
 from torch import Tensor
 
+from kldiv_kernels.policy_inputs import Batch
 from kldiv_kernels.policy_options import PolicyOptions
 
 
@@ -77,19 +78,37 @@ def highest_entropy(entropy: Tensor, mask: Tensor, fraction: float) -> Tensor:
     return mask & (entropy.detach() >= low + (high - low) * (position - below).to(low.dtype))
 
 
+def weighted(values: Tensor, batch: Batch, weight: Tensor | None, options: PolicyOptions) -> Tensor:
+    """Values of the policy term times the off-policy weight and the caller's."""
+    # VESPO has the off-policy weight inside its own.
+    if weight is not None and options.loss_type != "vespo":
+        values = values * weight
+    return values if batch.weights is None else values * batch.weights
+
+
+def aggregation_weights(
+    mask: Tensor,
+    dtype: torch.dtype,
+    aggregation: str = "token-mean",
+    normalizer: float | Tensor | None = None,
+    count_empty: bool = True,
+) -> Tensor:
+    """What each token counts in the loss: [B, T], 0 where the mask is False."""
+    counts = mask.sum(-1, keepdim=True)
+    if normalizer is None:
+        if aggregation == "token-mean":
+            normalizer = counts.sum().clamp_min(1)
+        elif aggregation == "token-sum":
+            normalizer = 1.0
+        else:
+            normalizer = max(counts.numel(), 1) if count_empty else (counts > 0).sum().clamp_min(1)
+    weights = mask.to(dtype) / normalizer
+    return weights / counts.clamp_min(1) if aggregation == "seq-mean-token-mean" else weights
+
+
 def aggregate(
     values: Tensor, mask: Tensor, aggregation: str, normalizer: float | Tensor | None, count_empty: bool
 ) -> Tensor:
     """The scalar of per-token values [B, T]; 0 without tokens."""
-    values = torch.where(mask, values, 0.0)
-    if aggregation == "token-mean":
-        return values.sum() / (mask.sum().clamp_min(1) if normalizer is None else normalizer)
-    if aggregation == "token-sum":
-        return values.sum() / (1.0 if normalizer is None else normalizer)
-    counts = mask.sum(-1)
-    sequences = values.sum(-1)
-    if aggregation == "seq-mean-token-mean":
-        sequences = sequences / counts.clamp_min(1)
-    if normalizer is None:
-        normalizer = max(counts.numel(), 1) if count_empty else (counts > 0).sum().clamp_min(1)
-    return sequences.sum() / normalizer
+    weights = aggregation_weights(mask, values.dtype, aggregation, normalizer, count_empty)
+    return (torch.where(mask, values, 0.0) * weights).sum()

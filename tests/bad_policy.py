@@ -36,7 +36,7 @@ POLICY: dict[str, tuple[Callable[[], object], type[Exception], str]] = {
         _policy(token_ids=TOKENS), TypeError, "policy_loss: token_ids has dtype torch.float32; expected int64 or int32",
     ),
     "token id out of range": (
-        _policy(token_ids=OUT_OF_RANGE), IndexError,
+        _policy(token_ids=OUT_OF_RANGE), ValueError,
         "policy_loss: token_ids[1, 2] is 8; expected 0 to 7",
     ),
     "advantages": (

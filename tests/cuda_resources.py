@@ -32,8 +32,6 @@ ONE_READ_THREADS, SWEEP_THREADS, SWEEP_SHARED = 576, 256, 1024
 # The one-read kernel's shared memory is its plan's, here for the vocabulary of Qwen.
 ROWS, VOCAB = 8192, 151_936
 ELEMENTS = {0: ("float32", 4), 1: ("bfloat16", 2), 2: ("float16", 2)}
-# The hook of a loss whose coefficients are known, which is what the name of a statistic alone means.
-NO_HOOK = "GivenCoefficients"
 CELLS = [
     "registers a thread", "spill stores", "spill loads", "stack", "static shared bytes",
     "dynamic shared bytes (0: the plan there is two-sweep)", "blocks a processor", "limited by",
@@ -107,7 +105,7 @@ def _words(kernel: str, arguments: list[str]) -> list[str]:
         return _taken(int(arguments[0]))
     aliases = dict(_found(r"^using (\w+) = ([\w<>]+);"))
     structs = {aliases.get(struct, struct): name for name, struct in divergences()}
-    words = [structs.get(one) or _element(one) or one for one in arguments if one != NO_HOOK]
+    words = [structs.get(one) or _element(one) or one for one in arguments]
     return [re.sub(r"(?<!^)(?=[A-Z])", "_", word).lower() for word in words]
 
 

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import kldiv_kernels as kk
 
@@ -171,10 +173,10 @@ class Batch:
         return [tuple(x[b][self.mask[b]] for x in tensors) for b in range(len(self.mask))]
 
 
-def batch(spread: float = 0.5) -> Batch:
+def batch(spread: float = 0.5, vocab: int = 9) -> Batch:
     shape = (5, 6)
-    logits = 1.5 * torch.randn(*shape, 9, dtype=torch.float64)
-    token_ids = torch.randint(9, shape)
+    logits = 1.5 * torch.randn(*shape, vocab, dtype=torch.float64)
+    token_ids = torch.randint(vocab, shape)
     mask = torch.rand(shape) < 0.75
     mask[0], mask[3], mask[4, 0], mask[4, 1:] = True, False, True, False
     out = Batch(logits, token_ids, torch.randn(shape).double(), logits, logits, logits, mask)
@@ -201,3 +203,11 @@ def leaves(batch: Batch) -> tuple[Tensor, Tensor]:
 
 def nan_where_masked(batch: Batch, tensor: Tensor) -> Tensor:
     return tensor.masked_fill(~batch.mask, torch.nan)
+
+
+class NoHostValue(TorchDispatchMode):
+    """Fails where a value on the device would be needed on the host."""
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        assert func.name() not in ("aten::_local_scalar_dense", "aten::nonzero", "aten::masked_select"), func
+        return func(*args, **(kwargs or {}))

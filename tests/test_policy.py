@@ -8,12 +8,12 @@ import policy_oracle as oracle
 import pytest
 import torch
 from checks import BACKENDS
-from policy_oracle import AGGREGATION, TERMS, check, leaves, nan_where_masked
+from policy_oracle import AGGREGATION, TERMS, NoHostValue, check, leaves, nan_where_masked
 from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode
 
 import kldiv_kernels as kk
-from kldiv_kernels import policy
+from kldiv_kernels import ops, policy
+from kldiv_kernels.backends import Call
 from kldiv_kernels.policy_options import LOSS_TYPES
 
 AGGREGATIONS = ["token-mean", "token-sum", "seq-mean-token-mean", "seq-mean-token-sum"]
@@ -256,20 +256,12 @@ def test_metrics() -> None:
         assert not out.metrics[name].requires_grad
 
 
-class _NoHostValue(TorchDispatchMode):
-    """Fails where a value on the device would be needed on the host."""
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        assert func.name() not in ("aten::_local_scalar_dense", "aten::nonzero", "aten::masked_select"), func
-        return func(*args, **(kwargs or {}))
-
-
 @pytest.mark.parametrize("name", [*TERMS, "clip-cov", "kl-cov"])
 def test_nothing_waits_for_the_device(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     batch, assemble = oracle.batch(), policy.assemble
 
     def watched(*arguments: Any) -> kk.PolicyLoss:
-        with _NoHostValue():
+        with NoHostValue():
             return assemble(*arguments)
 
     monkeypatch.setattr(policy, "assemble", watched)
@@ -289,11 +281,12 @@ def test_the_logits_are_read_by_one_call(estimator: str, monkeypatch: pytest.Mon
     batch = oracle.batch()
     calls: list[tuple[str, ...]] = []
 
-    def counted(*arguments: Any, **options: Any) -> kk.TokenStats:
-        calls.append(tuple(options["stats"]))
-        return kk.token_stats(*arguments, **options)
+    def counted(call: Call, *arguments: Any) -> Tensor:
+        calls.append(call.stats)
+        return statistics(call, *arguments)
 
-    monkeypatch.setattr(policy, "token_stats", counted)
+    statistics = ops.statistics
+    monkeypatch.setattr(ops, "statistics", counted)
     kk.policy_loss(
         batch.logits, batch.token_ids, batch.advantages, reference_logits=batch.reference_logits, kl_coef=0.1,
         kl_estimator=estimator, entropy_coef=0.1, entropy_quantile=0.5,

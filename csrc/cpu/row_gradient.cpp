@@ -13,8 +13,11 @@ bool Row::load_coefficients() {
     int64_t at = 0;
     share_s_ = share_t_ = 0;
     const double inverse_s = scale_s_, inverse_t = scale_t_;
-    const auto take = [&] {
-        const double c = job_.coefficients[at++ * job_.rows + index_];
+    const auto take = [&](bool logprob) {
+        const int64_t cell = at++ * job_.rows + index_;
+        double c = job_.coefficients[cell];
+        if (logprob && job_.policy.tokens)
+            c = policy_coefficient(job_.policy, job_.values[cell], policy_token(job_.policy, job_.rows, index_));
         any |= c != 0;
         return c;
     };
@@ -27,14 +30,14 @@ bool Row::load_coefficients() {
             std::vector<double>& weights = student ? label_weight_s_ : label_weight_t_;
             weights.resize(job_.labels_per_row);
             for (int64_t j = 0; j < job_.labels_per_row; ++j) {
-                const double c = take();
+                const double c = take(student);
                 const bool present = job_.labels[index_ * job_.labels_per_row + j] >= 0;
                 weights[j] = present ? c * (student ? inverse_s : inverse_t) : 0.0;
                 (student ? share_s_ : share_t_) -= weights[j];
             }
             continue;
         }
-        const double c = take();
+        const double c = take(false);
         if (kind == Kind::logsumexp) share_s_ += c * inverse_s;
         if (kind != Kind::divergence) continue;
         weight_[i] = c;

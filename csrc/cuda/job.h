@@ -37,6 +37,7 @@ struct Call : Tokens {
     float* values = nullptr;              // [value rows, N]
     float* state = nullptr;               // [state rows, N], written by `run_forward`, read by `run_backward`
     const float* coefficients = nullptr;  // [value rows, N]; null: no gradient
+    float* completed = nullptr;           // the same, written by a two-sweep `run_forward` of a policy loss
     Gradient d_student, d_teacher;
 };
 

@@ -5,14 +5,13 @@
 #include <cmath>
 #include <limits>
 
+#include "../policy.h"
 #include "ptx.cuh"
 
 #ifdef __CUDACC__
 #define KLDIV_FN __device__
-#define KLDIV_HOST_DEVICE __host__ __device__ __forceinline__
 #else
 #define KLDIV_FN
-#define KLDIV_HOST_DEVICE inline
 #endif
 #define KLDIV_EXP2_AND_LOG
 

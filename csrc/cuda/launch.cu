@@ -240,7 +240,10 @@ void run_forward(const Job& job, const CudaPlan& plan) {
     }
     constexpr int64_t rows_a_block = kSweepThreads / 32;
     launch_sweep(finish, (job.rows + rows_a_block - 1) / rows_a_block, job, a, "finish");
-    if (job.coefficients) run_backward(job);
+    if (!job.coefficients) return;
+    Job known = job;
+    if (job.completed) known.coefficients = job.completed;
+    run_backward(known);
 }
 
 void run_backward(const Job& job) {

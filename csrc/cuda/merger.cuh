@@ -11,13 +11,7 @@ struct RowNumbers {
     float divergence, logprob, logsumexp;
 };
 
-// How a row's coefficients follow from its own statistics. Those of a plain loss are given; a token-level policy loss
-// is another struct like this, whose coefficient of logprob depends on the value.
-struct GivenCoefficients {
-    KLDIV_DEVICE static RowNumbers of(const RowNumbers& given, const RowNumbers&) { return given; }
-};
-
-template <class D, int element, class Coefficients>
+template <class D, int element>
 struct Merger : Cta<D, element> {
     using Base = Cta<D, element>;
     using Base::a, Base::call, Base::rank, Base::received, Base::received_sums, Base::shared, Base::two;
@@ -78,6 +72,8 @@ struct Merger : Cta<D, element> {
             const auto coefficient = [&](int at) { return at < 0 ? 0.0f : call.coefficients[at * call.rows + index]; };
             const RowNumbers given = {coefficient(a.divergence_row), coefficient(a.logprob_row),
                                       coefficient(a.logsumexp_row)};
+            PolicyToken token;
+            if (call.policy.tokens) token = policy_token(call.policy, call.rows, index);
             const int64_t label = a.logprob_row < 0 ? -1 : call.labels[index];
             const bool labelled = label >= 0 && label < call.columns;
             const float logit = labelled ? load_column(row.student, element, label) : 0.0f;
@@ -93,18 +89,19 @@ struct Merger : Cta<D, element> {
             } else {
                 sums.sum[0] = first_value(T::code, state, n);
             }
-            if (lane == 0) finish(index, row, state, n, sums, given, label, labelled, logit, result, k);
+            if (lane == 0) finish(index, row, state, n, sums, given, token, label, labelled, logit, result, k);
         }
     }
 
     KLDIV_DEVICE void finish(int64_t index, const RowInput& row, const State& state, const Normalised& n,
-                             const Sums& sums, const RowNumbers& given, int64_t label, bool labelled, float logit,
-                             RowResult& result, int k) const {
+                             const Sums& sums, const RowNumbers& given, const PolicyToken& token, int64_t label,
+                             bool labelled, float logit, RowResult& result, int k) const {
         const Finished finished = finish_as<D>(sums, flags_of(row, state), n, this->alpha_of(row.alpha), row.beta);
         const float nan = std::numeric_limits<float>::quiet_NaN();
         const float logprob = labelled ? log_softmax(logit, row.s, n.ms, n.zs, n.log_zs, label == row.exclude) : nan;
         const RowNumbers values = {finished.value, label < 0 ? 0.0f : logprob, logsumexp_of(n)};
-        const RowNumbers c = Coefficients::of(given, values);
+        RowNumbers c = given;
+        if (call.policy.tokens) c.logprob = policy_coefficient(call.policy, values.logprob, token);
         const float over_temperature = n.cs / kLog2e;
         result.any = c.divergence != 0 || c.logprob != 0 || c.logsumexp != 0;
         result.weight = c.divergence * over_temperature;

@@ -25,7 +25,7 @@
 
 namespace kldiv::gpu {
 
-template <class D, int element, class Coefficients = GivenCoefficients>
+template <class D, int element>
 KLDIV_KERNEL(kOneReadThreads, 1)
 one_read(OneReadArguments arguments) {
 #if !defined(__CUDA_ARCH__) || __CUDA_ARCH__ >= 900
@@ -34,7 +34,7 @@ one_read(OneReadArguments arguments) {
     if (warp < kComputeWarps)
         Compute<D, element>(arguments).run();
     else if (warp == kMerger)
-        Merger<D, element, Coefficients>(arguments).run();
+        Merger<D, element>(arguments).run();
     else if (thread_index() % 32 == 0)
         Mover<D, element>(arguments).run();
 #else

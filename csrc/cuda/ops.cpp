@@ -109,15 +109,10 @@ Tensor new_gradient(const Tensor& like, kldiv::gpu::Gradient* gradient) {
     return out;
 }
 
-std::tuple<Tensor, Tensor, Tensor, Tensor> forward(const Tensor& logits, std::optional<Tensor> reference,
-                                                   std::optional<Tensor> labels, std::optional<Tensor> mask,
-                                                   std::optional<Tensor> exclude,
-                                                   std::optional<Tensor> token_parameters,
-                                                   std::vector<double> parameters, std::vector<std::string> stats,
-                                                   int64_t vocab_size, std::optional<Tensor> coefficients,
-                                                   bool with_state, bool student, bool teacher) {
-    const OnDevice device(logits);
-    Job job = make_job(logits, reference, labels, mask, exclude, token_parameters, parameters, stats, vocab_size);
+using Outputs = std::tuple<Tensor, Tensor, Tensor, Tensor>;  // values, state, dlogits, dreference
+
+Outputs run(Job& job, const OnDevice& device, const Tensor& logits, const std::optional<Tensor>& reference,
+            const std::optional<Tensor>& coefficients, bool with_state, bool student, bool teacher) {
     teacher = teacher && reference;
     const Tensor values = kldiv::new_floats(logits, kldiv::gpu::value_rows(job, job.stat_count), job.rows);
     Tensor state = kldiv::new_floats(logits, with_state ? kldiv::gpu::state_rows(job) : 0, job.rows);
@@ -142,8 +137,34 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> forward(const Tensor& logits, std::op
     // stream.
     const Tensor workspace = kldiv::new_floats(logits, 1, plan.one_read() ? 0 : kldiv::gpu::workspace_floats(job));
     if (!plan.one_read()) job.workspace = static_cast<float*>(workspace.data_ptr());
+    // Two sweeps hand the coefficients that follow from the values on through memory, too.
+    const bool complete = job.policy.tokens && !plan.one_read();
+    const Tensor completed = kldiv::new_floats(logits, complete ? values.size(0) : 0, job.rows);
+    if (complete) job.completed = static_cast<float*>(completed.data_ptr());
     kldiv::gpu::run_forward(job, plan);
     return {values, state, dlogits, dreference};
+}
+
+Outputs forward(const Tensor& logits, std::optional<Tensor> reference, std::optional<Tensor> labels,
+                std::optional<Tensor> mask, std::optional<Tensor> exclude, std::optional<Tensor> token_parameters,
+                std::vector<double> parameters, std::vector<std::string> stats, int64_t vocab_size,
+                std::optional<Tensor> coefficients, bool with_state, bool student, bool teacher) {
+    const OnDevice device(logits);
+    Job job = make_job(logits, reference, labels, mask, exclude, token_parameters, parameters, stats, vocab_size);
+    return run(job, device, logits, reference, coefficients, with_state, student, teacher);
+}
+
+std::tuple<Tensor, Tensor> policy(const Tensor& logits, std::optional<Tensor> reference, std::optional<Tensor> labels,
+                                  std::optional<Tensor> mask, std::optional<Tensor> exclude,
+                                  std::optional<Tensor> token_parameters, std::vector<double> parameters,
+                                  std::vector<std::string> stats, int64_t vocab_size, const Tensor& coefficients,
+                                  const Tensor& policy_tokens, std::string policy_term, std::string policy_kl,
+                                  std::vector<double> policy_bounds) {
+    const OnDevice device(logits);
+    Job job = make_job(logits, reference, labels, mask, exclude, token_parameters, parameters, stats, vocab_size);
+    kldiv::take_policy(job, logits, policy_tokens, policy_term, policy_kl, policy_bounds);
+    const Outputs out = run(job, device, logits, reference, coefficients, false, true, false);
+    return {std::get<0>(out), std::get<2>(out)};
 }
 
 std::tuple<Tensor, Tensor> backward(const Tensor& logits, std::optional<Tensor> reference, std::optional<Tensor> labels,
@@ -179,6 +200,7 @@ std::string cuda_refusal() { return kldiv::gpu::refusal(); }
 STABLE_TORCH_LIBRARY(kldiv_cuda_host, m) {
     m.def(KLDIV_FORWARD);
     m.def(KLDIV_BACKWARD);
+    m.def(KLDIV_POLICY);
 #else
 STABLE_TORCH_LIBRARY_FRAGMENT(kldiv_kernels_native, m) {
 #endif
@@ -190,6 +212,7 @@ STABLE_TORCH_LIBRARY_FRAGMENT(kldiv_kernels_native, m) {
 STABLE_TORCH_LIBRARY_IMPL(KLDIV_LIBRARY, KLDIV_DEVICE_KEY, m) {
     m.impl("forward", TORCH_BOX(&forward));
     m.impl("backward", TORCH_BOX(&backward));
+    m.impl("policy", TORCH_BOX(&policy));
 }
 
 STABLE_TORCH_LIBRARY_IMPL(KLDIV_LIBRARY, CompositeExplicitAutograd, m) {

@@ -234,6 +234,12 @@ KLDIV_KERNEL(kSweepThreads, 1) finish(SweepArguments a) {
     const float of_row[kStateOfRow] = {normal.ms, normal.zs, normal.mt, normal.zt};
 #pragma unroll
     for (int i = 0; i < kStateOfRow; ++i) save_state(i, of_row[i]);
+    // The coefficient of a value, which that of logprob follows from in a policy loss.
+    const auto complete = [&](const float* of, bool logprob, float x) {
+        const int64_t cell = of - call.values;
+        call.completed[cell] =
+            logprob ? policy_coefficient(call.policy, x, policy_token(call.policy, n, index)) : call.coefficients[cell];
+    };
     float* value = call.values + index;
     int at = 0;
     for (int i = 0; i < call.stat_count; ++i) {
@@ -252,6 +258,7 @@ KLDIV_KERNEL(kSweepThreads, 1) finish(SweepArguments a) {
                                               normal.zt, normal.log_zt, label == row.exclude);
                 if (!active) x = 0;
                 value[j * n] = x;
+                if (call.completed) complete(value + j * n, student, x);
             }
             value += call.labels_per_row * n;
         } else {
@@ -264,6 +271,7 @@ KLDIV_KERNEL(kSweepThreads, 1) finish(SweepArguments a) {
             }
             done = finish_statistic(code, row, state, normal, sums);
             if (lane == 0) *value = active ? done.value : 0;
+            if (call.completed && lane == 0) complete(value, false, 0);
             value += n;
         }
         const int first = kStateOfRow + i * kStateOfStatistic;

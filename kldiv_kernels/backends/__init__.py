@@ -10,7 +10,7 @@ from __future__ import annotations
 import functools
 import os
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
@@ -77,6 +77,16 @@ class Backend(Protocol):
         self, call: Call, coefficients: Tensor, student: bool, reference: bool
     ) -> tuple[Tensor, Tensor | None, Tensor | None]:
         """forward and backward together."""
+
+
+@runtime_checkable
+class OneReadPolicy(Protocol):
+    """A backend that goes from the values of a row to the gradient of its policy loss by itself."""
+
+    def policy(
+        self, call: Call, coefficients: Tensor, tokens: Tensor, term: str, kl: str, bounds: list[float]
+    ) -> tuple[Tensor, Tensor]:
+        """Values [value_rows, N] and dlogits; the arguments are those of `policy_one_read.Known`."""
 
 
 @functools.cache

@@ -84,6 +84,14 @@ class Compiled:
         )
         return values, dlogits, dreference
 
+    def policy(
+        self, call: Call, coefficients: Tensor, tokens: Tensor, term: str, kl: str, bounds: list[float]
+    ) -> tuple[Tensor, Tensor]:
+        values, dlogits = self._operators().policy(
+            *_arguments(call), coefficients.contiguous(), tokens.contiguous(), term, kl, bounds
+        )
+        return values, dlogits
+
 
 class NativeCpuBackend(Compiled):
     name = "cpu"

@@ -1,0 +1,149 @@
+// What the gradient of a token's policy loss is, for the losses that depend on nothing else of the batch: then values
+// and gradient come out of one pass over the logits.
+//
+//   loss = weight * term(l) + kl_weight * KL(l),   l = log pi(y), of one token
+//
+// `policy_coefficient` is d loss / d l, float32 like the losses themselves. The terms, estimators and their sources are
+// those of kldiv_kernels/policy_terms.py and policy_weights.py, the gradients what autograd makes of them there: min
+// gives each side half where both are equal, a clamp keeps the gradient at its ends.
+#pragma once
+
+#include <cmath>
+#include <cstdint>
+#include <limits>
+
+#ifdef __CUDACC__
+#define KLDIV_HOST_DEVICE __host__ __device__ __forceinline__
+#else
+#define KLDIV_HOST_DEVICE inline
+#endif
+
+namespace kldiv {
+
+enum PolicyTerm { kClipped, kCispo, kSapo, kReinforce, kTopr, kDppoTv, kDppoKl, kPolicyTerms };
+enum SampledKl { kK1, kK2, kK3, kAbs, kK3Plus, kSampledKls };
+constexpr const char* kPolicyTermNames[kPolicyTerms] = {"clipped", "cispo",   "sapo",   "reinforce",
+                                                        "topr",    "dppo_tv", "dppo_kl"};
+constexpr const char* kSampledKlNames[kSampledKls] = {"k1", "k2", "k3", "abs", "k3_plus"};
+
+// In the order in which the operator takes them; an infinite bound is none.
+struct PolicyBounds {
+    float low, high;              // of the ratio; of the probability's move for dppo
+    float delta, dual_clip;       // of the unclipped ratio; of the loss where A < 0
+    float log_low, log_high;      // of the log-ratio
+    float positive, negative;     // temperatures of sapo by the sign of A
+    float kl_log_ratio, kl_high;  // of |log pi_ref - l|; of the estimate
+    float bias_correction;        // 1: the estimate is multiplied by the ratio
+};
+constexpr int kPolicyBounds = sizeof(PolicyBounds) / sizeof(float);
+
+struct Policy {
+    const float* tokens = nullptr;  // [kPolicyTokens, N]; null: no policy loss
+    int term = 0, kl = 0;
+    PolicyBounds bounds{};
+};
+
+// A token's row of the table `tokens`. An anchor of NaN is this policy itself: the ratio is 1, and has a gradient.
+constexpr int kPolicyTokens = 5;
+struct PolicyToken {
+    float weight, advantage, anchor, reference, kl_weight;
+};
+KLDIV_HOST_DEVICE PolicyToken policy_token(const Policy& policy, int64_t rows, int64_t index) {
+    const float* at = policy.tokens + index;
+    return {at[0], at[rows], at[2 * rows], at[3 * rows], at[4 * rows]};
+}
+
+// A value and its derivative by l.
+struct Slope {
+    float value, slope;
+};
+KLDIV_HOST_DEVICE Slope clamped(Slope x, float low, float high) {
+    if (x.value < low) return {low, 0};
+    if (x.value > high) return {high, 0};
+    return x;
+}
+KLDIV_HOST_DEVICE float slope_of_min(Slope x, Slope y) {
+    return x.value < y.value ? x.slope : (x.value > y.value ? y.slope : 0.5f * (x.slope + y.slope));
+}
+
+KLDIV_HOST_DEVICE float clipped_slope(const PolicyBounds& b, float advantage, Slope ratio) {
+    const float infinity = std::numeric_limits<float>::infinity();
+    const Slope unclipped = clamped(ratio, -infinity, b.delta), inside = clamped(ratio, b.low, b.high);
+    const Slope x = {unclipped.value * advantage, unclipped.slope * advantage};
+    const Slope y = {inside.value * advantage, inside.slope * advantage};
+    const Slope loss = {-::fminf(x.value, y.value), -slope_of_min(x, y)};
+    if (!(advantage < 0) || b.dual_clip == infinity) return loss.slope;
+    return slope_of_min(loss, {-b.dual_clip * advantage, 0});
+}
+
+// Whether the token's probability has moved too far in the direction of its advantage.
+KLDIV_HOST_DEVICE bool dppo_stops(const Policy& policy, float l, const PolicyToken& token) {
+    // Keeps the KL finite where a probability rounds to 1.
+    constexpr float almost_zero = 1e-8f;
+    const float now = ::expf(l), before = ::expf(token.anchor);
+    const bool up = token.advantage > 0;
+    const float most = up ? policy.bounds.high : policy.bounds.low;
+    if (policy.term == kDppoTv) return !((up ? now - before : before - now) <= most);
+    const float others = (1 - before) * ::logf((1 - before + almost_zero) / (1 - now + almost_zero));
+    const float kl = before * (token.anchor - l) + others;
+    return !(kl <= most || (up ? now <= before : now >= before));
+}
+
+KLDIV_HOST_DEVICE float term_slope(const Policy& policy, float l, const PolicyToken& token, Slope ratio) {
+    const PolicyBounds& b = policy.bounds;
+    const float a = token.advantage;
+    switch (policy.term) {
+        case kClipped:
+            return clipped_slope(b, a, ratio);
+        case kCispo:
+            return -::fminf(::fmaxf(ratio.value, b.low), b.high) * a;
+        case kSapo: {
+            const float tau = a > 0 ? b.positive : b.negative, sigmoid = 1 / (1 + ::expf(-tau * (ratio.value - 1)));
+            return -4 * sigmoid * (1 - sigmoid) * a * ratio.slope;
+        }
+        case kReinforce:
+            return -a;
+        case kTopr:
+            return -(a >= 0 ? 1 : ::fminf(ratio.value, 1)) * a;
+        default:
+            return dppo_stops(policy, l, token) ? 0 : -::fminf(ratio.value, b.delta) * a;
+    }
+}
+
+KLDIV_HOST_DEVICE float kl_slope(const Policy& policy, float l, const PolicyToken& token, Slope ratio) {
+    const PolicyBounds& b = policy.bounds;
+    const Slope x = clamped({token.reference - l, -1}, -b.kl_log_ratio, b.kl_log_ratio);
+    Slope kl;
+    switch (policy.kl) {
+        case kK1:
+            kl = {-x.value, -x.slope};
+            break;
+        case kK2:
+            kl = {0.5f * x.value * x.value, x.value * x.slope};
+            break;
+        case kAbs:
+            kl = {::fabsf(x.value), x.value > 0 ? x.slope : (x.value < 0 ? -x.slope : 0)};
+            break;
+        default:
+            kl = {::expm1f(x.value) - x.value, ::expm1f(x.value) * x.slope};
+            break;
+    }
+    kl = clamped(kl, -b.kl_high, b.kl_high);
+    if (policy.kl == kK3Plus) return kl.slope + kl.value;
+    return b.bias_correction != 0 ? kl.slope * ratio.value + kl.value * ratio.slope : kl.slope;
+}
+
+KLDIV_HOST_DEVICE float policy_coefficient(const Policy& policy, float l, const PolicyToken& token) {
+    if (l != l) return l;
+    const bool own = token.anchor != token.anchor;
+    const Slope log_ratio = clamped({own ? 0 : l - token.anchor, 1}, policy.bounds.log_low, policy.bounds.log_high);
+    const float r = ::expf(log_ratio.value);
+    const Slope ratio = {r, r * log_ratio.slope};
+    // 0 * inf: a weight of 0 takes no part.
+    float out = 0;
+    if (token.weight != 0) out += token.weight * term_slope(policy, l, token, ratio);
+    if (token.kl_weight != 0) out += token.kl_weight * kl_slope(policy, l, token, ratio);
+    return out;
+}
+
+}  // namespace kldiv
