@@ -19,13 +19,14 @@ import torch
 
 import kldiv_kernels as kk
 from kldiv_kernels.benchmarking import gpu_peers
-from kldiv_kernels.benchmarking.cases import LOGPROB_ENTROPY
+from kldiv_kernels.benchmarking.cases import GRPO, LOGPROB_ENTROPY
 from kldiv_kernels.benchmarking.gpu_cases import GpuCase
 
 CASES = [
     GpuCase("forward_kl"),
     GpuCase("js"),
     GpuCase(LOGPROB_ENTROPY, known=True),
+    GpuCase(GRPO),
     GpuCase("forward_kl", gradient=False),
     GpuCase(LOGPROB_ENTROPY),
 ]
@@ -36,9 +37,7 @@ def planned_bytes(case: GpuCase, target: str) -> int | str:
     # It has no name for statistics with known coefficients: theirs is the floor.
     if case.known:
         return case.floor_bytes
-    what: dict[str, Any] = {"kind": case.kind} if case.gradient else {"stats": [case.kind]}
-    if case.kind == LOGPROB_ENTROPY:
-        what = {"stats": ["logprob", "entropy"]}
+    what = case.on_cpu.planned if case.gradient or not case.two_tensors else {"stats": [case.kind]}
     try:
         return kk.plan(rows=case.rows, vocab=case.vocab, device=target, gradient=case.gradient, **what).bytes
     except ImportError:

@@ -100,7 +100,11 @@ class Calls:
         student = self.rows(rows, columns, dtype=dtype).requires_grad_()
         labels = torch.randint(columns, (rows,), device=self.device)
         gpu_peers.known_loss(student, labels, "cuda").backward()
-        self.count += 1
+        advantages, old = torch.randn((2, rows), device=self.device)
+        kk.policy_loss(
+            student, labels, advantages, loss_type="dapo", old_logprobs=old, mask=labels > 9, backend="cuda"
+        ).loss.backward()
+        self.count += 2
 
 
 def _losses(few: bool) -> tuple[str, ...]:

@@ -130,7 +130,7 @@ def plan(
 def bench(
     rows: Annotated[int, typer.Option(help="Tokens, N.")] = bench_cases.DEFAULT_ROWS,
     vocab: Annotated[int, typer.Option(help="Columns, V.")] = bench_cases.DEFAULT_VOCAB,
-    kinds: Annotated[str, typer.Option(help="Comma-separated divergences, and logprob_entropy.")] = ",".join(
+    kinds: Annotated[str, typer.Option(help="Comma-separated divergences, logprob_entropy, grpo.")] = ",".join(
         bench_cases.DEFAULT_KINDS
     ),
     dtypes: Annotated[str, typer.Option(help="Comma-separated: bf16, fp32, fp16.")] = "bf16,fp32",
@@ -147,6 +147,8 @@ def bench(
       $ kldiv bench
 
       $ kldiv bench --kinds forward_kl,js --dtypes bf16 --rows 64 --repeats 5
+
+      $ kldiv bench --kinds grpo --dtypes bf16 --rows 1024 --repeats 3
 
       $ kldiv bench --peers none --no-memory --output runs/ours
     """

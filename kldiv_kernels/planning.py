@@ -16,6 +16,8 @@ from kldiv_kernels import inputs, registry
 from kldiv_kernels.backends import cuda, get, native
 from kldiv_kernels.registry import Statistic
 
+POLICY_LOSS = "policy_loss"
+
 
 @dataclass(frozen=True)
 class Plan:
@@ -72,7 +74,8 @@ def plan(
 
     Args:
         rows, vocab: N tokens and V columns.
-        dtype: of the logits. stats or kind: one of them; default kind="forward_kl".
+        dtype: of the logits. stats or kind: one of them; default kind="forward_kl". kind="policy_loss" is a
+            `policy_loss` whose gradient depends on each token alone.
         device: "cpu", a CUDA device of this machine such as "cuda:0", or an architecture such as "sm_90", which need
             not be here.
         gradient: count the gradient of the logits too.
@@ -89,8 +92,10 @@ def plan(
         if not isinstance(value, int) or value < 1:
             raise ValueError(f"plan: {name} is {value!r}; expected an integer of at least 1")
     target = _target(device)
-    if stats is None:
-        chosen = [registry.get(kind or "forward_kl", "plan: kind", registry.divergence_names())]
+    if kind == POLICY_LOSS:
+        chosen = inputs.statistics(("logprob", "entropy"), "plan")
+    elif stats is None:
+        chosen = [registry.get(kind or "forward_kl", "plan: kind", [*registry.divergence_names(), POLICY_LOSS])]
     else:
         chosen = inputs.statistics(stats, "plan")
     wanted = _Wanted(rows, vocab, dtype, tuple(chosen), gradient, stats is None and gradient)

@@ -11,11 +11,11 @@ import pytest
 import torch
 
 from kldiv_kernels.benchmarking import cases, measure, memory, peers
-from kldiv_kernels.benchmarking.cases import LOGPROB_ENTROPY, Case, Target
+from kldiv_kernels.benchmarking.cases import GRPO, LOGPROB_ENTROPY, Case, Target
 from kldiv_kernels.benchmarking.memory import PeakMemory
 
 ROOT = Path(__file__).resolve().parent.parent
-KINDS = ("forward_kl", "reverse_kl", "jeffreys", "js", "hellinger", "tvd", LOGPROB_ENTROPY)
+KINDS = ("forward_kl", "reverse_kl", "jeffreys", "js", "hellinger", "tvd", LOGPROB_ENTROPY, GRPO)
 
 
 @pytest.mark.parametrize("kind", KINDS)

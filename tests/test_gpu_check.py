@@ -95,7 +95,7 @@ def test_the_harness_in_the_interpreter(tmp_path: Path) -> None:
     assert report["steps"][1]["details"]["passed"] == 2
     rows = report["benchmark"]["rows"]
     cases = {case.name for case in gpu_cases.quick_cases()}
-    assert len(cases) == 5
+    assert len(cases) == 6
     for name in ("triton", "eager"):
         mine = [row for row in rows if row["implementation"] == name]
         assert {row["case"] for row in mine} == cases
@@ -214,8 +214,8 @@ def test_what_runs_the_cuda_backend(tmp_path: Path) -> None:
     assert done.returncode == 0, done.stderr[-3000:]
     errors, calls, *_, profiled, rows = done.stdout.splitlines()
     assert set(json.loads(errors)) == {"one-read", "two-sweep"}
-    # Six clusters and two sweeps, five losses and a policy's; four calls of any backend.
-    assert calls == f"{7 * 6 + 4} calls with gradients"
+    # Six clusters and two sweeps, five losses and two of a policy's; four calls of any backend.
+    assert calls == f"{7 * 7 + 4} calls with gradients"
     assert all(row["agrees"] and row["milliseconds"] for row in json.loads(rows))
     # 2 × 67 bfloat16: rows that short and odd are swept twice where there is a gradient.
     moved = {call["case"]: (call["floor_bytes"], call["planned"]) for call in json.loads(profiled)}

@@ -298,3 +298,12 @@ def test_triton_reads_again_for_the_gradient(monkeypatch: pytest.MonkeyPatch) ->
     assert (found.backend, found.sweeps, found.threads) == ("triton", 2, 128)
     assert found.bytes == 5 * ROWS * 32_000 * 2
     assert found.cluster is None
+
+
+def test_a_policy_loss_reads_the_logits_once() -> None:
+    unit = ROWS * 151_936 * 2
+    plans = {device: kk.plan(rows=ROWS, vocab=151_936, kind="policy_loss", device=device) for device in ("cpu", "sm_90")}
+    assert {plan.bytes for plan in plans.values()} == {2 * unit}
+    assert plans["sm_90"].kernel == "one-read"
+    assert kk.plan(rows=ROWS, vocab=151_936, kind="policy_loss", device="sm_80").bytes == 3 * unit
+    assert kk.plan(rows=ROWS, vocab=151_936, stats=["logprob", "entropy"]).bytes == 3 * unit

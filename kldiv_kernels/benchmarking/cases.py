@@ -6,23 +6,30 @@ dlogits), a loss of one tensor 2u; no implementation can be faster than copying 
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
 from kldiv_kernels import registry
+from kldiv_kernels.planning import POLICY_LOSS
 
 # A policy-gradient-like loss of one tensor: -mean(logprob) - 0.01 mean(entropy).
 LOGPROB_ENTROPY = "logprob_entropy"
 ENTROPY_COEFFICIENT = 0.01
+# The clipped surrogate of GRPO over tokens, with the entropy as a metric.
+GRPO = "grpo"
+GRPO_CLIP = 0.2
 JS_BETA = 0.5
 
 DEFAULT_KINDS = ("forward_kl", "reverse_kl", "hellinger", "js", LOGPROB_ENTROPY)
 DEFAULT_DTYPES = (torch.bfloat16, torch.float32)
 # The vocabulary of Qwen2.5 and Qwen3, and a micro-batch of tokens large enough to fall out of every cache.
 DEFAULT_ROWS, DEFAULT_VOCAB = 256, 151_936
+# Eight completions of 128 tokens.
+GRPO_SEQUENCES, GRPO_ROWS = 8, 1024
 
 _DTYPES = {
     "bf16": torch.bfloat16, "bfloat16": torch.bfloat16,
@@ -63,17 +70,23 @@ _TARGETS: dict[tuple[str, torch.dtype], tuple[Target, ...]] = {
     ("hellinger", torch.bfloat16): _DIVERGENCE,
     ("js", torch.bfloat16): (Target("compile", 7), Target("trl", 30), Target("copy", 4)),
     (LOGPROB_ENTROPY, torch.bfloat16): (Target("compile", 3), Target("trl", 12), Target("copy", 2.5)),
+    (GRPO, torch.bfloat16): (Target("trl", 10),),
     ("forward_kl", torch.float32): (Target("compile", 4), Target("eager", 10), Target("copy", 2)),
 }
 
 
 @dataclass(frozen=True)
 class Inputs:
-    """student [rows, vocab] requires grad; a teacher for divergences, labels [rows] otherwise."""
+    """student [rows, vocab] requires grad; a teacher for divergences, labels [rows] otherwise.
+
+    A policy loss has an advantage and the log-probability of its sampling policy a row as well.
+    """
 
     logits: Tensor
-    reference: Tensor | None
-    labels: Tensor | None
+    reference: Tensor | None = None
+    labels: Tensor | None = None
+    advantages: Tensor | None = None
+    old_logprobs: Tensor | None = None
 
 
 @dataclass(frozen=True)
@@ -89,7 +102,19 @@ class Case:
 
     @property
     def is_divergence(self) -> bool:
-        return self.kind != LOGPROB_ENTROPY
+        return self.kind not in (LOGPROB_ENTROPY, GRPO)
+
+    @property
+    def planned(self) -> dict[str, Any]:
+        """What `kldiv_kernels.plan` calls the case's loss."""
+        if self.kind == LOGPROB_ENTROPY:
+            return {"stats": ["logprob", "entropy"]}
+        return {"kind": POLICY_LOSS if self.kind == GRPO else self.kind}
+
+    @property
+    def sequences(self) -> int:
+        """Into how many sequences a policy loss divides the rows."""
+        return math.gcd(self.rows, GRPO_SEQUENCES)
 
     @property
     def unit_bytes(self) -> int:
@@ -106,7 +131,7 @@ class Case:
     @property
     def targets(self) -> tuple[Target, ...]:
         """What the project promises, at the shape for which it does."""
-        if (self.rows, self.vocab) != (DEFAULT_ROWS, DEFAULT_VOCAB):
+        if (self.rows, self.vocab) != (GRPO_ROWS if self.kind == GRPO else DEFAULT_ROWS, DEFAULT_VOCAB):
             return ()
         return (*_TARGETS.get((self.kind, self.dtype), ()), _MEMORY)
 
@@ -120,8 +145,15 @@ class Case:
 
         logits = rows().requires_grad_()
         if self.is_divergence:
-            return Inputs(logits, rows(), None)
-        return Inputs(logits, None, torch.randint(self.vocab, (self.rows,), device=device, generator=generator))
+            return Inputs(logits, rows())
+        labels = torch.randint(self.vocab, (self.rows,), device=device, generator=generator)
+        if self.kind == LOGPROB_ENTROPY:
+            return Inputs(logits, labels=labels)
+        advantages, moved = torch.randn((2, self.rows), device=device, generator=generator)
+        # An earlier policy, so near that some ratios are clipped and some are not.
+        sampled = logits.detach().gather(-1, labels[:, None]).squeeze(-1).float()
+        old = sampled - torch.stack([row.float().logsumexp(-1) for row in logits.detach()]) + 0.2 * moved
+        return Inputs(logits, labels=labels, advantages=advantages, old_logprobs=old)
 
 
 def dtype(name: str) -> torch.dtype:
@@ -140,8 +172,8 @@ def dtype_name(dtype: torch.dtype) -> str:
 
 
 def known_kinds() -> list[str]:
-    """Every divergence of the registry, and the loss from log-probabilities and entropy."""
-    return [*registry.divergence_names(), LOGPROB_ENTROPY]
+    """Every divergence of the registry, the loss from log-probabilities and entropy, and a policy loss."""
+    return [*registry.divergence_names(), LOGPROB_ENTROPY, GRPO]
 
 
 def cases(kinds: tuple[str, ...], dtypes: tuple[torch.dtype, ...], rows: int, vocab: int) -> list[Case]:
@@ -150,6 +182,6 @@ def cases(kinds: tuple[str, ...], dtypes: tuple[torch.dtype, ...], rows: int, vo
         if value < 1:
             raise ValueError(f"{name} is {value}; expected at least 1")
     for kind in kinds:
-        if kind != LOGPROB_ENTROPY:
+        if kind not in (LOGPROB_ENTROPY, GRPO):
             registry.get(kind, "kinds", known_kinds())
     return [Case(kind, dtype, rows, vocab) for dtype in dtypes for kind in kinds]

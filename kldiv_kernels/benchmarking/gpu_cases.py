@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from kldiv_kernels.benchmarking.cases import LOGPROB_ENTROPY, Case, Inputs
+from kldiv_kernels.benchmarking.cases import GRPO, LOGPROB_ENTROPY, Case, Inputs
 
 # Llama 2, Llama 3, Qwen 2.5 and 3, Gemma 2 and later (with a little padding).
 VOCABULARIES = (32_000, 128_256, 151_936, 262_144)
@@ -80,6 +80,7 @@ def cases() -> list[GpuCase]:
         GpuCase("forward_kl"),
         GpuCase(LOGPROB_ENTROPY, gradient=False),
         GpuCase(LOGPROB_ENTROPY, known=True, compiled=False),
+        GpuCase(GRPO),
         GpuCase("js"),
         GpuCase("reverse_kl", compiled=False),
         GpuCase("hellinger", compiled=False),
@@ -111,6 +112,7 @@ def quick_cases() -> list[GpuCase]:
         GpuCase(LOGPROB_ENTROPY, rows, vocab, gradient=False, compiled=False),
         GpuCase(LOGPROB_ENTROPY, rows, vocab, compiled=False),
         GpuCase(LOGPROB_ENTROPY, rows, vocab, known=True, compiled=False),
+        GpuCase(GRPO, rows, vocab, compiled=False),
     ]
 
 
@@ -134,12 +136,14 @@ PROMISES = (
     _promise("cuda", 1.74, 1.98, "hellinger"),
     _promise("cuda", 1.8, 2.3, "js"),
     _promise("cuda", 1.16, 1.3, LOGPROB_ENTROPY, known=True),
+    _promise("cuda", 1.16, 1.3, GRPO),
     _promise("cuda", 1.16, 1.27, "forward_kl", gradient=False),
     _promise("cuda", 1.5, 1.75, "forward_kl", rows=LARGE_VOCAB_ROWS, vocab=LARGE_VOCAB),
     _promise("triton", 0.58, 0.75, LOGPROB_ENTROPY, gradient=False),
     _promise("triton", 1.74, 3.3, "forward_kl"),
     _promise("triton", 1.74, 4.5, "js"),
     _promise("triton", 1.16, 2.1, LOGPROB_ENTROPY),
+    _promise("triton", 1.16, 2.1, GRPO),
 )
 
 

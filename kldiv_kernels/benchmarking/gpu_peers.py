@@ -22,16 +22,16 @@ import kldiv_kernels as kk
 from kldiv_kernels import inputs as arguments
 from kldiv_kernels import ops
 from kldiv_kernels.benchmarking import peers
-from kldiv_kernels.benchmarking.cases import ENTROPY_COEFFICIENT, JS_BETA, Inputs
+from kldiv_kernels.benchmarking.cases import ENTROPY_COEFFICIENT, GRPO, GRPO_CLIP, JS_BETA, Inputs
 from kldiv_kernels.benchmarking.gpu_cases import GpuCase
 
 # A scalar loss, or log-probabilities and entropies.
 Function = Callable[[Inputs], tuple[Tensor, ...]]
 
-GRPO = "liger-grpo"
-NOTES = {GRPO: "no entropy, all rows but the last"}
+LIGER_GRPO = "liger-grpo"
+NOTES = {LIGER_GRPO: "no entropy, all rows but the last"}
 _LIGER_BETA = {"reverse_kl": 1.0, "js": JS_BETA}
-_PACKAGES = {"trl": "trl", "liger": "liger_kernel", GRPO: "liger_kernel"}
+_PACKAGES = {"trl": "trl", "liger": "liger_kernel", LIGER_GRPO: "liger_kernel"}
 
 
 def ours() -> list[str]:
@@ -53,8 +53,8 @@ def names_for(case: GpuCase) -> list[str]:
         names.append("trl")
     if case.two_tensors and case.gradient and (case.kind == "forward_kl" or case.kind in _LIGER_BETA):
         names.append("liger")
-    if not case.two_tensors and case.gradient:
-        names.append(GRPO)
+    if case.kind == GRPO:
+        names.append(LIGER_GRPO)
     absent = missing()
     return [name for name in names if _PACKAGES.get(name) not in absent]
 
@@ -96,7 +96,7 @@ def build(name: str, case: GpuCase) -> Function:
     backend, _, plan = name.partition(" ")
     if backend in ours():
         return _with_plan(_ours(backend, case), plan) if plan else _ours(backend, case)
-    if name in ("liger", GRPO):
+    if name in ("liger", LIGER_GRPO):
         return _liger(name, case)
     if name == "trl" and not case.two_tensors:
         return _trl(case)
@@ -133,6 +133,8 @@ def _with_plan(function: Function, plan: str) -> Function:
 
 
 def _ours(backend: str, case: GpuCase) -> Function:
+    if case.kind == GRPO:
+        return lambda inputs: (peers.grpo_loss(case.on_cpu, inputs, backend),)
     if case.known:
         return lambda inputs: (known_loss(inputs.logits, _labels(inputs), backend),)
     if case.two_tensors:
@@ -154,7 +156,7 @@ def _ours(backend: str, case: GpuCase) -> Function:
 
 
 def known_loss(logits: Tensor, labels: Tensor, backend: str) -> Tensor:
-    """The loss of one tensor with its coefficients given to the call, as policy losses will give them."""
+    """The loss of one tensor with its coefficients given to the call, as a loss of advantages gives them."""
     call = arguments.prepare(
         "known_loss", logits, None, labels, stats=arguments.statistics(("logprob", "entropy"), "known_loss"),
         temperature=1.0, reference_temperature=None, alpha=0.5, beta=0.5, mask=None, ignore_index=-100,
@@ -170,6 +172,8 @@ def _trl(case: GpuCase) -> Function:
 
     def statistics(inputs: Inputs) -> tuple[Tensor, ...]:
         logprob, entropy = kernel(inputs.logits, _labels(inputs))
+        if case.kind == GRPO:
+            return (peers.clipped_surrogate(logprob, inputs),)
         return _loss_of(logprob, entropy) if case.gradient else (logprob, entropy)
 
     return statistics
@@ -191,16 +195,18 @@ def _trl_kernel() -> Callable[..., tuple[Tensor, Tensor]]:
 
 
 def _liger(name: str, case: GpuCase) -> Function:
-    if name == GRPO:
+    if name == LIGER_GRPO:
         grpo: Callable[..., Any] = importlib.import_module("liger_kernel.transformers.grpo_loss").triton_grpo_loss
 
         def policy(inputs: Inputs) -> tuple[Tensor, ...]:
             # It takes [batch, tokens + 1, vocab] and leaves out the last row; in place it would destroy the inputs.
             labels = _labels(inputs)[None, :-1].contiguous()
-            advantages = torch.ones(1, device=labels.device)
+            assert inputs.advantages is not None
+            assert inputs.old_logprobs is not None
             loss, _ = grpo(
-                inputs.logits[None], None, None, labels, advantages,
-                temperature=1.0, beta=0.0, inplace=False, loss_type="bnpo", reduce=True,
+                inputs.logits[None], inputs.old_logprobs[None, :-1].contiguous(), None, labels, inputs.advantages[:1],
+                temperature=1.0, beta=0.0, eps_low=GRPO_CLIP, eps_high=GRPO_CLIP, inplace=False, loss_type="bnpo",
+                reduce=True,
             )  # fmt: skip
             return (loss,)
 

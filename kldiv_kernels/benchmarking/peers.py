@@ -9,13 +9,22 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable
+from typing import Any
 
 import torch
 import torch.nn.functional as F  # noqa: N812
 from torch import Tensor
 
 import kldiv_kernels as kk
-from kldiv_kernels.benchmarking.cases import ENTROPY_COEFFICIENT, JS_BETA, LOGPROB_ENTROPY, Case, Inputs
+from kldiv_kernels.benchmarking.cases import (
+    ENTROPY_COEFFICIENT,
+    GRPO,
+    GRPO_CLIP,
+    JS_BETA,
+    LOGPROB_ENTROPY,
+    Case,
+    Inputs,
+)
 
 Loss = Callable[[Inputs], Tensor]
 
@@ -61,6 +70,23 @@ def _logprob_entropy(logits: Tensor, labels: Tensor) -> Tensor:
     return -logprob.mean() - ENTROPY_COEFFICIENT * entropy.mean()
 
 
+def _grpo(logits: Tensor, inputs: Inputs) -> tuple[Tensor, Tensor]:
+    """Loss, and the entropy that a trainer logs."""
+    assert inputs.labels is not None
+    logq = F.log_softmax(logits.float(), -1)
+    logprob = logq.gather(-1, inputs.labels[:, None]).squeeze(-1)
+    entropy = -(logq.exp() * logq).detach().sum(-1).mean()
+    return clipped_surrogate(logprob, inputs), entropy
+
+
+def clipped_surrogate(logprob: Tensor, inputs: Inputs) -> Tensor:
+    assert inputs.advantages is not None
+    assert inputs.old_logprobs is not None
+    ratio = (logprob - inputs.old_logprobs).exp()
+    clipped = ratio.clamp(1 - GRPO_CLIP, 1 + GRPO_CLIP)
+    return -torch.min(ratio * inputs.advantages, clipped * inputs.advantages).mean()
+
+
 _EAGER: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
     "forward_kl": _forward_kl,
     "reverse_kl": _reverse_kl,
@@ -77,9 +103,9 @@ _TRL_BETA = {"forward_kl": 0.0, "js": JS_BETA, "reverse_kl": 1.0}
 def names_for(case: Case, peers: tuple[str, ...] = PEERS) -> list[str]:
     """Ours first, then those of `peers` that have the case's loss."""
     has = {
-        "eager": case.kind in _EAGER,
-        "compile": case.kind in _EAGER,
-        "trl": case.kind in _TRL_BETA or case.kind == LOGPROB_ENTROPY,
+        "eager": case.kind in (*_EAGER, GRPO),
+        "compile": case.kind in (*_EAGER, GRPO),
+        "trl": case.kind in (*_TRL_BETA, LOGPROB_ENTROPY, GRPO),
     }
     return [OURS, *(name for name in PEERS if name in peers and has[name])]
 
@@ -90,12 +116,17 @@ def build(name: str, case: Case) -> Loss:
         return _ours(case)
     if name == "trl":
         return _trl(case)
-    function = _EAGER[case.kind]
-    if name == "compile":
-        # Each case is compiled on its own, for its own shape, as a training loop with fixed shapes would have it.
-        torch.compiler.reset()
-        function = torch.compile(function, fullgraph=True, dynamic=False)
+    if case.kind == GRPO:
+        policy = _compiled(_grpo) if name == "compile" else _grpo
+        return lambda inputs: policy(inputs.logits, inputs)[0]
+    function = _compiled(_EAGER[case.kind]) if name == "compile" else _EAGER[case.kind]
     return lambda inputs: function(inputs.logits, _second(inputs))
+
+
+def _compiled(function: Callable[..., Any]) -> Callable[..., Any]:
+    """Each case is compiled on its own, for its own shape, as a training loop with fixed shapes would have it."""
+    torch.compiler.reset()
+    return torch.compile(function, fullgraph=True, dynamic=False)
 
 
 def _second(inputs: Inputs) -> Tensor:
@@ -112,17 +143,40 @@ def _ours(case: Case) -> Loss:
             return -stats.logprob.mean() - ENTROPY_COEFFICIENT * stats.entropy.mean()
 
         return loss
+    if case.kind == GRPO:
+        return lambda inputs: grpo_loss(case, inputs, "auto")
     return lambda inputs: kk.divergence_loss(inputs.logits, _second(inputs), case.kind, beta=JS_BETA)
+
+
+def grpo_loss(case: Case, inputs: Inputs, backend: str) -> Tensor:
+    """policy_loss as a trainer calls it: [sequences, tokens]."""
+    assert inputs.labels is not None
+    assert inputs.advantages is not None
+    assert inputs.old_logprobs is not None
+    shape = (case.sequences, case.rows // case.sequences)
+    tokens = [x.view(shape) for x in (inputs.labels, inputs.advantages, inputs.old_logprobs)]
+    logits = inputs.logits.view(*shape, case.vocab)
+    return kk.policy_loss(
+        logits, tokens[0], tokens[1], loss_type="dapo", old_logprobs=tokens[2], clip_low=GRPO_CLIP,
+        clip_high=GRPO_CLIP, backend=backend,
+    ).loss  # fmt: skip
 
 
 def _trl(case: Case) -> Loss:
     # TRL prints a notice about its experimental modules, where the distillation trainers live.
     os.environ.setdefault("TRL_EXPERIMENTAL_SILENCE", "1")
-    if case.kind == LOGPROB_ENTROPY:
+    if not case.is_divergence:
         from trl.trainer.utils import selective_log_softmax_and_entropy
 
         def loss(inputs: Inputs) -> Tensor:
-            logprob, entropy = selective_log_softmax_and_entropy(inputs.logits, _second(inputs))
+            # In sequences, as trainers have them: it takes them one by one.
+            shape = (case.sequences, case.rows // case.sequences)
+            logprob, entropy = selective_log_softmax_and_entropy(
+                inputs.logits.view(*shape, case.vocab), _second(inputs).view(shape),
+                entropy_requires_grad=case.kind == LOGPROB_ENTROPY,
+            )  # fmt: skip
+            if case.kind == GRPO:
+                return clipped_surrogate(logprob.reshape(-1).float(), inputs)
             result: Tensor = -logprob.mean() - ENTROPY_COEFFICIENT * entropy.mean()
             return result
 

@@ -76,7 +76,6 @@ def write_json(path: Path, content: dict[str, Any]) -> None:
 
 def as_json(result: CaseResult) -> dict[str, Any]:
     case = result.case
-    what: dict[str, Any] = {"kind": case.kind} if case.is_divergence else {"stats": ["logprob", "entropy"]}
     return {
         "case": case.name,
         "kind": case.kind,
@@ -87,7 +86,7 @@ def as_json(result: CaseResult) -> dict[str, Any]:
         "floor_bytes": case.floor_bytes,
         "copy_gb_per_second": result.copy_bytes_per_second / 1e9,
         "floor_seconds": result.floor_seconds,
-        "plan": asdict(kk.plan(rows=case.rows, vocab=case.vocab, dtype=case.dtype, **what)),
+        "plan": asdict(kk.plan(rows=case.rows, vocab=case.vocab, dtype=case.dtype, **case.planned)),
         "implementations": [_implementation(result, one) for one in result.results],
         "targets": [
             {"target": target.text(), "measured": value, "met": None if value is None else target.met(value)}
