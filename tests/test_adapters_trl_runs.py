@@ -1,338 +1,29 @@
-"""TRL's trainers run for a few steps from one seed, with and without this library: the same losses and weights."""
+"""TRL's other trainers for two steps from one seed, with and without this library: the same losses and weights."""
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
 
 pytest.importorskip("trl")
-os.environ["HF_HUB_OFFLINE"] = "1"
-os.environ["TRL_EXPERIMENTAL_SILENCE"] = "1"
 
 import tiny
 import trl
-from accelerate import Accelerator
 from datasets import Dataset
-from transformers import MixtralConfig, MixtralForCausalLM, set_seed
 from trl.experimental.gkd import GKDConfig, GKDTrainer
-from trl.experimental.gmpo import GMPOConfig, GMPOTrainer
 from trl.experimental.sdft import SDFTConfig, SDFTTrainer
-from trl.trainer import grpo_trainer
+from trl_runs import ROWS, TRAINING, assert_same_results, assert_same_runs, make_models, train, weights
 
 import kldiv_kernels as kk
-from kldiv_kernels.adapters.trl import DistillationTrainer, GRPOTrainer, patched_trl
-from kldiv_kernels.adapters.trl.grpo_options import policy_arguments
-
-# Off-policy from the second step on, in steps of two micro-batches.
-OFF_POLICY = {"num_iterations": 2, "gradient_accumulation_steps": 2, "steps_per_generation": 2, "max_steps": 3}
-TRAINING = {
-    "use_cpu": True, "bf16": False, "report_to": "none", "save_strategy": "no", "disable_tqdm": True,
-    "logging_steps": 1, "logging_nan_inf_filter": False, "learning_rate": 0.1, "max_grad_norm": 0.0, "optim": "sgd",
-    "lr_scheduler_type": "constant", "max_steps": 2, "gradient_checkpointing": False,
-}  # fmt: skip
-GENERATING = {"per_device_train_batch_size": 4, "per_device_eval_batch_size": 4, "num_generations": 4}
-WITHOUT_MEANING = ("runtime", "per_second", "step_time", "flos")
-ROWS = Dataset.from_list([{"prompt": f"w{i} w{i + 3} w{2 * i}"} for i in range(8)])
+from kldiv_kernels.adapters.trl import DistillationTrainer, patched_trl
 
 
 @pytest.fixture(scope="module")
 def models(tmp_path_factory: pytest.TempPathFactory) -> Any:
-    """Folders of a student, a teacher and a mixture of experts, and their tokenizer."""
-    folder = tmp_path_factory.mktemp("models")
-    tiny.llama(1).save_pretrained(folder / "student")
-    tiny.llama(2, hidden=24).save_pretrained(folder / "teacher")
-    torch.manual_seed(3)
-    MixtralForCausalLM(
-        MixtralConfig(
-            vocab_size=tiny.VOCAB, hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2,
-            num_key_value_heads=2, num_local_experts=3, max_position_embeddings=64, initializer_range=0.5,
-            bos_token_id=0, eos_token_id=0, router_aux_loss_coef=0.5, output_router_logits=True,
-        )
-    ).save_pretrained(folder / "experts")  # fmt: skip
-    tokenizer = tiny.word_tokenizer()
-    tokenizer.pad_token = tokenizer.eos_token
-    tokenizer.chat_template = (
-        "{% for m in messages %}{{ m['content'] }} {% endfor %}{% if add_generation_prompt %}w1 {% endif %}"
-    )
-    return SimpleNamespace(
-        student=str(folder / "student"), teacher=str(folder / "teacher"), experts=str(folder / "experts"),
-        tokenizer=tokenizer,
-    )  # fmt: skip
-
-
-def _reward(completions: list[str], **columns: Any) -> list[float]:
-    return [len(set(text.split())) + 0.1 * (len(text) % 7) for text in completions]
-
-
-def _grpo(
-    trainer: Any, models: Any, folder: Path, *, config: Any = trl.GRPOConfig, model: str = "student", **options: Any
-) -> Any:
-    given = {"policy_loss_options": options.pop("policy_loss_options")} if "policy_loss_options" in options else {}
-    args = config(output_dir=str(folder), max_completion_length=6, **{**TRAINING, **GENERATING, **options})
-    return trainer(
-        getattr(models, model), _reward, args=args, train_dataset=ROWS, eval_dataset=ROWS,
-        processing_class=models.tokenizer, **given,
-    )  # fmt: skip
-
-
-def _weights(trainer: Any) -> Tensor:
-    return torch.cat([p.detach().flatten() for p in trainer.model.parameters()])
-
-
-def _train(trainer: Any) -> None:
-    # What is sampled must not depend on what was made before.
-    set_seed(11)
-    trainer.train()
-
-
-def _assert_same_runs(theirs: Any, ours: Any, evaluates: bool = False) -> list[dict[str, Any]]:
-    """Trains both: every logged number and the weights are those of the other, and the weights have moved."""
-    for trainer in (theirs, ours):
-        trainer.start = _weights(trainer)
-        _train(trainer)
-        if evaluates:
-            trainer.evaluate()
-    logs: list[dict[str, Any]] = theirs.state.log_history
-    assert len(logs) == len(ours.state.log_history)
-    for expected, found in zip(logs, ours.state.log_history, strict=True):
-        assert expected.keys() == found.keys()
-        for name, value in expected.items():
-            if value is None or not any(part in name for part in WITHOUT_MEANING):
-                assert found[name] == (None if value is None else pytest.approx(value, rel=1e-4, abs=1e-5)), name
-    _assert_same_weights(theirs, ours)
-    return logs
-
-
-def _assert_same_weights(theirs: Any, ours: Any) -> None:
-    moved = (_weights(theirs) - theirs.start).abs().max()
-    assert moved > 1e-3
-    assert (_weights(ours) - _weights(theirs)).abs().max() < 1e-3 * moved
-
-
-CASES: dict[str, dict[str, Any]] = {
-    loss_type: {"loss_type": loss_type, "beta": 0.1, "epsilon": 0.05, "epsilon_high": 0.1, **OFF_POLICY}
-    for loss_type in ("grpo", "bnpo", "dr_grpo", "dapo", "luspo", "cispo", "sapo", "vespo")
-}
-CASES["grpo"] |= {"delta": 1.2, "entropy_coef": 0.05}
-CASES["dapo"] |= {"use_bias_correction_kl": False, "temperature": 0.7, "entropy_coef": 0.05, "delta": 1.05}
-CASES["cispo"] |= {"epsilon_high": 1.02}
-CASES["sapo"] |= {"sapo_temperature_pos": 2.0, "sapo_temperature_neg": 1.3, "entropy_coef": 0.02}
-CASES["vespo"] |= {"vespo_k_pos": 1.5, "vespo_lambda_pos": 2.0, "vespo_k_neg": 2.5, "vespo_lambda_neg": 1.7}
-CASES["luspo"] |= {"importance_sampling_level": "sequence"}
-CASES |= {
-    "gspo": {"loss_type": "grpo", "importance_sampling_level": "sequence", "epsilon": 0.01, **OFF_POLICY},
-    "on-policy": {"loss_type": "dapo", "epsilon": 0.1, "gradient_accumulation_steps": 2},
-    "truncated": {"mask_truncated_completions": True, "off_policy_mask_threshold": 0.05, **OFF_POLICY},
-    "quantile": {"loss_type": "bnpo", "top_entropy_quantile": 0.6, "entropy_coef": 0.1, **OFF_POLICY},
-    "adaptive": {
-        "loss_type": "grpo", "use_adaptive_entropy": True, "entropy_target": 2.9, "entropy_coef": 0.1,
-        "entropy_coef_delta": 0.04, "entropy_coef_max": 0.2, "top_entropy_quantile": 0.8, **OFF_POLICY,
-    },
-    "experts": {"model": "experts", "gradient_accumulation_steps": 2, "loss_type": "grpo"},
-}  # fmt: skip
-
-
-@pytest.mark.parametrize("case", CASES)
-def test_grpo(case: str, models: Any, tmp_path: Path) -> None:
-    theirs, ours = (
-        _grpo(trainer, models, tmp_path, **CASES[case]) for trainer in (grpo_trainer.GRPOTrainer, GRPOTrainer)
-    )
-    logs = _assert_same_runs(theirs, ours, evaluates=case in ("dapo", "gspo"))
-    # The cases are about something only if it happens.
-    if case in ("grpo", "bnpo", "dr_grpo", "dapo", "luspo", "gspo"):
-        assert any(log.get("clip_ratio/region_mean", 0) > 0 for log in logs)
-    if case == "cispo":
-        assert any(log.get("cispo_clip_ratio", 0) > 0 for log in logs)
-    if case == "adaptive":
-        assert len({log["entropy_coef"] for log in logs if "entropy_coef" in log}) > 1
-    if case == "experts":
-        assert logs[0]["aux_loss"] > 0
-
-
-class Engine:
-    """Stands in for vLLM: samples that are the same for both trainers, with log-probabilities somewhat off."""
-
-    def __init__(self, **settings: Any) -> None:
-        self.model, self.generator = settings["model"], torch.Generator().manual_seed(7)
-
-    def sync_weights(self) -> None:
-        pass
-
-    @torch.no_grad()
-    def generate(self, prompts: list[list[int]], **options: Any) -> tuple[Any, ...]:
-        completions, logprobs = [], []
-        for row, prompt in enumerate(prompts):
-            ids = torch.randint(1, tiny.VOCAB, (2 + row % 5,), generator=self.generator)
-            logits = self.model(torch.tensor([[*prompt, *ids.tolist()]])).logits[0, len(prompt) - 1 : -1]
-            logprob = kk.selective_log_softmax(logits, ids) + 0.4 * torch.randn(len(ids), generator=self.generator)
-            completions.append(ids.tolist())
-            logprobs.append([[x] for x in logprob.tolist()])
-        # vLLM could not score this one.
-        logprobs[0][1] = [None]
-        return prompts, completions, logprobs, None
-
-
-@pytest.mark.parametrize(
-    ("mode", "options"),
-    [
-        ("token_truncate", {}),
-        ("token_mask", {"vllm_importance_sampling_clip_min": 0.2, "loss_type": "vespo"}),
-        ("sequence_truncate", {"vllm_importance_sampling_clip_min": 0.8, "importance_sampling_level": "sequence"}),
-        ("sequence_mask", {"loss_type": "cispo", "epsilon_high": 5.0}),
-        ("no correction", {"vllm_importance_sampling_correction": False, "off_policy_mask_threshold": 0.1}),
-    ],
-)
-def test_grpo_with_samples_of_another_engine(
-    mode: str, options: dict[str, Any], models: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(grpo_trainer, "VLLMGeneration", Engine)
-    if mode != "no correction":
-        options = {"vllm_importance_sampling_mode": mode, "vllm_importance_sampling_clip_max": 1.3, **options}
-    options = {"use_vllm": True, "vllm_mode": "colocate", "gradient_accumulation_steps": 2, **options}
-    theirs, ours = (_grpo(trainer, models, tmp_path, **options) for trainer in (grpo_trainer.GRPOTrainer, GRPOTrainer))
-    _assert_same_runs(theirs, ours)
-
-
-def test_a_loss_type_of_policy_loss(models: Any, tmp_path: Path) -> None:
-    """GMPO, which TRL has as a trainer of its own."""
-    theirs = _grpo(GMPOTrainer, models, tmp_path, config=GMPOConfig, **OFF_POLICY)
-    ours = _grpo(GRPOTrainer, models, tmp_path, policy_loss_options={"loss_type": "gmpo"}, **OFF_POLICY)
-    theirs.start = _weights(theirs)
-    for trainer in (theirs, ours):
-        _train(trainer)
-    _assert_same_weights(theirs, ours)
-
-
-def _inputs(trainer: Any, tools: bool = False) -> dict[str, Any]:
-    """A micro-batch as TRL would make it."""
-    generator = torch.Generator().manual_seed(5)
-    ids = torch.randint(1, tiny.VOCAB, (4, 9), generator=generator)
-    prompt_mask, completion_mask = torch.ones(4, 3, dtype=torch.int64), torch.ones(4, 6, dtype=torch.int64)
-    prompt_mask[0, :2], completion_mask[1, 4:] = 0, 0
-    inputs = {
-        "prompt_ids": ids[:, :3], "prompt_mask": prompt_mask, "completion_ids": ids[:, 3:],
-        "completion_mask": completion_mask, "advantages": torch.tensor([1.0, -0.5, 0.3, -1.2]),
-        "num_items_in_batch": torch.tensor(22),
-    }  # fmt: skip
-    scores = (torch.cat([prompt_mask, completion_mask], 1), 6)
-    with torch.no_grad():
-        logps, _, _ = trainer._get_per_token_logps_and_entropies(trainer.model, ids, *scores)
-    inputs["old_per_token_logps"] = logps + 0.3 * torch.randn(logps.shape, generator=generator)
-    if trainer.ref_model is not None:
-        inputs["ref_per_token_logps"] = logps + 0.3 * torch.randn(logps.shape, generator=generator)
-    if tools:
-        inputs["tool_mask"] = (torch.rand(4, 6, generator=generator) > 0.3).long()
-    return inputs
-
-
-def _loss_and_gradient(trainer: Any, inputs: dict[str, Any]) -> tuple[Tensor, Tensor]:
-    trainer.current_gradient_accumulation_steps = 2
-    trainer.model.train()
-    trainer.model.zero_grad()
-    loss = trainer._compute_loss(trainer.model, inputs)
-    loss.backward()
-    return loss.detach(), torch.cat([p.grad.flatten() for p in trainer.model.parameters()])
-
-
-@pytest.mark.parametrize("per_token", [False, True])
-def test_tool_masks_and_advantages_per_token(per_token: bool, models: Any, tmp_path: Path) -> None:
-    results = []
-    for trainer_class in (grpo_trainer.GRPOTrainer, GRPOTrainer):
-        trainer = _grpo(trainer_class, models, tmp_path, beta=0.2, loss_type="grpo", epsilon=0.1)
-        inputs = _inputs(trainer, tools=True)
-        if per_token:
-            inputs["advantages"] = inputs["advantages"][:, None] * torch.linspace(-1, 1, 6)
-        results.append((*_loss_and_gradient(trainer, inputs), dict(trainer._metrics["train"])))
-    (expected, gradient, metrics), (loss, ours, our_metrics) = results
-    assert loss.item() == pytest.approx(expected.item(), rel=1e-5)
-    assert gradient.abs().max() > 1e-3
-    assert torch.allclose(ours, gradient, rtol=0, atol=1e-5 * gradient.abs().max())
-    assert metrics["clip_ratio/high_max"][0] > 0
-    assert {name: pytest.approx(values, abs=1e-6) for name, values in metrics.items()} == our_metrics
-
-
-def test_an_exact_kl_is_that_of_the_reference_model(models: Any, tmp_path: Path) -> None:
-    options = {"kl_estimator": "reverse_kl", "loss_type": "dppo_tv", "clip_low": 0.1}
-    trainer = _grpo(GRPOTrainer, models, tmp_path, beta=0.7, temperature=0.8, policy_loss_options=options)
-    trainer.ref_model = tiny.llama(4)
-    inputs = _inputs(trainer)
-    loss, gradient = _loss_and_gradient(trainer, inputs)
-    batch = {
-        "input_ids": torch.cat([inputs["prompt_ids"], inputs["completion_ids"]], 1),
-        "attention_mask": torch.cat([inputs["prompt_mask"], inputs["completion_mask"]], 1),
-    }
-    trainer.model.zero_grad()
-    expected = kk.policy_loss(
-        trainer.model(**batch).logits[:, 2:-1], inputs["completion_ids"], inputs["advantages"], loss_type="dppo_tv",
-        preset="trl", clip_low=0.1, kl_estimator="reverse_kl", kl_coef=0.7, temperature=0.8, normalizer=22.0 * 2 / 1,
-        reference_logits=trainer.ref_model(**batch).logits[:, 2:-1].detach(), mask=inputs["completion_mask"],
-        old_logprobs=inputs["old_per_token_logps"],
-    )  # fmt: skip
-    expected.loss.backward()
-    own = torch.cat([p.grad.flatten() for p in trainer.model.parameters()])
-    assert loss.item() == pytest.approx(expected.loss.item(), rel=1e-5)
-    assert torch.allclose(gradient, own, rtol=0, atol=1e-5 * own.abs().max())
-    assert trainer._metrics["train"]["kl"] == pytest.approx([expected.metrics["exact_kl"].item()], rel=1e-5)
-    assert expected.metrics["exact_kl"] > 0.1
-
-
-@pytest.mark.parametrize("loss_type", ["topr", "dppo_kl"])
-def test_a_loss_that_needs_the_old_policy_runs_on_policy(loss_type: str, models: Any, tmp_path: Path) -> None:
-    trainer = _grpo(GRPOTrainer, models, tmp_path, policy_loss_options={"loss_type": loss_type})
-    inputs = _inputs(trainer)
-    del inputs["old_per_token_logps"]
-    _, gradient = _loss_and_gradient(trainer, inputs)
-    trainer._policy_arguments["loss_type"] = "reinforce"
-    _, expected = _loss_and_gradient(trainer, inputs)
-    assert expected.abs().max() > 1e-3
-    assert torch.allclose(gradient, expected, rtol=0, atol=1e-6 * expected.abs().max())
-
-
-def test_the_head_in_float32_stays_so_under_autocast(models: Any, tmp_path: Path) -> None:
-    results = []
-    for trainer_class in (grpo_trainer.GRPOTrainer, GRPOTrainer):
-        trainer = _grpo(trainer_class, models, tmp_path, bf16=True, cast_lm_head_to_fp32=True)
-        inputs = _inputs(trainer)
-        ids = torch.cat([inputs["prompt_ids"], inputs["completion_ids"]], 1)
-        mask = torch.cat([inputs["prompt_mask"], inputs["completion_mask"]], 1)
-        logps, _, _ = trainer._get_per_token_logps_and_entropies(trainer.model, ids, mask, 6)
-        results.append(logps * inputs["completion_mask"])
-    assert torch.allclose(results[0], results[1], rtol=0, atol=1e-4)
-
-
-@pytest.mark.parametrize(
-    ("given", "message"),
-    [
-        ({"kl_coef": 0.1}, r"policy_loss_options has 'kl_coef'; use GRPOConfig\(beta=\)"),
-        ({"normalizer": 3}, "policy_loss_options has 'normalizer', which the trainer sets; expected any of loss_type"),
-        ({"clip": 3}, "policy_loss_options has 'clip', which policy_loss does not know"),
-        ({"loss_type": "ppo"}, "loss_type is 'ppo'; expected grpo"),
-        ({"loss_type": "gspo", "importance_level": "token"}, "importance_level is 'token'; expected sequence"),
-        ({"kl_estimator": "js", "kl_clamp": 3.0}, "kl_clamp is given"),
-    ],
-)
-def test_options_that_do_not_go(given: dict[str, Any], message: str, models: Any, tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match=f"GRPOTrainer: {message}"):
-        policy_arguments(trl.GRPOConfig(output_dir=str(tmp_path), bf16=False, use_cpu=True), given)
-    if "clip" in given:
-        with pytest.raises(ValueError, match=f"GRPOTrainer: {message}"):
-            _grpo(GRPOTrainer, models, tmp_path, policy_loss_options=given)
-
-
-def test_a_quantile_over_processes_is_refused(models: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    trainer = _grpo(GRPOTrainer, models, tmp_path, top_entropy_quantile=0.5)
-    assert trainer._policy_options.entropy_quantile == 0.5
-    # The trainer that TRL makes is a stub here: only the check behind it is asked.
-    monkeypatch.setattr(grpo_trainer.GRPOTrainer, "__init__", lambda self, other: vars(self).update(vars(other)))
-    monkeypatch.setattr(Accelerator, "num_processes", property(lambda self: 2))
-    with pytest.raises(ValueError, match=r"top_entropy_quantile is 0.5 on 2 processes; expected 1.0"):
-        GRPOTrainer(trainer)
+    return make_models(tmp_path_factory.mktemp("models"))
 
 
 def _distillation(trainer: Any, models: Any, folder: Path, options: dict[str, Any], **config: Any) -> Any:
@@ -350,7 +41,7 @@ def test_distillation(beta: float, models: Any, tmp_path: Path) -> None:
     config = {"beta": beta, "temperature": 0.8}
     theirs = _distillation(trl.DistillationTrainer, models, tmp_path, {}, **config)
     ours = _distillation(DistillationTrainer, models, tmp_path, {}, **config)
-    _assert_same_runs(theirs, ours, evaluates=True)
+    assert_same_runs(theirs, ours, evaluates=True)
 
 
 def test_distillation_with_another_divergence(models: Any, tmp_path: Path) -> None:
@@ -396,12 +87,12 @@ def test_gkd(beta: float, models: Any, tmp_path: Path) -> None:
         )
 
     theirs = make()
-    theirs.start = _weights(theirs)
-    _train(theirs)
+    theirs.start = weights(theirs)
+    train(theirs)
     with patched_trl():
         ours = make()
-        _train(ours)
-    _assert_same_results(theirs, ours)
+        train(ours)
+    assert_same_results(theirs, ours)
 
 
 @pytest.mark.parametrize(
@@ -423,16 +114,9 @@ def test_sdft(options: dict[str, Any], models: Any, tmp_path: Path) -> None:
         return SDFTTrainer(models.student, args, rows, processing_class=models.tokenizer)
 
     theirs = make()
-    theirs.start = _weights(theirs)
-    _train(theirs)
+    theirs.start = weights(theirs)
+    train(theirs)
     with patched_trl():
         ours = make()
-        _train(ours)
-    _assert_same_results(theirs, ours)
-
-
-def _assert_same_results(theirs: Any, ours: Any) -> None:
-    _assert_same_weights(theirs, ours)
-    losses = [[log["loss"] for log in trainer.state.log_history if "loss" in log] for trainer in (theirs, ours)]
-    assert len(losses[0]) == 2
-    assert losses[1] == pytest.approx(losses[0], rel=1e-4, abs=1e-6)
+        train(ours)
+    assert_same_results(theirs, ours)

@@ -26,8 +26,8 @@ _EXTREMES = {
 
 @dataclass(frozen=True)
 class Batch:
-    """One call of policy_loss. `mask` [B, T]; `now`, the current policy without gradient, where the old one differs or
-    the entropy of single tokens is asked for."""
+    """One call of policy_loss: `mask` [B, T] and, where the old policy may differ or the entropy of single tokens is
+    asked for, the current policy `now`, without gradient."""
 
     out: PolicyLoss
     options: PolicyOptions
@@ -45,12 +45,17 @@ class Batch:
         return torch.stack([self.out.metrics["entropy"] * tokens, tokens])
 
     @property
+    def log_ratio(self) -> Tensor:
+        """[B, T], 0 where masked, and everywhere on-policy."""
+        old = self.inputs.get("old_per_token_logps")
+        if old is None or self.now is None:
+            return torch.zeros(self.mask.shape, device=self.mask.device)
+        return torch.where(self.mask != 0, self.now.logprob - old, 0.0)
+
+    @property
     def ratio(self) -> Tensor:
         """[B, 1] at a sequence level with one advantage a sequence, else [B, T]: what the clip bounds."""
-        old = self.inputs.get("old_per_token_logps")
-        zeros = torch.zeros(self.mask.shape, device=self.mask.device)
-        log_ratio = zeros if old is None or self.now is None else self.now.logprob - old
-        level = level_log_ratio(torch.where(self.mask != 0, log_ratio, zeros), self.mask, self.options)
+        level = level_log_ratio(self.log_ratio, self.mask, self.options)
         one = self.options.importance_level != "token" and self.inputs["advantages"].dim() == 1
         return (level[:, :1] if one else level).exp()
 
@@ -64,10 +69,11 @@ def log(trainer: Any, batch: Batch, metrics: Any) -> None:
     """Appends this call's means over all processes to `metrics`, the lists that TRL averages when it logs."""
     count, local = batch.out.metrics["tokens"], {}
     for name, value in batch.out.metrics.items():
-        if name in _TRL_NAMES and (name == "entropy" or trainer.beta != 0):
+        if name in _TRL_NAMES:
             local[_TRL_NAMES[name]] = torch.stack([value * count, count])
-        elif name.startswith("clip_fraction_") and batch.options.loss_type not in (*CLIPPED, "cispo"):
+        elif name.startswith("clip_fraction_") and batch.options.loss_type != "cispo":
             local[name.replace("clip_fraction_", "clip_ratio/") + "_mean"] = torch.stack([value * count, count])
+    # In place of those means, with what else TRL makes of them.
     for name, value in _of_loss_type(trainer, batch).items():
         # One value a sequence is a mean over sequences, as in TRL.
         per_sequence = value.shape[1] == 1
@@ -98,12 +104,8 @@ def _of_loss_type(trainer: Any, batch: Batch) -> dict[str, Tensor]:
         above = (batch.ratio > ratio_bounds(options)[1]) & (advantages > 0)
         return {"cispo_clip_ratio": above.float()}
     if options.loss_type == "vespo":
-        old = batch.inputs.get("old_per_token_logps")
-        log_ratio = torch.zeros(batch.mask.shape, device=batch.mask.device)
-        if old is not None and batch.now is not None:
-            log_ratio = torch.where(batch.mask != 0, batch.now.logprob - old, log_ratio)
         phi = trainer.get_gamma_weights(
-            advantages, log_ratio, batch.mask, batch.inputs.get("importance_sampling_ratio"),
+            advantages, batch.log_ratio, batch.mask, batch.inputs.get("importance_sampling_ratio"),
             *options.vespo_positive, *options.vespo_negative,
         )  # fmt: skip
         return {"vespo/phi_seq_mean": phi}
