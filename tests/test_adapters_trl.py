@@ -125,6 +125,8 @@ def test_the_backend_is_the_one_asked_for() -> None:
     with patched_trl("reference"):
         reference = utils.entropy_from_logits(logits)
     assert torch.equal(reference, kk.entropy(logits, backend="reference"))
+    with patched_trl("cpu"):
+        assert utils.entropy_from_logits(logits.double()).dtype == torch.float64
 
 
 @pytest.mark.parametrize("version", ["1.13.0", "1.17.0", "2.0.0", "1.16.0.dev0", None])

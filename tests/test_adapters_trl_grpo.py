@@ -62,12 +62,16 @@ CASES |= {
     "on-policy": {"loss_type": "dapo", "epsilon": 0.1, "gradient_accumulation_steps": 2},
     "truncated": {"mask_truncated_completions": True, "off_policy_mask_threshold": 0.05, **OFF_POLICY},
     "quantile": {"loss_type": "bnpo", "top_entropy_quantile": 0.6, "entropy_coef": 0.1, **OFF_POLICY},
-    "adaptive": {
-        "loss_type": "grpo", "use_adaptive_entropy": True, "entropy_target": 2.9, "entropy_coef": 0.1,
-        "entropy_coef_delta": 0.04, "entropy_coef_max": 0.2, "top_entropy_quantile": 0.8, **OFF_POLICY,
-    },
+    "adaptive up": {"entropy_target": 5.0, "top_entropy_quantile": 0.8},
+    "adaptive down": {"entropy_target": 0.1},
     "experts": {"model": "experts", "gradient_accumulation_steps": 2, "loss_type": "grpo"},
 }  # fmt: skip
+for name in ("adaptive up", "adaptive down"):
+    # The coefficient moves by more than its bounds allow.
+    CASES[name] |= {
+        "loss_type": "grpo", "use_adaptive_entropy": True, "entropy_coef": 0.1, "entropy_coef_delta": 0.04,
+        "entropy_coef_min": 0.08, "entropy_coef_max": 0.12, **OFF_POLICY,
+    }  # fmt: skip
 
 
 @pytest.mark.parametrize("case", CASES)
@@ -81,8 +85,9 @@ def test_grpo(case: str, models: Any, tmp_path: Path) -> None:
         assert any(log.get("clip_ratio/region_mean", 0) > 0 for log in logs)
     if case == "cispo":
         assert any(log.get("cispo_clip_ratio", 0) > 0 for log in logs)
-    if case == "adaptive":
-        assert len({log["entropy_coef"] for log in logs if "entropy_coef" in log}) > 1
+    if case.startswith("adaptive"):
+        assert {log.get("entropy_coef") for log in logs} == {None, 0.12 if "up" in case else 0.08}
+        assert ours._last_world_entropy == pytest.approx(theirs._last_world_entropy, rel=1e-5)
     if case == "experts":
         assert logs[0]["aux_loss"] > 0
 
@@ -172,11 +177,12 @@ def _loss_and_gradient(trainer: Any, inputs: dict[str, Any]) -> tuple[Tensor, Te
     return loss.detach(), torch.cat([p.grad.flatten() for p in trainer.model.parameters()])
 
 
-@pytest.mark.parametrize("per_token", [False, True])
-def test_tool_masks_and_advantages_per_token(per_token: bool, models: Any, tmp_path: Path) -> None:
+@pytest.mark.parametrize(("level", "per_token"), [("token", False), ("token", True), ("sequence", False)])
+def test_tool_masks_and_advantages_per_token(level: str, per_token: bool, models: Any, tmp_path: Path) -> None:
     results = []
+    options = {"beta": 0.2, "loss_type": "grpo", "epsilon": 0.02, "importance_sampling_level": level}
     for trainer_class in (grpo_trainer.GRPOTrainer, GRPOTrainer):
-        trainer = _grpo(trainer_class, models, tmp_path, beta=0.2, loss_type="grpo", epsilon=0.1)
+        trainer = _grpo(trainer_class, models, tmp_path, **options)
         inputs = _inputs(trainer, tools=True)
         if per_token:
             inputs["advantages"] = inputs["advantages"][:, None] * torch.linspace(-1, 1, 6)
@@ -185,7 +191,7 @@ def test_tool_masks_and_advantages_per_token(per_token: bool, models: Any, tmp_p
     assert loss.item() == pytest.approx(expected.item(), rel=1e-5)
     assert gradient.abs().max() > 1e-3
     assert torch.allclose(ours, gradient, rtol=0, atol=1e-5 * gradient.abs().max())
-    assert metrics["clip_ratio/high_max"][0] > 0
+    assert 0 < metrics["clip_ratio/region_mean"][0] < 1
     assert {name: pytest.approx(values, abs=1e-6) for name, values in metrics.items()} == our_metrics
 
 

@@ -57,6 +57,7 @@ def with_tail(logits: Tensor, token_ids: Tensor, backend: str = "auto") -> Tenso
     """
     stats = token_stats(logits, labels=token_ids, stats=("logprob", "logsumexp"), backend=backend)
     others = logits.scatter(-1, token_ids, -math.inf)
+    # A row without a logit would be NaN, and so might its gradient.
     any_left = others.detach().amax(-1) > _NO_LOGIT
     rest = token_stats(others, stats=("logsumexp",), mask=any_left, backend=backend).logsumexp
     tail = torch.where(any_left, rest - stats.logsumexp, -math.inf)
