@@ -12,6 +12,7 @@ from typing import Annotated, Any
 
 try:
     import typer
+    import typer.core
     from rich import progress
     from rich.console import Console
     from rich.markup import escape
@@ -26,7 +27,8 @@ import torch
 import kldiv_kernels as kk
 from kldiv_kernels.benchmarking import cases as bench_cases
 from kldiv_kernels.doctor import OPTIONAL, checks
-from kldiv_kernels.trainer.command import demo, train
+from kldiv_kernels.trainer.command import demo, distill
+from kldiv_kernels.trainer.grpo_command import grpo
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -35,6 +37,36 @@ app = typer.Typer(
     pretty_exceptions_show_locals=False,
     help="Exact divergences, entropy and log-probabilities over the full vocabulary.",
 )
+
+
+class _DistillByDefault(typer.core.TyperGroup):
+    """Options without a command before them go to `distill`, which `train` was before there was another."""
+
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        if args and args[0].startswith("-") and args[0] not in ctx.help_option_names:
+            args = ["distill", *args]
+        return super().parse_args(ctx, args)
+
+
+train = typer.Typer(cls=_DistillByDefault, no_args_is_help=True, rich_markup_mode="rich")
+
+
+@train.callback()
+def _train() -> None:
+    """Train a model: distil a teacher into it, or reward its answers.
+
+    Options without a command are those of distill, whose help is
+    `kldiv train distill --help`.
+
+    [bold]Examples[/bold]
+
+      $ kldiv train --student … --teacher … --data … --output …
+
+      $ kldiv train distill --student … --teacher … --data … --output …
+
+      $ kldiv train grpo --output runs/grpo
+    """
+
 
 _STATUS_STYLE = {"ok": "green", "missing": "red", "note": "yellow"}
 
@@ -203,8 +235,9 @@ def bench(
         raise typer.Exit(1)
 
 
-for _command in (bench, train, demo):
-    app.command()(_needs_extra(_command))
+for _group, _command in ((app, bench), (train, distill), (train, grpo), (app, demo)):
+    _group.command()(_needs_extra(_command))
+app.add_typer(train, name="train")
 
 
 def main() -> None:

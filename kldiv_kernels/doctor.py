@@ -32,7 +32,7 @@ OPTIONAL = {
     "datasets": Package("kldiv train, kldiv demo", "train"),
     "tokenizers": Package("kldiv train, kldiv demo", "train"),
     "matplotlib": Package("kldiv bench, kldiv train, kldiv demo", "cli"),
-    "trl": Package("kldiv bench, as a peer", "dev"),
+    "trl": Package("kldiv train grpo; kldiv bench, as a peer", "trl"),
 }
 
 

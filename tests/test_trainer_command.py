@@ -1,4 +1,4 @@
-"""`kldiv train` from option to file, on local folders, without the network."""
+"""`kldiv train distill` from option to file, on local folders, without the network."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ import typer
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from typer.testing import CliRunner
 
-from kldiv_kernels.trainer.command import train
+from kldiv_kernels.trainer.command import distill
 
 STEPS = 4
 
@@ -46,7 +46,7 @@ def options(models: Path, output: Path) -> dict[str, str]:
 
 def kldiv_train(given: dict[str, str], *flags: str) -> tuple[int, str]:
     app = typer.Typer(rich_markup_mode="rich")
-    app.command()(train)
+    app.command()(distill)
     result = CliRunner().invoke(app, [word for pair in given.items() for word in pair] + list(flags))
     if result.exception is not None and not isinstance(result.exception, SystemExit):
         raise result.exception

@@ -1,27 +1,32 @@
-"""The commands `kldiv train` and `kldiv demo`: options checked here, work done in `run.py` and `demo.py`.
+"""The commands `kldiv train distill` and `kldiv demo`: options checked here, work done in `run.py` and `demo.py`.
 
 transformers and datasets take seconds to import: they load inside the functions, after the options were checked.
 """
 
 from __future__ import annotations
 
-import os
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from kldiv_kernels import registry
+from kldiv_kernels.trainer.options import (
+    load_model,
+    load_tokenizer,
+    option_errors,
+    require,
+    require_backend,
+    require_source,
+)
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+    from transformers import PreTrainedTokenizerBase
 
 _KINDS = ", ".join(registry.divergence_names())
 
 
-def train(
+def distill(
     student: Annotated[str, typer.Option(help="Student: local folder or hub id of a causal language model.")],
     data: Annotated[
         list[str],
@@ -70,29 +75,29 @@ def train(
 
     [bold]Examples[/bold]
 
-      $ kldiv train --student Qwen/Qwen3-0.6B-Base --teacher Qwen/Qwen3-4B-Base
+      $ kldiv train distill --student Qwen/Qwen3-0.6B-Base --teacher Qwen/Qwen3-4B-Base
         --data notes/ --output runs/notes
 
-      $ kldiv train --student runs/demo/student_ce --teacher runs/demo/teacher
+      $ kldiv train distill --student runs/demo/student_ce --teacher runs/demo/teacher
         --data book.txt --kind js --beta 0.9 --block-size 128 --output runs/js
 
-      $ torchrun --nproc-per-node 8 -m kldiv_kernels.cli train --bf16
+      $ torchrun --nproc-per-node 8 -m kldiv_kernels.cli train distill --bf16
         --student … --teacher … --data … --output …
     """
     # Every option of this function but where it writes: a resumed run must have the same.
     options = {name: value for name, value in locals().items() if name not in ("output", "resume")}
     _check_loss(kind, ce_weight, temperature, alpha, beta, backend)
-    _require(teacher is not None or ce_weight == 1.0, "--teacher", "missing; only --ce-weight 1 trains without one")
-    _require(lr > 0, "--lr", f"{lr} is not above 0")
-    _require(0 < held_out < 1, "--held-out", f"{held_out} is not between 0 and 1")
+    require(teacher is not None or ce_weight == 1.0, "--teacher", "missing; only --ce-weight 1 trains without one")
+    require(lr > 0, "--lr", f"{lr} is not above 0")
+    require(0 < held_out < 1, "--held-out", f"{held_out} is not between 0 and 1")
     for option, source in (("--student", student), ("--teacher", teacher), *(("--data", source) for source in data)):
-        _require(source is None or not _missing_path(source), option, f"{source} does not exist")
+        require_source(source, option)
 
     from kldiv_kernels.trainer import run
     from kldiv_kernels.trainer.data import load_blocks
     from kldiv_kernels.trainer.distillation import shared_vocab_size
 
-    with _option_errors():
+    with option_errors():
         arguments = run.training_arguments(
             output, steps=steps, batch_size=batch_size, learning_rate=lr, seed=seed, log_every=log_every,
             eval_every=eval_every, save_every=save_every, gradient_accumulation_steps=accumulation, bf16=bf16,
@@ -101,16 +106,16 @@ def train(
         )  # fmt: skip
         run.check_run(output, options, resume=resume)
     if not run.is_finished(output):
-        tokenizer = _tokenizer(student, "--student")
+        tokenizer = load_tokenizer(student, "--student")
         if teacher is not None:
-            _check_same_tokens(tokenizer, _tokenizer(teacher, "--teacher"))
-        student_model = _model(student, "--student")
+            _check_same_tokens(tokenizer, load_tokenizer(teacher, "--teacher"))
+        student_model = load_model(student, "--student")
         # Autocast needs the student's weights in float32 for the optimiser; the teacher's are only read.
-        teacher_model = None if teacher is None else _model(teacher, "--teacher", "bfloat16" if bf16 else "float32")
-        with _option_errors("--vocab-size"):
+        teacher_model = None if teacher is None else load_model(teacher, "--teacher", "bfloat16" if bf16 else "float32")
+        with option_errors("--vocab-size"):
             width = shared_vocab_size(student_model, teacher_model, vocab_size)
-        _require(len(tokenizer) <= width, "--vocab-size", f"{width} is below the tokenizer's {len(tokenizer)} tokens")
-        with _option_errors("--data"), arguments.main_process_first():
+        require(len(tokenizer) <= width, "--vocab-size", f"{width} is below the tokenizer's {len(tokenizer)} tokens")
+        with option_errors("--data"), arguments.main_process_first():
             blocks = load_blocks(
                 data, tokenizer, block_size=block_size, held_out=held_out, seed=seed,
                 config=data_config, column=text_column,
@@ -148,70 +153,23 @@ def demo(
     from kldiv_kernels.trainer.demo import Settings, open_demo, run_demo
 
     settings = Settings(steps=steps, seed=seed)
-    with _option_errors():
+    with option_errors():
         open_demo(output, settings, resume=resume)
     run_demo(output, settings)
 
 
-@contextmanager
-def _option_errors(option: str | None = None) -> Iterator[None]:
-    """A ValueError about the arguments, as an error of the command line instead of a traceback."""
-    try:
-        yield
-    except ValueError as error:
-        raise typer.BadParameter(str(error), param_hint=option) from error
-
-
-def _require(condition: bool, option: str, message: str) -> None:
-    if not condition:
-        raise typer.BadParameter(message, param_hint=option)
-
-
 def _check_loss(kind: str, ce_weight: float, temperature: float, alpha: float, beta: float, backend: str) -> None:
-    from kldiv_kernels import backends
-
     try:
         statistic = registry.get(kind, "kind", registry.divergence_names())
     except ValueError as error:
         raise typer.BadParameter(str(error).removeprefix("kind: "), param_hint="--kind") from None
-    _require(0 <= ce_weight <= 1, "--ce-weight", f"{ce_weight} is not between 0 and 1")
-    _require(0 < temperature < float("inf"), "--temperature", f"{temperature} is not above 0 and finite")
+    require(0 <= ce_weight <= 1, "--ce-weight", f"{ce_weight} is not between 0 and 1")
+    require(0 < temperature < float("inf"), "--temperature", f"{temperature} is not above 0 and finite")
     for option, value, bound in (("--alpha", alpha, statistic.alpha), ("--beta", beta, statistic.beta)):
-        _require(
+        require(
             bound is None or bool(bound.allows(value)), option, f"{value} is not {bound and bound.text}, for {kind}"
         )
-    known = {"auto": "available", **backends()}
-    _require(backend in known, "--backend", f"unknown {backend!r}; expected one of {', '.join(known)}")
-    _require(known[backend] == "available", "--backend", f"{backend}: {known[backend]}")
-
-
-def _missing_path(source: str) -> bool:
-    """Written as a path and not there: told at once, and not asked of the hub."""
-    looks_local = source.startswith((".", "~", os.sep)) or source.endswith(os.sep) or source.count("/") > 1
-    looks_local = looks_local or Path(source).suffix in (".txt", ".md", ".json", ".jsonl", ".csv", ".parquet")
-    return looks_local and not Path(source).expanduser().exists()
-
-
-def _tokenizer(source: str, option: str) -> PreTrainedTokenizerBase:
-    from transformers import AutoTokenizer
-
-    tokenizer: PreTrainedTokenizerBase = _loaded(AutoTokenizer, source, option)
-    return tokenizer
-
-
-def _model(source: str, option: str, dtype: str = "float32") -> PreTrainedModel:
-    from transformers import AutoModelForCausalLM
-
-    model: PreTrainedModel = _loaded(AutoModelForCausalLM, source, option, dtype=dtype)
-    return model
-
-
-def _loaded(loader: Any, source: str, option: str, **options: Any) -> Any:
-    try:
-        return loader.from_pretrained(source, **options)
-    # OSError where there is nothing, ValueError where it is something else than asked for.
-    except (OSError, ValueError) as error:
-        raise typer.BadParameter(f"{source}: {error}", param_hint=option) from error
+    require_backend(backend)
 
 
 def _check_same_tokens(student: PreTrainedTokenizerBase, teacher: PreTrainedTokenizerBase) -> None:

@@ -59,6 +59,24 @@ def plot_final(path: Path, values: Mapping[str, Mapping[str, float | None]]) -> 
     save(figure, path)
 
 
+def plot_reward(path: Path, history: History, *, title: str) -> None:
+    """Reward of sampled completions beside the held-out accuracy of greedy ones; entropy and, with a reference, KL."""
+    figure = Figure(figsize=(9, 3.6), layout="constrained")
+    left, right = figure.subplots(1, 2)
+    left.plot(*curve(history, "reward"), label="reward, sampled")
+    left.plot(*curve(history, "held_out_accuracy"), marker="o", markersize=3, label="held-out accuracy, greedy")
+    _label(left, "fraction right", "")
+    left.set_ylim(0, 1)
+    for name, label in (("entropy", "entropy"), ("kl", "KL to the start")):
+        if any(name in entry for entry in history):
+            right.plot(*curve(history, name), label=label)
+    _label(right, "policy")
+    for axis in (left, right):
+        axis.legend()
+    figure.suptitle(title)
+    save(figure, path)
+
+
 def save(figure: Figure, path: Path) -> None:
     """PNG, written beside `path` and renamed."""
     beside = path.with_name(f".{path.name}.part")
@@ -66,8 +84,8 @@ def save(figure: Figure, path: Path) -> None:
     os.replace(beside, path)
 
 
-def _label(axis: Any, title: str) -> None:
+def _label(axis: Any, title: str, unit: str = "nats per token") -> None:
     axis.set_title(title)
     axis.set_xlabel("step")
-    axis.set_ylabel("nats per token")
+    axis.set_ylabel(unit)
     axis.grid(alpha=0.3)

@@ -46,7 +46,10 @@ class _Bar(TrainerCallback):
         self, args: Any, state: TrainerState, control: TrainerControl, logs: Mapping[str, Any] | None = None, **_: Any
     ) -> None:
         logs = logs or {}
-        if "loss" in logs:
+        # The loss of a policy gradient says nothing about how well it goes.
+        if "reward" in logs:
+            self.bar.update(self.task, note=f"reward {logs['reward']:.3f}")
+        elif "loss" in logs:
             self.bar.update(self.task, note=f"loss {logs['loss']:.4f}")
         if "eval_loss" in logs and not self.bar.disable:
             kl = f", KL(teacher ∥ student) {logs['eval_kl']:.4f}" if "eval_kl" in logs else ""

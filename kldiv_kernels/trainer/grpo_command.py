@@ -1,0 +1,157 @@
+"""The command `kldiv train grpo`: options checked here, work done in `grpo.py`.
+
+TRL takes seconds to import: it loads inside the function, after the options were checked.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Annotated, Any
+
+import torch
+import typer
+
+from kldiv_kernels.policy_options import CHOICES, LOSS_TYPES, resolve
+from kldiv_kernels.trainer.options import load_model, load_tokenizer, require, require_backend, require_source
+
+
+def grpo(
+    output: Annotated[Path, typer.Option(help="Folder of the run; must be new or empty.")],
+    model: Annotated[
+        str | None,
+        typer.Option(
+            help="Local folder or hub id of a causal language model, used as it is.",
+            show_default="a small one, warmed up first",
+        ),
+    ] = None,
+    steps: Annotated[int, typer.Option(min=1, help="Optimiser steps.")] = 800,
+    group_size: Annotated[int, typer.Option(min=2, help="Completions a prompt.")] = 8,
+    batch_size: Annotated[int, typer.Option(min=1, help="Prompts a step.")] = 32,
+    updates: Annotated[
+        int, typer.Option(min=1, help="Steps on the same completions. Clips have an effect from 2 on.")
+    ] = 2,
+    lr: Annotated[float, typer.Option(help="Peak learning rate (linear warm-up over 5 %, then cosine).")] = 5e-4,
+    loss_type: Annotated[str, typer.Option(help=f"{', '.join(LOSS_TYPES)}.", metavar="NAME")] = "dapo",
+    clip_low: Annotated[
+        float | None, typer.Option(help="Lower clip of the loss type.", show_default="the loss type's")
+    ] = None,
+    clip_high: Annotated[
+        float | None, typer.Option(help="Upper clip of the loss type.", show_default="the loss type's")
+    ] = None,
+    kl_coef: Annotated[float, typer.Option(help="Coefficient of the KL to the model at the start.")] = 0.0,
+    kl_estimator: Annotated[
+        str,
+        typer.Option(
+            help=f"{', '.join(CHOICES['kl_estimator'])}: sampled, and from forward_kl on exact.", metavar="NAME"
+        ),
+    ] = "k3",
+    entropy_coef: Annotated[float, typer.Option(help="Coefficient of the entropy bonus.")] = 0.0,
+    backend: Annotated[str, typer.Option(help="Backend of kldiv_kernels; see kldiv doctor.")] = "auto",
+    warm_up_accuracy: Annotated[
+        float, typer.Option(help="Fraction of sums right at which the small model's warm-up by cross-entropy ends.")
+    ] = 0.5,
+    warm_up_steps: Annotated[int, typer.Option(min=1, help="Steps after which it ends anyhow.")] = 400,
+    seed: Annotated[int, typer.Option(min=0, help="Of the small model's weights, the data order and sampling.")] = 0,
+    log_every: Annotated[int, typer.Option(min=1, help="Steps between lines of metrics.jsonl.")] = 10,
+    eval_every: Annotated[int, typer.Option(min=1, help="Steps between held-out evaluations.")] = 100,
+) -> None:
+    """Train a model by rewards: on sums such as 12+7=, which a program checks.
+
+    TRL's GRPOTrainer with this library's policy_loss. Leaves in --output: the
+    model and its tokenizer, metrics.jsonl, summary.json and reward.png, and in
+    start/ the small model as it was warmed up. Without --model it runs on one
+    thread.
+
+    [bold]Examples[/bold]
+
+      $ kldiv train grpo --output runs/grpo
+
+      $ kldiv train grpo --model runs/grpo/start --loss-type gspo
+        --kl-coef 0.01 --kl-estimator reverse_kl --output runs/gspo
+
+      $ kldiv train grpo --model Qwen/Qwen3-0.6B-Base --lr 1e-6 --batch-size 8
+        --output runs/qwen
+    """
+    loss = {"loss_type": loss_type, "clip_low": clip_low, "clip_high": clip_high, "kl_estimator": kl_estimator}
+    _check_loss({**loss, "kl_coef": kl_coef, "entropy_coef": entropy_coef})
+    require(kl_coef >= 0, "--kl-coef", f"{kl_coef} is below 0")
+    require(0 < lr < float("inf"), "--lr", f"{lr} is not above 0 and finite")
+    require(0 < warm_up_accuracy <= 1, "--warm-up-accuracy", f"{warm_up_accuracy} is not above 0 and at most 1")
+    require_backend(backend)
+    require_source(model, "--model")
+    require(not output.exists() or output.is_dir(), "--output", f"{output} is a file")
+    require(
+        not output.exists() or not any(output.iterdir()), "--output", f"{output} is not empty; choose another folder"
+    )
+
+    from rich.console import Console
+
+    with _known_trl():
+        from kldiv_kernels.trainer import grpo as runs
+    console = Console()
+    settings = runs.Settings(
+        loss={**loss, "backend": backend}, steps=steps, group_size=group_size, batch_size=batch_size, updates=updates,
+        learning_rate=lr, kl_coef=kl_coef, entropy_coef=entropy_coef, seed=seed, log_every=log_every,
+        eval_every=eval_every,
+    )  # fmt: skip
+    if model is not None:
+        summary = runs.fit(output, load_model(model, "--model"), load_tokenizer(model, "--model"), settings, console)
+    else:
+        start = output / runs.START
+        with _one_thread():
+            console.rule("1/2 warm-up: cross-entropy")
+            runs.warm_up(start, runs.WarmUp(warm_up_accuracy, warm_up_steps, seed, backend), console)
+            console.rule(f"2/2 rewards: {loss_type}")
+            fresh = load_model(str(start), "--output"), load_tokenizer(str(start), "--output")
+            summary = runs.fit(output, *fresh, settings, console)
+    _print_summary(summary, output, console)
+
+
+def _check_loss(options: dict[str, Any]) -> None:
+    """The messages of `policy_loss`, "…: clip_low is -1.0; expected …", as errors of the options of these names."""
+    try:
+        resolve("grpo", "trl", options)
+    except ValueError as error:
+        name, _, message = str(error).removeprefix("grpo: ").partition(" is ")
+        raise typer.BadParameter(message, param_hint=f"--{name.replace('_', '-')}") from None
+
+
+@contextmanager
+def _known_trl() -> Iterator[None]:
+    """One line in place of a traceback where TRL is of a version that the adapter does not know."""
+    try:
+        yield
+    except ModuleNotFoundError:
+        raise
+    except ImportError as error:
+        print(f"kldiv: {error}", file=sys.stderr)
+        raise typer.Exit(2) from None
+
+
+@contextmanager
+def _one_thread() -> Iterator[None]:
+    """For a model so small that threads which wait for each other cost more than they give, above all on shared cores:
+    a step of 256 completions took 0.12 s on one core, and up to 5 s on two that others used too."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
+
+
+def _print_summary(summary: dict[str, Any], folder: Path, console: Any) -> None:
+    from rich.table import Table
+
+    table = Table(title=str(folder), show_header=False)
+    for name in ("parameters", "steps", "completions"):
+        table.add_row(name, f"{summary[name]:,}")
+    accuracy, reward = summary["held_out_accuracy"], summary["reward"]
+    table.add_row("held-out sums right", f"{accuracy['before']:.1%} before, {accuracy['after']:.1%} after")
+    if reward is not None:
+        table.add_row("reward", f"{reward['first']:.3f} at first, {reward['last']:.3f} at last")
+    console.print(table)
+    console.print(folder / "reward.png", highlight=False)
