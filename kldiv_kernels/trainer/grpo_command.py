@@ -134,7 +134,7 @@ def _known_trl() -> Iterator[None]:
 @contextmanager
 def _one_thread() -> Iterator[None]:
     """For a model so small that threads which wait for each other cost more than they give, above all on shared cores:
-    a step of 256 completions took 0.12 s on one core, and up to 5 s on two that others used too."""
+    on two that others used too, a step took 0.2 to 0.4 s with one thread, and 1 to 6 s, of twice the work, with two."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
