@@ -302,7 +302,9 @@ def test_triton_reads_again_for_the_gradient(monkeypatch: pytest.MonkeyPatch) ->
 
 def test_a_policy_loss_reads_the_logits_once() -> None:
     unit = ROWS * 151_936 * 2
-    plans = {device: kk.plan(rows=ROWS, vocab=151_936, kind="policy_loss", device=device) for device in ("cpu", "sm_90")}
+    plans = {
+        device: kk.plan(rows=ROWS, vocab=151_936, kind="policy_loss", device=device) for device in ("cpu", "sm_90")
+    }
     assert {plan.bytes for plan in plans.values()} == {2 * unit}
     assert plans["sm_90"].kernel == "one-read"
     assert kk.plan(rows=ROWS, vocab=151_936, kind="policy_loss", device="sm_80").bytes == 3 * unit
