@@ -85,25 +85,24 @@ def _kl(batch: Batch, level: Tensor, options: PolicyOptions) -> Tensor | None:
 def _metrics(
     batch: Batch, term: PolicyTerm, level: Tensor, kl: Tensor | None, weight: Tensor | None
 ) -> dict[str, Tensor]:
-    count = batch.valid.sum()
-
-    def mean(x: Tensor) -> Tensor:
-        return torch.where(batch.valid, x.to(batch.logprob.dtype), 0.0).sum() / count.clamp_min(1)
-
     ratio, moved = level.exp(), batch.logprob - batch.old
-    metrics = {
-        "tokens": count,
-        "entropy": mean(batch.entropy),
-        "ratio_mean": mean(ratio),
-        # Ratios are positive: a 0 in place of the masked ones leaves the largest alone, and is that of no token.
-        "ratio_max": torch.cat([torch.where(batch.valid, ratio, 0.0).reshape(-1), ratio.new_zeros(1)]).max(),
-        "approx_kl": mean(torch.expm1(moved) - moved),
+    tokens = {
+        "entropy": batch.entropy,
+        "ratio_mean": ratio,
+        "approx_kl": torch.expm1(moved) - moved,
+        **{f"clip_fraction_{name}": where for name, where in term.clipped.items()},
     }
-    metrics |= {f"clip_fraction_{name}": mean(where) for name, where in term.clipped.items()}
     if kl is not None:
-        metrics["kl" if batch.exact_kl is None else "exact_kl"] = mean(kl)
+        tokens["kl" if batch.exact_kl is None else "exact_kl"] = kl
     if batch.sampling is not None:
-        metrics["sampling_kl"] = mean(batch.sampling - batch.old)
+        tokens["sampling_kl"] = batch.sampling - batch.old
     if weight is not None:
-        metrics["off_policy_weight"] = mean(weight)
-    return {name: value.detach() for name, value in metrics.items()}
+        tokens["off_policy_weight"] = weight
+    # Together: on a GPU each operation on so few numbers takes as long as on many.
+    table = torch.stack([x.detach().to(ratio.dtype) for x in tokens.values()]).flatten(1)
+    table = table.masked_fill(~batch.valid.reshape(1, -1), 0.0)
+    count = batch.valid.sum()
+    means = dict(zip(tokens, (table.sum(1) / count.clamp_min(1)).unbind(), strict=True))
+    # Ratios are positive: a 0 in place of the masked ones leaves the largest alone, and is that of no token.
+    ratios = table[list(tokens).index("ratio_mean")]
+    return {"tokens": count, **means, "ratio_max": ratios.amax() if len(ratios) else count.to(ratio.dtype)}
