@@ -191,7 +191,8 @@ def policy_loss(
     named = dict(zip(call.stats, values, strict=True))
     out = assemble(policy_inputs.prepare(tensors, valid, named), options, token_ids.shape)
     if one_read:
-        out = PolicyLoss(ops.with_gradient(out.loss.detach(), logits, dlogits), out.per_token_loss, out.metrics)
+        loss = ops.with_gradient(out.loss.detach(), logits, dlogits)
+        out = PolicyLoss(loss, out.per_token_loss, out.metrics, out.logprob, out.entropy)
     return out
 
 

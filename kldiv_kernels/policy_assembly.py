@@ -26,12 +26,15 @@ class PolicyLoss:
 
     loss: scalar, differentiable. per_token_loss: [B, T] (or [N]), differentiable: policy term, weights and KL penalty
     before aggregation and without the entropy bonus; 0 where masked. metrics: scalars on the logits' device, without
-    gradient; nothing waits for the device until one is read.
+    gradient; nothing waits for the device until one is read. logprob, entropy: [B, T] (or [N]), of this policy, in
+    nats, without gradient; 0 where masked.
     """
 
     loss: Tensor
     per_token_loss: Tensor
     metrics: dict[str, Tensor]
+    logprob: Tensor
+    entropy: Tensor
 
 
 def assemble(batch: Batch, options: PolicyOptions, shape: torch.Size) -> PolicyLoss:
@@ -61,7 +64,8 @@ def assemble(batch: Batch, options: PolicyOptions, shape: torch.Size) -> PolicyL
         loss = loss - options.entropy_coef * aggregate(batch.entropy, kept, how, normalizer, count_empty)
     with torch.no_grad():
         metrics = _metrics(batch, term, level, kl, weight)
-    return PolicyLoss(loss, per_token.reshape(shape), metrics)
+    logprob, entropy = (x.detach().reshape(shape) for x in (batch.logprob, batch.entropy))
+    return PolicyLoss(loss, per_token.reshape(shape), metrics, logprob, entropy)
 
 
 def _selected(batch: Batch, kept: Tensor, options: PolicyOptions) -> Tensor:

@@ -343,3 +343,12 @@ def test_torch_compile(preset: str | None) -> None:
     expected, got = loss(logits), torch.compile(loss, backend="aot_eager", fullgraph=True)(again)
     assert torch.allclose(expected, got)
     assert torch.allclose(*(torch.autograd.grad(y, x)[0] for y, x in ((expected, logits), (got, again))))
+
+
+def test_what_the_policy_says_of_each_token() -> None:
+    batch = oracle.batch()
+    out = kk.policy_loss(batch.logits.requires_grad_(), batch.token_ids, batch.advantages, mask=batch.mask)
+    log_q = batch.logits.detach().log_softmax(-1)
+    for got, expected in ((out.logprob, batch.gathered(log_q)), (out.entropy, -(log_q.exp() * log_q).sum(-1))):
+        assert torch.allclose(got, torch.where(batch.mask, expected, 0.0), rtol=1e-12)
+        assert not got.requires_grad

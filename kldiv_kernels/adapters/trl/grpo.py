@@ -17,7 +17,7 @@ from kldiv_kernels.adapters.trl.grpo_options import is_windowed, policy_argument
 from kldiv_kernels.adapters.trl.scoring import LogitsOfCompletion, Score, run_outside_autocast
 from kldiv_kernels.policy import policy_loss
 from kldiv_kernels.policy_options import DPPO, EXACT_KL
-from kldiv_kernels.stats import token_stats
+from kldiv_kernels.stats import selective_log_softmax, token_stats
 
 _SCORING_INPUTS = inspect.signature(grpo_trainer.GRPOTrainer._get_per_token_logps_and_entropies).parameters
 
@@ -118,17 +118,16 @@ class GRPOTrainer(grpo_trainer.GRPOTrainer):
         if "tool_mask" in inputs:
             mask = mask * inputs["tool_mask"]
         logits, aux_loss = self._completion_logits(model, inputs, self.aux_loss_enabled)
-        now = self._current(logits, inputs, mask)
         coefficient = grpo_entropy.coefficient(self) / accumulation
         out = policy_loss(
             logits, inputs["completion_ids"], inputs["advantages"],
             preset="trl", mask=mask, temperature=self.temperature, entropy_coef=coefficient,
             normalizer=self._normalizer(inputs, mask, accumulation),
-            **self._tensors(inputs, now), **self._policy_arguments,
+            **self._tensors(logits, inputs, mask), **self._policy_arguments,
         )  # fmt: skip
 
         metrics = self._metrics["train" if training else "eval"]
-        batch = grpo_metrics.Batch(out, self._policy_options, inputs, mask, now)
+        batch = grpo_metrics.Batch(out, self._policy_options, inputs, mask)
         if self._entropy_bonus_enabled:
             plain = grpo_entropy.loss_without_bonus(batch, coefficient)
             plain = plain if is_windowed(self._policy_options) else plain * accumulation
@@ -142,20 +141,15 @@ class GRPOTrainer(grpo_trainer.GRPOTrainer):
         loss: Tensor = out.loss + self.router_aux_loss_coef * aux_loss / accumulation
         return loss
 
-    def _current(self, logits: Tensor, inputs: Mapping[str, Any], mask: Tensor) -> Any:
-        """The current policy without gradient, for what PolicyLoss has no numbers per token of; None on-policy."""
-        options = self._policy_options
-        if "old_per_token_logps" in inputs or options.entropy_quantile < 1 or options.loss_type in ("topr", *DPPO):
-            with torch.no_grad():
-                return token_stats(logits, labels=inputs["completion_ids"], mask=mask, **self._how)
-        return None
-
-    def _tensors(self, inputs: Mapping[str, Any], now: Any) -> dict[str, Any]:
+    def _tensors(self, logits: Tensor, inputs: Mapping[str, Any], mask: Tensor) -> dict[str, Any]:
         """What policy_loss compares the policy with."""
         tensors = {"old_logprobs": inputs.get("old_per_token_logps")}
         if tensors["old_logprobs"] is None and self._policy_options.loss_type in ("topr", *DPPO):
             # These want the old policy named, which on-policy is the current one.
-            tensors["old_logprobs"] = now.logprob
+            with torch.no_grad():
+                tensors["old_logprobs"] = selective_log_softmax(
+                    logits, inputs["completion_ids"], mask=mask, **self._how
+                )
         if self.beta != 0 and self._policy_options.kl_estimator in EXACT_KL:
             tensors["reference_logits"] = self._reference_logits(inputs)
         elif self.beta != 0:

@@ -14,7 +14,6 @@ from kldiv_kernels.policy_assembly import PolicyLoss
 from kldiv_kernels.policy_options import CLIPPED, PolicyOptions
 from kldiv_kernels.policy_terms import level_log_ratio, ratio_bounds
 from kldiv_kernels.policy_weights import highest_entropy
-from kldiv_kernels.stats import TokenStats
 
 _TRL_NAMES = {"entropy": "entropy", "kl": "kl", "exact_kl": "kl"}
 # With the smallest or largest of a mean over the tokens of each sequence.
@@ -26,21 +25,19 @@ _EXTREMES = {
 
 @dataclass(frozen=True)
 class Batch:
-    """One call of policy_loss: `mask` [B, T] and, where the old policy may differ or the entropy of single tokens is
-    asked for, the current policy `now`, without gradient."""
+    """One call of policy_loss and its mask [B, T]."""
 
     out: PolicyLoss
     options: PolicyOptions
     inputs: Mapping[str, Any]
     mask: Tensor
-    now: TokenStats | None
 
     @property
     def entropy_of_kept(self) -> Tensor:
         """[2]: the sum of the entropies that the bonus acts on, and their number."""
-        if self.options.entropy_quantile < 1 and self.now is not None:
-            kept = highest_entropy(self.now.entropy, self.mask != 0, self.options.entropy_quantile)
-            return torch.stack([torch.where(kept, self.now.entropy, 0.0).sum(), kept.sum()])
+        if self.options.entropy_quantile < 1:
+            kept = highest_entropy(self.out.entropy, self.mask != 0, self.options.entropy_quantile)
+            return torch.stack([torch.where(kept, self.out.entropy, 0.0).sum(), kept.sum()])
         tokens = self.out.metrics["tokens"]
         return torch.stack([self.out.metrics["entropy"] * tokens, tokens])
 
@@ -48,9 +45,9 @@ class Batch:
     def log_ratio(self) -> Tensor:
         """[B, T], 0 where masked, and everywhere on-policy."""
         old = self.inputs.get("old_per_token_logps")
-        if old is None or self.now is None:
+        if old is None:
             return torch.zeros(self.mask.shape, device=self.mask.device)
-        return torch.where(self.mask != 0, self.now.logprob - old, 0.0)
+        return torch.where(self.mask != 0, self.out.logprob - old, 0.0)
 
     @property
     def ratio(self) -> Tensor:
