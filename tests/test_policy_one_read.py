@@ -227,13 +227,15 @@ def test_a_kept_graph_gives_the_same_gradient_again(backend: str) -> None:
         )
 
 
+@pytest.mark.parametrize("loss_type", ["grpo", "dppo_tv"])
 @pytest.mark.parametrize("backend", ONE_READ_BACKENDS)
-def test_rows_apart(backend: str, plan: None) -> None:
+def test_rows_apart(backend: str, loss_type: str, plan: None) -> None:
     """A row of NaN has NaN, a token without mass the gradient of its formula, and no other row knows of either."""
     batch = oracle.batch(vocab=VOCAB)
     batch.logits[0, 0] = torch.nan
     batch.logits[0, 1, batch.token_ids[0, 1]] = -torch.inf
-    arguments = {"old_logprobs": batch.old.float(), "mask": batch.mask, "aggregation": "token-mean"}
+    arguments = {"old_logprobs": batch.old.float(), "mask": batch.mask}
+    arguments |= {"aggregation": "token-mean", "loss_type": loss_type}
     logits = batch.logits.float().requires_grad_()
     out = kk.policy_loss(logits, batch.token_ids, batch.advantages.float(), backend=backend, **arguments)
     assert out.loss.isnan()
