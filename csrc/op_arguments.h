@@ -15,7 +15,7 @@
 #include "plan.h"
 #include "tokens.h"
 
-// The arguments of forward and backward, and what follows them.
+// The arguments of every operator, and what follows them.
 #define KLDIV_CALL                                                                                                \
     "Tensor logits, Tensor? reference, Tensor? labels, Tensor? mask, Tensor? exclude, Tensor? token_parameters, " \
     "float[] parameters, str[] stats, int vocab_size"

@@ -4,8 +4,8 @@
 //   loss = weight * term(l) + kl_weight * KL(l),   l = log pi(y), of one token
 //
 // `policy_coefficient` is d loss / d l, float32 like the losses themselves. The terms, estimators and their sources are
-// those of kldiv_kernels/policy_terms.py and policy_weights.py, the gradients what autograd makes of them there: min
-// gives each side half where both are equal, a clamp keeps the gradient at its ends.
+// those of kldiv_kernels/policy_terms.py and policy_weights.py, the gradients of finite ratios what autograd makes of
+// them there: min gives each side half where both are equal, a clamp keeps the gradient at its ends.
 #pragma once
 
 #include <cmath>
@@ -129,7 +129,8 @@ KLDIV_HOST_DEVICE float kl_slope(const Policy& policy, float l, const PolicyToke
             break;
     }
     kl = clamped(kl, -b.kl_high, b.kl_high);
-    if (policy.kl == kK3Plus) return kl.slope + kl.value;
+    // Between the clamps value and slope add up to -x, which their difference would not have to all its digits.
+    if (policy.kl == kK3Plus) return kl.slope != 0 ? -x.value : kl.value;
     return b.bias_correction != 0 ? kl.slope * ratio.value + kl.value * ratio.slope : kl.slope;
 }
 

@@ -1,8 +1,9 @@
 """The package's operators: schema, fake and autograd once, for every backend.
 
 `statistics` reads the logits and returns per-token values; `statistics_backward` turns one coefficient per token
-and statistic into gradients; `loss` takes the coefficients beforehand and does both in one read. All three are
-functional. `torch.compile` sees them as opaque operators, but for those of the Triton backend, which it gets in a form
+and statistic into gradients; `loss` takes the coefficients beforehand and does both in one read; so does `policy`,
+which finds coefficients on the way, and `with_gradient` gives its gradient to the loss. All are functional.
+`torch.compile` sees them as opaque operators, but for those of the Triton backend, which it gets in a form
 that it sees through (`backends/triton/ops.py`).
 """
 
@@ -42,9 +43,13 @@ def loss(call: Call, backend: str, coefficients: Tensor, student: bool, teacher:
 def policy_loss(
     call: Call, backend: str, coefficients: Tensor, tokens: Tensor, term: str, kl: str, bounds: list[float]
 ) -> tuple[Tensor, Tensor]:
-    """Values [value_rows, N], differentiable, and the gradient of the logits that a policy loss has (csrc/policy.h)."""
-    arguments = inputs.operator_arguments(call, backend)
-    values, dlogits = torch.ops.kldiv_kernels.policy(*arguments, coefficients, tokens, term, kl, bounds)
+    """Values [value_rows, N] and the gradient of the logits that a policy loss has (csrc/policy.h), both without a
+    gradient of their own; `with_gradient` brings them together."""
+    logits, *arguments = inputs.operator_arguments(call, backend)
+    assert isinstance(logits, Tensor)
+    values, dlogits = torch.ops.kldiv_kernels.policy(
+        logits.detach(), *arguments, coefficients, tokens, term, kl, bounds
+    )  # fmt: skip
     return values, dlogits
 
 
@@ -275,24 +280,6 @@ def register_autograd(prefix: str) -> None:
         torch.library.register_autograd(f"kldiv_kernels::{name}", function, setup_context=save)
 
 
-def _save_policy(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-    ctx.mark_non_differentiable(output[1])
-    ctx.set_materialize_grads(False)
-    ctx.save_for_backward(*inputs[:6])
-    ctx.rest, ctx.inputs = inputs[6:_CALL_ARGUMENTS], len(inputs)
-
-
-def _policy_values_gradient(ctx: Any, values: Tensor | None, _: Any) -> tuple[Any, ...]:
-    """Of the values themselves, which few ask for: the loss has its gradient from the pass. So no state was kept."""
-    nothing: tuple[None, ...] = (None,) * (ctx.inputs - 1)
-    if values is None:
-        return None, *nothing
-    arguments = (*ctx.saved_tensors, *ctx.rest)
-    state = torch.ops.kldiv_kernels.statistics(*arguments, True)[1]
-    dlogits = torch.ops.kldiv_kernels.statistics_backward(*arguments, state, values, True, False)[0]
-    return dlogits, *nothing
-
-
 def _save_gradient(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
     ctx.save_for_backward(inputs[2])
 
@@ -304,5 +291,4 @@ def _given_gradient(ctx: Any, upstream: Tensor) -> tuple[None, Tensor, None]:
 
 
 register_autograd("")
-torch.library.register_autograd("kldiv_kernels::policy", _policy_values_gradient, setup_context=_save_policy)
 torch.library.register_autograd("kldiv_kernels::with_gradient", _given_gradient, setup_context=_save_gradient)

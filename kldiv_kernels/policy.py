@@ -1,4 +1,4 @@
-"""Policy-gradient losses of the GRPO family: one read of the logits, the rest on [batch, tokens]."""
+"""Policy-gradient losses of the GRPO family: the logits by kernels, the rest on [batch, tokens]."""
 
 from __future__ import annotations
 
@@ -11,6 +11,9 @@ from kldiv_kernels import backends, inputs, ops, policy_inputs, policy_one_read
 from kldiv_kernels.inputs import Parameter
 from kldiv_kernels.policy_assembly import PolicyLoss, assemble
 from kldiv_kernels.policy_options import EXACT_KL, resolve
+
+# Given for ignored tokens, which are masked: no token has this number.
+_NO_TOKEN = -(2**63)
 
 
 def policy_loss(
@@ -56,6 +59,7 @@ def policy_loss(
     aggregation: str | None = None,
     normalizer: float | Tensor | None = None,
     count_empty_sequences: bool | None = None,
+    per_token_gradient: bool = False,
     temperature: Parameter = 1.0,
     ignore_index: int = -100,
     vocab_size: int | None = None,
@@ -64,7 +68,10 @@ def policy_loss(
     r"""Loss of a policy π = softmax(logits/τ) on sampled tokens, with its KL penalty and entropy bonus.
 
     loss = aggregate(term·selection·weights + kl_coef·KL) − entropy_coef·aggregate(entropy); `policy_terms` has the
-    formula of each term. The logits are read once, by `token_stats`; log-probabilities are in nats at temperature τ.
+    formula of each term. Log-probabilities are in nats at temperature τ.
+    Values and the gradient of the logits come out of one pass over them where a token's gradient depends on that token
+    alone (grpo, bnpo, dr_grpo, dapo, luspo, cispo, sapo, reinforce and dppo without options that look at sequences or
+    the batch; bfloat16 and float32 on the `cpu` and `cuda` backends); else they are read again for the gradient.
     An option left at None takes the preset's default, which is the one given here without a preset; `math.inf` turns
     a bound off.
 
@@ -94,7 +101,7 @@ def policy_loss(
         dual_clip: 1 or more; bounds the clipped loss by −dual_clip·A where A < 0. Default off (verl: 3).
         delta: upper bound of the unclipped ratio (two-sided GRPO, TRL); for dppo of the weight, there 20. Default off.
         log_ratio_clamp: the log-ratio at its level is clamped to ±this, or (low, high). Default 20, as in verl; off in
-            TRL and NeMo-RL, where a ratio that overflows gives NaN.
+            TRL and NeMo-RL, where a ratio that overflows may give NaN.
         sapo_temperatures: for A > 0 and otherwise; (1, 1.05).
         vespo_positive, vespo_negative: (k, λ) for A ≥ 0, (2, 3), and for A < 0, (3, 2).
         cov_selection: "clip" drops `cov_fraction` (2e-4) of the tokens, drawn from torch's random numbers, among those
@@ -122,6 +129,8 @@ def policy_loss(
             here: give the number over all ranks and accumulation steps. dr_grpo needs it: sequences × longest length.
         count_empty_sequences: whether a sequence without tokens counts as one in a mean over sequences. True, as in
             TRL; False in verl and NeMo-RL.
+        per_token_gradient: whether per_token_loss has a gradient as well, for a reduction of your own. The logits are
+            then read a second time for the gradient.
         temperature, vocab_size, backend: see `token_stats`.
 
     Returns:
@@ -131,7 +140,8 @@ def policy_loss(
         clip_fraction_cov, kl (the estimate), exact_kl, sampling_kl (log π_sampling − log π_old), off_policy_weight.
 
     Raises:
-        TypeError, ValueError, IndexError: naming the argument, what it was and what is allowed.
+        TypeError, ValueError: naming the argument, what it was and what is allowed. RuntimeError from a double
+        backward.
 
     >>> import torch, kldiv_kernels as kk
     >>> logits = torch.tensor([[[2.0, 0.5, -1.0], [0.0, 1.0, 0.0]]], requires_grad=True)
@@ -173,14 +183,17 @@ def policy_loss(
         call = inputs.prepare(
             where, logits, reference_logits, torch.where(valid, token_ids, 0),
             stats=inputs.statistics(stats, where), temperature=temperature, reference_temperature=None, alpha=0.5,
-            beta=0.5, mask=valid, ignore_index=-100, vocab_size=vocab_size, exclude=None,
+            beta=0.5, mask=valid, ignore_index=_NO_TOKEN, vocab_size=vocab_size, exclude=None,
         )  # fmt: skip
     except IndexError as error:
         # A token outside the vocabulary: it is called a label there, and IndexError is for labels.
-        raise ValueError(str(error).replace(f"{where}: labels", f"{where}: token_ids")) from None
+        found = str(error).replace(f"{where}: labels", f"{where}: token_ids").replace(str(_NO_TOKEN), str(ignore_index))
+        raise ValueError(found) from None
     chosen = inputs.select(call, backend, where)
     needs_gradient = torch.is_grad_enabled() and logits.requires_grad
-    one_read = needs_gradient and _has_one_read(chosen) and policy_one_read.applies(options, tensors)
+    one_read = needs_gradient and not per_token_gradient and policy_one_read.applies(options, tensors)
+    # float16 waits for the loss scale, without which most of its gradient would round to 0.
+    one_read = one_read and logits.dtype != torch.float16 and _has_one_read(chosen)
     if one_read:
         known = policy_one_read.known(tensors, valid, options, call.stats)
         values, dlogits = ops.policy_loss(
@@ -191,9 +204,11 @@ def policy_loss(
     named = dict(zip(call.stats, values, strict=True))
     out = assemble(policy_inputs.prepare(tensors, valid, named), options, token_ids.shape)
     if one_read:
-        loss = ops.with_gradient(out.loss.detach(), logits, dlogits)
-        out = PolicyLoss(loss, out.per_token_loss, out.metrics, out.logprob, out.entropy)
-    return out
+        loss = ops.with_gradient(out.loss, logits, dlogits)
+        return PolicyLoss(loss, out.per_token_loss, out.metrics, out.logprob, out.entropy)
+    if per_token_gradient:
+        return out
+    return PolicyLoss(out.loss, out.per_token_loss.detach(), out.metrics, out.logprob, out.entropy)
 
 
 def _serves_policy(backend: str) -> bool:

@@ -24,10 +24,10 @@ from kldiv_kernels.policy_weights import (
 class PolicyLoss:
     """What `policy_loss` returns.
 
-    loss: scalar, differentiable. per_token_loss: [B, T] (or [N]), differentiable: policy term, weights and KL penalty
-    before aggregation and without the entropy bonus; 0 where masked. metrics: scalars on the logits' device, without
-    gradient; nothing waits for the device until one is read. logprob, entropy: [B, T] (or [N]), of this policy, in
-    nats, without gradient; 0 where masked.
+    loss: scalar, differentiable. per_token_loss: [B, T] (or [N]): policy term, weights and KL penalty before
+    aggregation and without the entropy bonus, 0 where masked; differentiable with `per_token_gradient=True`. metrics:
+    scalars on the logits' device, without gradient; nothing waits for the device until one is read. logprob, entropy:
+    [B, T] (or [N]), of this policy, in nats, without gradient; 0 where masked.
     """
 
     loss: Tensor

@@ -85,8 +85,12 @@ def prepare(tensors: Tensors, valid: Tensor, values: Mapping[str, Tensor]) -> Ba
         # The engine could not score a token that is NaN: it is taken to be on-policy (TRL).
         sampling=None if sampling is None else torch.where(sampling.isnan(), old, sampling),
         weights=given(tensors.token_weights, zero),
-        normalizer=tensors.normalizer,
+        normalizer=_one(tensors.normalizer),
     )
+
+
+def _one(normalizer: float | Tensor | None) -> float | Tensor | None:
+    return normalizer.detach().reshape(()) if isinstance(normalizer, Tensor) else normalizer
 
 
 def check(where: str, logits: Tensor, tensors: Tensors, options: PolicyOptions, off_policy_given: bool) -> None:

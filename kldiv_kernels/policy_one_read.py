@@ -49,16 +49,20 @@ def applies(options: PolicyOptions, tensors: Tensors) -> bool:
 def known(tensors: Tensors, valid: Tensor, options: PolicyOptions, stats: tuple[str, ...]) -> Known:
     # The policy's own log-probabilities are not there yet. NaN is what the operator takes for them, where they stand in
     # for the anchor's.
-    unknown = torch.where(valid, torch.nan, 0.0)
+    unknown = torch.zeros(valid.shape, dtype=torch.float32, device=valid.device).masked_fill(valid, torch.nan)
     batch = prepare(tensors, valid, {"logprob": unknown, "entropy": unknown})
     scale = _scale(batch, options)
     weight = None
     if batch.sampling is not None and options.off_policy != "none":
         weight = off_policy_weight(batch.old, batch.sampling, batch.valid, options)
     nothing = torch.zeros_like(scale)
+    policy_weight = weighted(scale, batch, weight, options)
+    if tensors.old_logprobs is not None or tensors.anchor_logprobs is not None:
+        # A NaN that was given is none of those, and is to be seen.
+        policy_weight = torch.where(batch.anchor.isnan(), torch.nan, policy_weight)
     exact = options.kl_estimator in EXACT_KL
     tokens = [
-        weighted(scale, batch, weight, options),
+        policy_weight,
         batch.advantages,
         batch.anchor,
         nothing if batch.reference is None else batch.reference,
@@ -84,11 +88,10 @@ def known(tensors: Tensors, valid: Tensor, options: PolicyOptions, stats: tuple[
 
 
 def _scale(batch: Batch, options: PolicyOptions) -> Tensor:
-    weights = aggregation_weights(
+    return aggregation_weights(
         batch.valid, batch.logprob.dtype, options.aggregation, batch.normalizer, options.count_empty_sequences
     )
-    return weights.expand(batch.valid.shape)
 
 
 def _rows(tensors: list[Tensor]) -> Tensor:
-    return torch.stack([tensor.expand(tensors[0].shape).reshape(-1) for tensor in tensors]).float()
+    return torch.stack([tensor.reshape(-1) for tensor in tensors])

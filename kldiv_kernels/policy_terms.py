@@ -203,7 +203,7 @@ def dppo(tokens: Tokens, options: PolicyOptions) -> PolicyTerm:
         kl = before * (anchor - logprob) + others
         up, down = (kl <= options.clip_high) | (now <= before), (kl <= options.clip_low) | (now >= before)
     weight = tokens.level_log_ratio.detach().exp().clamp_max(options.delta)
-    # A row of NaN is not dropped, but seen.
-    kept = torch.where(tokens.advantages > 0, up, down) | logprob.isnan()
+    # NaN is not dropped, but seen.
+    kept = torch.where(tokens.advantages > 0, up, down) | (logprob + anchor).isnan()
     loss = torch.where(kept, -weight * tokens.advantages * tokens.logprob, 0.0)
     return PolicyTerm(loss, {"low": ~down & (tokens.advantages < 0), "high": ~up & (tokens.advantages > 0)})

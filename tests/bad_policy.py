@@ -39,6 +39,10 @@ POLICY: dict[str, tuple[Callable[[], object], type[Exception], str]] = {
         _policy(token_ids=OUT_OF_RANGE), ValueError,
         "policy_loss: token_ids[1, 2] is 8; expected 0 to 7",
     ),
+    "an id that another ignore_index would hide": (
+        _policy(token_ids=torch.full((2, 3), -100), ignore_index=-1), ValueError,
+        "policy_loss: token_ids[0, 0] is -100; expected 0 to 7 or ignore_index = -1",
+    ),
     "advantages": (
         _policy(advantages=torch.zeros(3)), ValueError,
         "policy_loss: advantages has shape [3]; expected [2], one a sequence, or [2, 3]",

@@ -5,6 +5,8 @@ The composed form is tested against formulas (test_policy.py) and against TRL (t
 
 from __future__ import annotations
 
+import gc
+import weakref
 from typing import Any
 
 import policy_oracle as oracle
@@ -201,16 +203,87 @@ def test_without_gradient_there_is_none(backend: str, passes: list[str]) -> None
 
 
 @pytest.mark.parametrize("backend", ONE_READ_BACKENDS)
-def test_per_token_loss_has_a_gradient_too(backend: str, plan: None) -> None:
-    """Of its own and together with the loss, which has its gradient from elsewhere."""
+def test_per_token_loss_has_a_gradient_where_asked_for(backend: str, passes: list[str]) -> None:
     batch = oracle.batch(vocab=VOCAB)
-    out, logits, want, exact = _both(batch, backend, torch.float32, kl=True, entropy_coef=0.1)
+    plain, *_ = _both(batch, backend, torch.float32, kl=True)
+    assert not plain.per_token_loss.requires_grad
+    out, logits, want, exact = _both(batch, backend, torch.float32, kl=True, per_token_gradient=True)
+    assert passes == ["policy_loss", "statistics", "statistics", "statistics"]
+    assert torch.equal(out.per_token_loss, plain.per_token_loss)
     weights = torch.randn(batch.mask.shape)
-    for of in (lambda x: (weights * x.per_token_loss).sum(), lambda x: 2 * x.loss + (weights * x.per_token_loss).sum()):
-        (got,) = torch.autograd.grad(of(out), logits, retain_graph=True)
-        (wanted,) = torch.autograd.grad(of(want), exact, retain_graph=True)
-        assert (got.double() - wanted).abs().max() <= 2e-5 * wanted.abs().max()
-        assert wanted.abs().max() > 0.1
+    (got,) = torch.autograd.grad((weights * out.per_token_loss).sum(), logits)
+    (wanted,) = torch.autograd.grad((weights * want.per_token_loss).sum(), exact)
+    assert wanted.abs().max() > 0.1
+    assert (got.double() - wanted).abs().max() <= 2e-5 * wanted.abs().max()
+
+
+@pytest.mark.parametrize("backend", ONE_READ_BACKENDS)
+def test_the_logits_are_not_kept(backend: str) -> None:
+    """As the loss is kept, for its metrics say: neither before the backward pass nor after it."""
+    batch = oracle.batch(vocab=VOCAB)
+    leaf = batch.logits.float().requires_grad_()
+    logits = leaf * 1
+    alive = weakref.ref(logits)
+    out = kk.policy_loss(logits, batch.token_ids, batch.advantages, mask=batch.mask, backend=backend)
+    del logits
+    gc.collect()
+    assert alive() is None
+    out.loss.backward()
+    assert leaf.grad.any()
+
+
+@pytest.mark.parametrize("backend", ONE_READ_BACKENDS)
+def test_float16_with_a_loss_scale(backend: str, passes: list[str]) -> None:
+    """A gradient below float16's numbers, until it is scaled."""
+    out, logits, want, exact = _both(oracle.batch(vocab=VOCAB), backend, torch.float16, normalizer=1e8)
+    assert passes == ["statistics", "statistics"]
+    (got,) = torch.autograd.grad(2**20 * out.loss, logits)
+    (wanted,) = torch.autograd.grad(2**20 * want.loss, exact)
+    assert (got.double() - wanted).abs().max() <= 2e-3 * wanted.abs().max()
+    assert wanted.any()
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("backend", ONE_READ_BACKENDS)
+def test_whatever_the_default_dtype(backend: str, dtype: torch.dtype) -> None:
+    batch = oracle.batch(vocab=VOCAB)
+    arguments = _arguments(batch, kl=True, entropy_coef=0.1)
+    gradients = []
+    for default in (torch.float32, dtype):
+        logits = batch.logits.float().requires_grad_()
+        torch.set_default_dtype(default)
+        try:
+            loss = kk.policy_loss(logits, batch.token_ids, batch.advantages.float(), backend=backend, **arguments).loss
+            gradients += torch.autograd.grad(loss, logits)
+        finally:
+            torch.set_default_dtype(torch.float32)
+    assert torch.equal(*gradients)
+
+
+@pytest.mark.parametrize("normalizer", [torch.full((1, 1, 1), 7.0), torch.tensor(7.0, requires_grad=True)], ids=str)
+@pytest.mark.parametrize("backend", ONE_READ_BACKENDS)
+def test_any_normalizer_of_one_element(backend: str, normalizer: Tensor) -> None:
+    batch = oracle.batch(vocab=VOCAB)
+    out, logits, _, _ = _both(batch, backend, torch.float32, normalizer=normalizer)
+    again, leaf, _, _ = _both(batch, backend, torch.float32, normalizer=7.0)
+    assert torch.equal(torch.autograd.grad(out.loss, logits)[0], torch.autograd.grad(again.loss, leaf)[0])
+
+
+@pytest.mark.parametrize("loss_type", ["grpo", "cispo", "dppo_tv", "dppo_kl"])
+@pytest.mark.parametrize("backend", [*ONE_READ_BACKENDS, "reference"])
+def test_a_nan_in_old_logprobs_is_seen(backend: str, loss_type: str, plan: None) -> None:
+    batch = oracle.batch(vocab=VOCAB)
+    batch.old[0, 1] = torch.nan
+    logits = batch.logits.float().requires_grad_()
+    out = kk.policy_loss(
+        logits, batch.token_ids, batch.advantages.float(), loss_type=loss_type, old_logprobs=batch.old.float(),
+        mask=batch.mask, backend=backend,
+    )  # fmt: skip
+    assert out.loss.isnan()
+    if backend != "reference":
+        (got,) = torch.autograd.grad(out.loss, logits)
+        assert got[0, 1].isnan().all()
+        assert got.flatten(0, 1)[2:].isfinite().all()
 
 
 @pytest.mark.parametrize("backend", ONE_READ_BACKENDS)

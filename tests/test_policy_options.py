@@ -115,6 +115,7 @@ def test_which_kl_the_gradient_is_of(
     out = kk.policy_loss(
         rows, torch.arange(columns)[None], torch.zeros(1).double(), old_logprobs=old[None], kl_coef=1.0,
         reference_logprobs=reference.log_softmax(-1)[None], kl_estimator=estimator, kl_bias_correction=corrected,
+        per_token_gradient=True,
     )  # fmt: skip
     expectation = (old.exp() * out.per_token_loss[0]).sum()
     (got,) = torch.autograd.grad(expectation, rows)

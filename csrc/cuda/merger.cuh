@@ -72,7 +72,7 @@ struct Merger : Cta<D, element> {
             const auto coefficient = [&](int at) { return at < 0 ? 0.0f : call.coefficients[at * call.rows + index]; };
             const RowNumbers given = {coefficient(a.divergence_row), coefficient(a.logprob_row),
                                       coefficient(a.logsumexp_row)};
-            PolicyToken token;
+            PolicyToken token{};
             if (call.policy.tokens) token = policy_token(call.policy, call.rows, index);
             const int64_t label = a.logprob_row < 0 ? -1 : call.labels[index];
             const bool labelled = label >= 0 && label < call.columns;

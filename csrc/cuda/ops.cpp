@@ -81,7 +81,7 @@ kldiv::gpu::Rows rows_of(const Tensor& tensor, const Tensor& logits, int64_t col
     return rows;
 }
 
-// The arguments that describe the rows, the same for both operators.
+// The arguments that describe the rows, the same for every operator.
 Job make_job(const Tensor& logits, const std::optional<Tensor>& reference, const std::optional<Tensor>& labels,
              const std::optional<Tensor>& mask, const std::optional<Tensor>& exclude,
              const std::optional<Tensor>& token_parameters, const std::vector<double>& parameters,

@@ -29,7 +29,9 @@ from kldiv_kernels.benchmarking.gpu_cases import GpuCase
 Function = Callable[[Inputs], tuple[Tensor, ...]]
 
 LIGER_GRPO = "liger-grpo"
-NOTES = {LIGER_GRPO: "no entropy, all rows but the last"}
+NOTES = {
+    LIGER_GRPO: "no entropy, no metrics, one advantage for all rows, all rows but the last; not compared with ours"
+}
 _LIGER_BETA = {"reverse_kl": 1.0, "js": JS_BETA}
 _PACKAGES = {"trl": "trl", "liger": "liger_kernel", LIGER_GRPO: "liger_kernel"}
 
