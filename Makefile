@@ -29,7 +29,7 @@ demo: $(VENV)/.installed
 	$(VENV)/bin/kldiv demo $(DEMO_OPTIONS)
 
 test: $(VENV)/.installed
-	$(PY) -m pytest tests
+	$(PY) -m pytest -n 2 tests
 	$(PY) -m pytest --doctest-modules kldiv_kernels
 	TRITON_INTERPRET=1 $(PY) -m pytest -n 2 $(INTERPRETED_TESTS)
 	KLDIV_CUDA_HOST=1 $(PY) -m pytest -n 2 $(CUDA_HOST_TESTS)
