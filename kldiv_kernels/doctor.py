@@ -27,10 +27,11 @@ class Package(NamedTuple):
 
 
 OPTIONAL = {
-    "transformers": Package("kldiv train, kldiv demo", "train"),
-    "accelerate": Package("kldiv train, kldiv demo", "train"),
-    "datasets": Package("kldiv train, kldiv demo", "train"),
-    "tokenizers": Package("kldiv train, kldiv demo", "train"),
+    "transformers": Package("kldiv train, kldiv demo, kldiv cache-teacher", "train"),
+    "accelerate": Package("kldiv train, kldiv demo, kldiv cache-teacher", "train"),
+    "datasets": Package("kldiv train, kldiv demo, kldiv cache-teacher", "train"),
+    "tokenizers": Package("kldiv train, kldiv demo, kldiv cache-teacher", "train"),
+    "safetensors": Package("kldiv cache-teacher, kldiv_kernels.teacher_cache", "cache"),
     "matplotlib": Package("kldiv bench, kldiv train, kldiv demo", "cli"),
     "trl": Package("kldiv train grpo; kldiv bench, as a peer", "trl"),
 }

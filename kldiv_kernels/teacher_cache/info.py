@@ -1,0 +1,122 @@
+"""What a cache is of: the teacher, its vocabulary and how its log-probs are stored; and `cache.json`, which says it."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+from dataclasses import dataclass
+from operator import index
+from pathlib import Path
+from typing import Any
+
+from kldiv_kernels.teacher_cache.commit import write_whole
+
+FORMAT = 1
+RECORD = "cache.json"
+DTYPES = ("float32", "float16")
+# Ids are stored as int32.
+_MOST_COLUMNS = 2**31 - 1
+
+
+@dataclass(frozen=True)
+class CacheInfo:
+    """Whose log-probabilities a cache holds, and in which form. Two caches with equal fields may be read as one.
+
+    Args:
+        teacher: name or path of the model.
+        vocab_size: columns of the teacher's logits that its softmax ran over; ids are below it.
+        k: log-probs a row, 1 to vocab_size; rows that have fewer are padded with id -1.
+        temperature: that the teacher's logits were divided by. Default 1.
+        dtype: of the stored log-probs, "float32" (default) or "float16".
+        weights: a checksum of the teacher's weights, or another mark of its version; "" where nobody knows.
+        shard_rows: rows of a shard, at least 1; default 65,536, which is 34 MB at K = 64 in float32. A kill loses at
+            most what one shard holds.
+
+    Raises ValueError naming the field.
+
+    >>> CacheInfo(teacher="Qwen/Qwen3-4B", vocab_size=151_936, k=64).dtype
+    'float32'
+    """
+
+    teacher: str
+    vocab_size: int
+    k: int
+    temperature: float = 1.0
+    dtype: str = "float32"
+    weights: str = ""
+    shard_rows: int = 65_536
+
+    def __post_init__(self) -> None:
+        # Of one type each: the JSON of equal descriptions, which checksums cover, is then equal too.
+        for name, kind in (("teacher", str), ("temperature", float), ("weights", str)):
+            object.__setattr__(self, name, kind(getattr(self, name)))
+        for name in ("vocab_size", "k", "shard_rows"):
+            object.__setattr__(self, name, index(getattr(self, name)))
+        _require(1 <= self.vocab_size <= _MOST_COLUMNS, "vocab_size", self.vocab_size, f"1 to {_MOST_COLUMNS}")
+        _require(1 <= self.k <= self.vocab_size, "k", self.k, f"1 to vocab_size = {self.vocab_size}")
+        _require(0 < self.temperature < math.inf, "temperature", self.temperature, "above 0 and finite")
+        _require(self.dtype in DTYPES, "dtype", repr(self.dtype), " or ".join(DTYPES))
+        _require(self.shard_rows >= 1, "shard_rows", self.shard_rows, "at least 1")
+
+
+@dataclass(frozen=True)
+class Totals:
+    """What a finished cache holds: with it a reader knows whether a shard is missing."""
+
+    shards: int
+    sequences: int
+    tokens: int
+    rows: int
+
+
+def first_difference(found: CacheInfo, expected: CacheInfo) -> str | None:
+    """The first field in which they differ, as "k is 32; expected 64"."""
+    for field in dataclasses.fields(CacheInfo):
+        have, want = getattr(found, field.name), getattr(expected, field.name)
+        if have != want:
+            return f"{field.name} is {have!r}; expected {want!r}"
+    return None
+
+
+def info_from(value: Any, where: str) -> CacheInfo:
+    """The `CacheInfo` in JSON; ValueError, beginning with `where`, for another format or other fields."""
+    if not isinstance(value, dict) or value.get("format") != FORMAT:
+        found = value.get("format") if isinstance(value, dict) else None
+        raise ValueError(f"{where}: its format is {found!r}; this version of kldiv_kernels reads {FORMAT}")
+    try:
+        return CacheInfo(**value["info"])
+    except (KeyError, TypeError, ValueError) as error:
+        raise ValueError(f"{where} does not describe a cache: {error!r}") from error
+
+
+def write_record(folder: Path, info: CacheInfo, totals: Totals | None) -> None:
+    record = {
+        "format": FORMAT,
+        "info": dataclasses.asdict(info),
+        "finished": None if totals is None else dataclasses.asdict(totals),
+    }
+    content = (json.dumps(record, indent=2, ensure_ascii=False) + "\n").encode()
+    write_whole(folder / RECORD, lambda path: path.write_bytes(content))
+
+
+def read_record(folder: Path) -> tuple[CacheInfo, Totals | None]:
+    """Of the cache in `folder`; the totals are None while it is being written. ValueError where there is none."""
+    path = folder / RECORD
+    try:
+        record = json.loads(path.read_bytes())
+    except FileNotFoundError:
+        raise ValueError(f"{folder} holds no teacher cache (no {RECORD})") from None
+    except ValueError as error:
+        raise ValueError(f"{path} is damaged: {error}") from error
+    info = info_from(record, str(path))
+    try:
+        totals = record["finished"] and Totals(**record["finished"])
+    except (KeyError, TypeError) as error:
+        raise ValueError(f"{path} is damaged: {error}") from error
+    return info, totals
+
+
+def _require(condition: bool, field: str, value: object, allowed: str) -> None:
+    if not condition:
+        raise ValueError(f"CacheInfo: {field} is {value}; expected {allowed}")
