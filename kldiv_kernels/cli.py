@@ -1,4 +1,4 @@
-"""The command line `kldiv`: doctor, plan, bench, train, demo."""
+"""The command line `kldiv`: doctor, plan, bench, train, demo, cache-teacher."""
 
 from __future__ import annotations
 
@@ -27,6 +27,7 @@ import torch
 import kldiv_kernels as kk
 from kldiv_kernels.benchmarking import cases as bench_cases
 from kldiv_kernels.doctor import OPTIONAL, checks
+from kldiv_kernels.trainer.cache_command import cache_teacher
 from kldiv_kernels.trainer.command import demo, distill
 from kldiv_kernels.trainer.grpo_command import grpo
 
@@ -235,7 +236,7 @@ def bench(
         raise typer.Exit(1)
 
 
-for _group, _command in ((app, bench), (train, distill), (train, grpo), (app, demo)):
+for _group, _command in ((app, bench), (train, distill), (train, grpo), (app, demo), (app, cache_teacher)):
     _group.command()(_needs_extra(_command))
 app.add_typer(train, name="train")
 
