@@ -26,6 +26,7 @@ SMALLER = {
     "bench": "--rows 2 --vocab 1000 --kinds forward_kl --dtypes fp32 --peers none --repeats 1 --no-memory",
     "train grpo": "--steps 2 --warm-up-steps 2 --batch-size 2 --group-size 2",
     "train": "--steps 2 --batch-size 2 --block-size 16",
+    "cache-teacher": "--batch-size 2 --block-size 16",
 }
 
 
@@ -69,7 +70,8 @@ def test_the_table_of_compiled_cuda_kernels() -> None:
     assert shown >= 6
 
 
-def test_the_code_runs() -> None:
+def test_the_code_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
     blocks = re.findall(r"```python\n(.*?)```", README, re.S)
     assert len(blocks) >= 3
     torch.manual_seed(0)

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import json
 import pickle
+import runpy
 import shutil
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +15,7 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
-from kldiv_kernels.teacher_cache import CachedSequence, CacheInfo, TeacherCache, TeacherCacheWriter
+from kldiv_kernels.teacher_cache import CachedSequence, CacheInfo, TeacherCache, TeacherCacheWriter, shard
 
 K, VOCAB = 5, 40
 INFO = CacheInfo(teacher="teacher", vocab_size=VOCAB, k=K, shard_rows=20)
@@ -225,6 +227,23 @@ def test_a_folder_that_is_no_cache(written: Path, copied: Path, tmp_path: Path) 
     record.write_text(record.read_text()[:30])
     with pytest.raises(ValueError, match=r"cache.json is damaged"):
         TeacherCache(copied)
+
+
+def test_without_safetensors_the_error_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "safetensors", None)
+    with pytest.raises(ModuleNotFoundError, match=r"needs safetensors; run: pip install kldiv_kernels\[cache\]"):
+        runpy.run_path(str(shard.__file__))
+
+
+def test_the_benchmark_runs(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(sys, "argv", ["", "--sequences", "8", "--folder", str(tmp_path)])
+    runpy.run_path(str(Path(__file__).parent.parent / "benchmarks/teacher_cache_speed.py"), run_name="__main__")
+    assert [line.split()[:2] for line in capsys.readouterr().out.splitlines()][:2] == [
+        ["float32", "written"],
+        ["float32", "read"],
+    ]
 
 
 @pytest.mark.parametrize(
