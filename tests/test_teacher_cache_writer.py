@@ -8,6 +8,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
@@ -184,6 +185,18 @@ def test_a_continued_cache_keeps_its_description(other: CacheInfo, message: str,
     write_record(tmp_path, INFO, None)
     with pytest.raises(ValueError, match=message):
         TeacherCacheWriter(tmp_path, other, resume=True)
+
+
+def test_equal_descriptions_of_other_types_continue_each_other(tmp_path: Path) -> None:
+    loose: Any = {"teacher": Path("teacher"), "k": np.int64(5), "temperature": 2, "shard_rows": torch.tensor(9)}
+    strict = CacheInfo("teacher", 40, 5, 2.0, shard_rows=9)
+    first = TeacherCacheWriter(tmp_path, CacheInfo(**loose, vocab_size=40))
+    first.append(*rows(0))
+    first.close()
+    with TeacherCacheWriter(tmp_path, strict, resume=True) as second:
+        assert second.sequences == 1
+        second.append(*rows(2))
+    TeacherCache(tmp_path).verify()
 
 
 def test_the_newest_shard_is_checked_before_the_cache_goes_on(uninterrupted: Path, tmp_path: Path) -> None:
