@@ -28,7 +28,9 @@ def invoke(*arguments: str) -> Result:
     return CliRunner().invoke(cli.app, list(arguments), env={"COLUMNS": "300"})
 
 
-@pytest.mark.parametrize("command", ["doctor", "plan", "bench", "train", "train distill", "train grpo", "demo", "cache-teacher"])
+@pytest.mark.parametrize(
+    "command", ["doctor", "plan", "bench", "train", "train distill", "train grpo", "demo", "cache-teacher"]
+)
 def test_help_has_examples(command: str) -> None:
     result = invoke(*command.split(), "--help")
     assert result.exit_code == 0
