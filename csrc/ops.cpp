@@ -71,7 +71,8 @@ kldiv::Job make_job(const Tensor& logits, const std::optional<Tensor>& reference
     for (const std::string& name : stats) {
         job.stats.push_back(kldiv::find_statistic(name));
         const kldiv::Request& request = job.stats.back();
-        const bool labelled = request.kind == kldiv::Kind::logprob || request.kind == kldiv::Kind::reference_logprob;
+        const bool labelled = request.kind == kldiv::Kind::logprob || request.kind == kldiv::Kind::reference_logprob ||
+                              request.kind == kldiv::Kind::tail_logprob;
         STD_TORCH_CHECK(job.labels || !labelled, name, " needs labels");
         const bool two_rows =
             request.kind == kldiv::Kind::reference_logprob || (request.divergence && request.divergence->needs_p);

@@ -18,7 +18,7 @@ from torch import Tensor
 from kldiv_kernels import divergences as d
 from kldiv_kernels.divergences import Combine, Elements, Term
 
-Kind = Literal["sum", "label", "logsumexp", "argmax", "max_logprob"]
+Kind = Literal["sum", "label", "tail", "logsumexp", "argmax", "max_logprob"]
 
 
 @dataclass(frozen=True)
@@ -53,8 +53,13 @@ class Statistic:
         return self.kind not in ("argmax", "max_logprob")
 
     @property
-    def needs_labels(self) -> bool:
+    def per_label(self) -> bool:
+        """Has a value for each label of a token, not one for the token."""
         return self.kind == "label"
+
+    @property
+    def needs_labels(self) -> bool:
+        return self.kind in ("label", "tail")
 
     @property
     def is_divergence(self) -> bool:
@@ -130,6 +135,7 @@ def _add(statistic: Statistic) -> None:
 for _statistic in (
     Statistic("logprob", "log q_y", True, False, "label"),
     Statistic("reference_logprob", "log p_y", False, True, "label"),
+    Statistic("tail_logprob", "log Σ q over the columns that are no label", True, False, "tail"),
     Statistic("logsumexp", "logsumexp(s/τ)", True, False, "logsumexp"),
     Statistic(
         "entropy",

@@ -96,7 +96,7 @@ def _named(names: tuple[str, ...], values: Tensor, labels: Tensor | None, leadin
     row = 0
     for name in names:
         statistic = STATISTICS[name]
-        if statistic.needs_labels and labels is not None and labels.shape != leading:
+        if statistic.per_label and labels is not None and labels.shape != leading:
             count = labels.shape[-1]
             out[name] = values[row : row + count].T.reshape(*leading, count)
             row += count

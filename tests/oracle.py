@@ -47,6 +47,11 @@ def _picked(logs: Tensor, labels: Tensor) -> Tensor:
     return torch.where(labels < 0, 0.0, logs.gather(1, labels.clamp_min(0)))
 
 
+def _without(logs: Tensor, labels: Tensor) -> Tensor:
+    columns = torch.arange(logs.shape[1])
+    return torch.where((labels[:, :, None] == columns).any(1), -torch.inf, logs)
+
+
 def _js(r: Rows) -> Tensor:
     inner = (r.beta > 0) & (r.beta < 1)
     beta = torch.where(inner, r.beta, 0.5)
@@ -91,6 +96,7 @@ def _cauchy_schwarz(r: Rows) -> Tensor:
 FORMULAS: dict[str, Callable[[Rows], Tensor]] = {
     "logprob": lambda r: _picked(r.logq, r.labels),
     "reference_logprob": lambda r: _picked(r.logp, r.labels),
+    "tail_logprob": lambda r: _without(r.logq, r.labels).logsumexp(-1),
     "logsumexp": lambda r: r.s.logsumexp(-1),
     "entropy": lambda r: -(r.q * r.logq).sum(-1),
     "reference_entropy": lambda r: -(r.p * r.logp).sum(-1),

@@ -99,7 +99,7 @@ def test_minus_infinity(name: str, alpha: float, beta: float, side: str, columns
         check_gradient(got, expected, floor)
 
 
-@pytest.mark.parametrize("name", [name for name in STATISTIC_NAMES if STATISTICS[name].needs_labels])
+@pytest.mark.parametrize("name", [name for name in STATISTIC_NAMES if STATISTICS[name].per_label])
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_label_without_mass(name: str, backend: str) -> None:
     """log 0 = −inf at a column that is −inf or excluded; the other columns keep their gradient."""

@@ -39,6 +39,14 @@ void Row::resolve() {
     for (size_t i = 0; i < job_.stats.size(); ++i) {
         const Request& request = job_.stats[i];
         argmax_ |= request.kind == Kind::argmax;
+        if (request.kind == Kind::tail_logprob) {
+            tail_ = static_cast<int>(i);
+            const int64_t* labels = job_.labels + index_ * job_.labels_per_row;
+            std::copy_if(labels, labels + job_.labels_per_row, std::back_inserter(support_),
+                         [](int64_t label) { return label >= 0; });
+            std::sort(support_.begin(), support_.end());
+            support_.erase(std::unique(support_.begin(), support_.end()), support_.end());
+        }
         if (request.kind != Kind::divergence) continue;
         Resolved& r = resolved_[i];
         r = {request.divergence, alpha_, beta_};
@@ -133,6 +141,7 @@ void Row::write_values() const {
             case Kind::argmax:
                 put(std::isnan(lse_s_) ? -1.0 : static_cast<double>(argmax_index_));
                 break;
+            case Kind::tail_logprob:
             case Kind::divergence:
                 put(finished_[i].value);
                 break;

@@ -24,6 +24,7 @@ struct Resolved {
 // What the first sweep takes of a slice.
 struct FirstSweep {
     SoftmaxState s, t;
+    SoftmaxState tail;  // of s, without the labels
     OnlineState online[kOnlineCount];
     float largest_s = -std::numeric_limits<float>::infinity(), largest_t = largest_s;
     int64_t argmax = -1;
@@ -87,6 +88,9 @@ class Row {
     void finish(size_t i, const double* sums, double log_sum);
     void gradient_of(bool student, int64_t block) const;
     double logprob(bool student, int64_t label) const;
+    SoftmaxState sweep_tail(const float* x, int64_t start, int count, float largest, float* scratch,
+                            SoftmaxState* tail) const;
+    void softmax_with_tail(const float* x, int64_t start, int count, float share, float* out) const;
     void parked_gradient(int64_t block) const;
     void zero_padding(const Gradient& to, char* row, int64_t end) const;
     float* parked_x(int64_t column) const { return park_ + column; }
@@ -106,6 +110,9 @@ class Row {
     std::vector<Resolved> resolved_;                // one a statistic; empty divergence for the others
     bool online_[kOnlineCount] = {false, false, false};
     bool entropy_s_ = false, entropy_t_ = false, second_sweep_ = false, argmax_ = false;
+    // The distinct labels in their order, where tail_logprob is asked for, and that statistic's place.
+    std::vector<int64_t> support_;
+    int tail_ = -1;
 
     SoftmaxState state_s_, state_t_;
     double lse_s_ = 0, lse_t_ = 0;
@@ -116,7 +123,7 @@ class Row {
     std::vector<FinishedStatistic> finished_;
     // Gradient weights, 1/temperature included: of softmax(s), softmax(t), and of each statistic's g.
     std::vector<double> weight_, label_weight_s_, label_weight_t_;
-    double share_s_ = 0, share_t_ = 0;
+    double share_s_ = 0, share_t_ = 0, tail_weight_ = 0;
 };
 
 }  // namespace kldiv

@@ -11,7 +11,7 @@ namespace kldiv {
 bool Row::load_coefficients() {
     bool any = false;
     int64_t at = 0;
-    share_s_ = share_t_ = 0;
+    share_s_ = share_t_ = tail_weight_ = 0;
     const double inverse_s = scale_s_, inverse_t = scale_t_;
     const auto take = [&](bool logprob) {
         const int64_t cell = at++ * job_.rows + index_;
@@ -39,6 +39,11 @@ bool Row::load_coefficients() {
         }
         const double c = take(false);
         if (kind == Kind::logsumexp) share_s_ += c * inverse_s;
+        // A tail without mass has no gradient.
+        if (kind == Kind::tail_logprob && finished_[i].k[1] != 0) {
+            tail_weight_ = c * inverse_s;
+            share_s_ -= tail_weight_;
+        }
         if (kind != Kind::divergence) continue;
         weight_[i] = c;
         share_s_ -= times(c, finished_[i].sum_q) * inverse_s;
@@ -118,6 +123,11 @@ void Row::gradient_of(bool student, int64_t block) const {
             if (!done) load(of_student, start, count, of_student ? b.s : b.t);
             done = true;
         };
+        if (student && tail_weight_ != 0) {
+            need(true);
+            softmax_with_tail(b.s, start, count, kernel_share, b.out);
+            first = false;
+        }
         for (size_t i = 0; i < resolved_.size(); ++i) {
             const Resolved& r = resolved_[i];
             if (!r.divergence || weight_[i] == 0) continue;
@@ -153,6 +163,25 @@ void Row::gradient_of(bool student, int64_t block) const {
         kernels.store[static_cast<int>(to.dtype)](b.out, count, row + start * to.element_bytes());
     }
     zero_padding(to, row, end);
+}
+
+// out = share q + tail_weight q / (sum of q over the tail), the second without the labels.
+void Row::softmax_with_tail(const float* x, int64_t start, int count, float share, float* out) const {
+    const int padded = padded_to_lanes(count);
+    const Softmax& q = normalised_.s;
+    const double m = finished_[tail_].k[0], z = finished_[tail_].k[1];
+    const double mass = std::exp2(m - q.m) * z * q.inverse_z;
+    // A tail with next to no mass is taken in its own units, in which nothing of it underflows.
+    if (mass > 1e-20)
+        job_.kernels->softmax(x, padded, q, static_cast<float>(share + tail_weight_ / mass), out);
+    else
+        job_.kernels->softmax(x, padded, {static_cast<float>(m), static_cast<float>(1 / z), 0},
+                              static_cast<float>(tail_weight_), out);
+    const auto first = std::lower_bound(support_.begin(), support_.end(), start);
+    for (auto label = first; label != support_.end() && *label < start + count; ++label) {
+        const int64_t at = *label - start;
+        out[at] = static_cast<float>(share * std::exp2(double(x[at]) * kLog2e - q.m) * q.inverse_z);
+    }
 }
 
 void Row::zero_gradient() const {

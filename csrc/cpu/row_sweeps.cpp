@@ -79,9 +79,14 @@ FirstSweep Row::first_sweep(int64_t block) const {
             tile.t.z = by_student ? sums.z_second : sums.z_first;
             have_z = true;
         }
-        if (entropy_s_)
+        if (tail_ >= 0) {
+            const SoftmaxState whole = sweep_tail(b.s, start, count, ls.largest, b.out, &tile.tail);
+            // A divergence moves by the sums that it was taken with.
+            if (!have_z) tile.s.m = whole.m, tile.s.z = whole.z, tile.s.a = whole.a;
+        }
+        if (entropy_s_ && (tail_ < 0 || have_z))
             kernels.sum_exp_entropy(b.s, padded, m_s, &tile.s.z, &tile.s.a);
-        else if (!have_z)
+        else if (tail_ < 0 && !have_z)
             tile.s.z = kernels.sum_exp(b.s, padded, m_s);
         if (entropy_t_)
             kernels.sum_exp_entropy(b.t, padded, m_t, &tile.t.z, &tile.t.a);
@@ -90,6 +95,39 @@ FirstSweep Row::first_sweep(int64_t block) const {
         out.merge(tile, online_);
     }
     return out;
+}
+
+// The tile's tail, and with the labels' own terms the whole.
+SoftmaxState Row::sweep_tail(const float* x, int64_t start, int count, float largest, float* scratch,
+                             SoftmaxState* tail) const {
+    const int padded = padded_to_lanes(count);
+    const auto first = std::lower_bound(support_.begin(), support_.end(), start);
+    const auto last = std::lower_bound(first, support_.end(), start + count);
+    SoftmaxState whole;
+    if (first != last) {
+        std::copy(x, x + padded, scratch);
+        for (auto label = first; label != last; ++label) {
+            const double logit = x[*label - start];
+            scratch[*label - start] = kNoMass;
+            if (logit <= kNoMass) continue;
+            // As the kernels take it: 2^y with y = fma(x, kLog2e, -m).
+            const double m = std::ceil(logit * kLog2e), z = std::exp2(logit * kLog2e - m);
+            SoftmaxState one;
+            one.m = m;
+            one.z = z;
+            one.a = z * (m * kExponentToLog - logit);
+            whole.merge(one);
+        }
+        x = scratch;
+        largest = *std::max_element(scratch, scratch + count);
+    }
+    tail->m = largest > kNoMass ? std::ceil(largest * kLog2e) : 0;
+    if (entropy_s_)
+        job_.kernels->sum_exp_entropy(x, padded, static_cast<float>(tail->m), &tail->z, &tail->a);
+    else
+        tail->z = job_.kernels->sum_exp(x, padded, static_cast<float>(tail->m));
+    whole.merge(*tail);
+    return whole;
 }
 
 void FirstSweep::merge(const FirstSweep& other, const bool* wanted) {
@@ -124,6 +162,7 @@ void FirstSweep::merge(const FirstSweep& other, const bool* wanted) {
     }
     s = both_s;
     t = both_t;
+    tail.merge(right.tail);
     if (right.largest_s > largest_s) {
         largest_s = right.largest_s;
         argmax = right.argmax;
@@ -166,6 +205,14 @@ void Row::finish_first(FirstSweep whole) {
     q_is_zero_ = t_ && whole.t.has_mass() && whole.t.blocked - whole.t.lse() > kLogZero;
     p_is_zero_ = t_ && whole.s.has_mass() && whole.s.blocked - whole.s.lse() > kLogZero;
     normalise(whole.s, whole.t);
+    if (tail_ >= 0) {
+        SoftmaxState tail = whole.tail;
+        tail.normalise();
+        FinishedStatistic& f = finished_[tail_];
+        f.value = std::isnan(lse_s_) ? kNaN : (tail.has_mass() ? tail.lse() - lse_s_ : -kInfinity);
+        f.k[0] = tail.m;
+        f.k[1] = tail.z;
+    }
     for (size_t i = 0; i < resolved_.size(); ++i) {
         const Resolved& r = resolved_[i];
         if (!r.divergence) continue;

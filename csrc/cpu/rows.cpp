@@ -36,11 +36,9 @@ struct Named {
     const char* name;
     Kind kind;
 };
-constexpr Named kPlain[] = {{"logprob", Kind::logprob},
-                            {"reference_logprob", Kind::reference_logprob},
-                            {"logsumexp", Kind::logsumexp},
-                            {"max_logprob", Kind::max_logprob},
-                            {"argmax", Kind::argmax}};
+constexpr Named kPlain[] = {{"logprob", Kind::logprob},           {"reference_logprob", Kind::reference_logprob},
+                            {"tail_logprob", Kind::tail_logprob}, {"logsumexp", Kind::logsumexp},
+                            {"max_logprob", Kind::max_logprob},   {"argmax", Kind::argmax}};
 
 // Hands out 0 .. count-1 to the threads one by one: masked rows and a busy core leave nobody waiting, and no result
 // depends on who computed it.

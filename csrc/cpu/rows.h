@@ -31,7 +31,7 @@ struct Gradient {
     int64_t element_bytes() const { return dtype == Dtype::float32 ? 4 : 2; }
 };
 
-enum class Kind { logprob, reference_logprob, logsumexp, max_logprob, argmax, divergence };
+enum class Kind { logprob, reference_logprob, tail_logprob, logsumexp, max_logprob, argmax, divergence };
 
 struct Request {
     Kind kind;

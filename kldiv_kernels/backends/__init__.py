@@ -48,7 +48,7 @@ class Call:
 
 def value_rows(stats: tuple[str, ...], labels_per_row: int) -> int:
     """Rows of the [rows, N] table of values: one a statistic, one a label for the labelled ones."""
-    return sum(labels_per_row if registry.STATISTICS[name].needs_labels else 1 for name in stats)
+    return sum(labels_per_row if registry.STATISTICS[name].per_label else 1 for name in stats)
 
 
 class Backend(Protocol):

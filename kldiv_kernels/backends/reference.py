@@ -146,6 +146,8 @@ class _Rows:
             logs = self.elements.logq if statistic.student else self.elements.logp
             picked = logs.gather(1, self.labels.clamp_min(0))
             return torch.where(self.labels < 0, torch.zeros_like(picked), picked)
+        if statistic.kind == "tail":
+            return self._tail().logsumexp(1, keepdim=True)
         if statistic.kind == "logsumexp":
             return self.lse_s
         if statistic.kind == "argmax":
@@ -158,6 +160,16 @@ class _Rows:
             return sums[0]
         arguments = sums if log_sum is None else (*sums, log_sum)
         return statistic.combine(*arguments, alpha=self.elements.alpha, beta=self.elements.beta)
+
+    def _tail(self) -> Tensor:
+        """Log-probabilities, -inf at the labels."""
+        logq = self.elements.logq
+        return torch.where(self._is_label() & ~logq.isnan(), torch.full_like(logq, -torch.inf), logq)
+
+    def _is_label(self) -> Tensor:
+        assert self.labels is not None
+        hits = torch.zeros_like(self.elements.logq, dtype=torch.int32)
+        return hits.scatter_add_(1, self.labels.clamp_min(0), (self.labels >= 0).to(torch.int32)) > 0
 
     def _sums(self, statistic: Statistic) -> tuple[tuple[Tensor, ...], Tensor | None]:
         assert statistic.value is not None
@@ -175,7 +187,7 @@ class _Rows:
         total = torch.zeros_like(share)
         row = 0
         for statistic in self.stats:
-            count = self.labels.shape[1] if statistic.needs_labels and self.labels is not None else 1
+            count = self.labels.shape[1] if statistic.per_label and self.labels is not None else 1
             c = coefficients[row : row + count].T.to(share.dtype)
             row += count
             touched = statistic.student if of_student else statistic.reference
@@ -193,6 +205,13 @@ class _Rows:
             c = torch.where(self.labels < 0, torch.zeros_like(c), c)
             picked = torch.zeros_like(share).scatter_add_(1, self.labels.clamp_min(0), c)
             return picked - share * c.sum(dim=1, keepdim=True)
+        if statistic.kind == "tail":
+            labels, tail = self._is_label(), self._tail()
+            of_labels = torch.where(labels, share, torch.zeros_like(share))
+            gradient = tail.softmax(1) * of_labels.sum(dim=1, keepdim=True) - of_labels
+            # A tail without mass has no gradient, and neither has the rest of its row.
+            none = tail.amax(dim=1, keepdim=True) == -torch.inf
+            return c * torch.where(none, torch.zeros_like(share), gradient)
         if statistic.kind == "logsumexp":
             return c * share
         elements = self.elements
