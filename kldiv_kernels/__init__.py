@@ -28,12 +28,14 @@ from kldiv_kernels.policy import policy_loss
 from kldiv_kernels.policy_assembly import PolicyLoss
 from kldiv_kernels.registry import register_statistic, unregister_statistic
 from kldiv_kernels.stats import TokenStats, entropy, selective_log_softmax, token_stats
+from kldiv_kernels.topk import TopK, topk, topk_divergence_from_logits, topk_divergence_loss, topk_token_stats
 from kldiv_kernels.version import __version__
 
 __all__ = [
     "Plan",
     "PolicyLoss",
     "TokenStats",
+    "TopK",
     "__version__",
     "advantages",
     "alpha_beta_divergence",
@@ -59,6 +61,10 @@ __all__ = [
     "skew_reverse_kl",
     "soft_cross_entropy",
     "token_stats",
+    "topk",
+    "topk_divergence_from_logits",
+    "topk_divergence_loss",
+    "topk_token_stats",
     "triangular",
     "tvd",
     "unregister_statistic",

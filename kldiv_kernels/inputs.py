@@ -48,7 +48,7 @@ def prepare(
         raise ValueError(f"{where}: labels is None; {names} needs one label a token, shape {_shape(logits)[:-1]}")
     if not any(s.reference for s in stats):
         reference_logits = None
-    columns = _columns(where, logits, reference_logits, vocab_size)
+    columns = shared_columns(where, logits, reference_logits, vocab_size)
     leading = logits.shape[:-1]
     parameters, token_parameters = _parameters(
         where, logits, leading, stats, temperature, reference_temperature, alpha, beta
@@ -153,7 +153,8 @@ def _shape(tensor: Tensor) -> list[int]:
     return list(tensor.shape)
 
 
-def _columns(where: str, logits: Tensor, reference: Tensor | None, vocab_size: int | None) -> int:
+def shared_columns(where: str, logits: Tensor, reference: Tensor | None, vocab_size: int | None) -> int:
+    """The number of columns that are no padding, in both."""
     columns = logits.shape[-1] if vocab_size is None else vocab_size
     if not isinstance(columns, int) or not 1 <= columns <= logits.shape[-1]:
         raise ValueError(f"{where}: vocab_size is {vocab_size}; expected 1 to {logits.shape[-1]}, the width of logits")

@@ -69,8 +69,7 @@ def divergence_loss(
     """
     where = "divergence_loss"
     statistic = registry.get(kind, f"{where}: kind", registry.divergence_names())
-    if reduction not in ("mean", "sum", "none"):
-        raise ValueError(f"{where}: reduction is {reduction!r}; expected mean, sum or none")
+    reduction_checked(where, reduction)
     inputs.logits_checked(where, logits, "logits")
     inputs.label_mask_checked(where, labels, logits)
     inputs.weight_checked(where, weight, logits)
@@ -84,33 +83,52 @@ def divergence_loss(
         ignore_index=ignore_index, vocab_size=vocab_size, exclude=exclude,
     )  # fmt: skip
     chosen = inputs.select(call, backend, where)
-    scale = _token_weight(call.rows, logits, weight, temperature if temperature_squared else None)
-    if reduction == "mean":
-        scale = scale / _normalizer(normalizer, call.mask, call.rows)
-    if call.mask is not None:
-        scale = torch.where(call.mask, scale, torch.zeros_like(scale))
+    scale = token_scale(
+        where, logits, weight, call.mask, normalizer, reduction, temperature if temperature_squared else None
+    )  # fmt: skip
     student = torch.is_grad_enabled() and logits.requires_grad
     teacher = torch.is_grad_enabled() and reference_logits.requires_grad
     if reduction != "none" and (student or teacher) and not scale.requires_grad:
         return ops.loss(call, chosen, scale[None], student, teacher)
     values = ops.statistics(call, chosen, student or teacher)
-    terms = torch.where(scale == 0, torch.zeros_like(scale), scale * values[0])
+    return reduced(values[0], scale, reduction, leading)
+
+
+def reduction_checked(where: str, reduction: Reduction) -> None:
+    if reduction not in ("mean", "sum", "none"):
+        raise ValueError(f"{where}: reduction is {reduction!r}; expected mean, sum or none")
+
+
+def token_scale(
+    where: str,
+    logits: Tensor,
+    weight: Tensor | None,
+    mask: Tensor | None,
+    normalizer: float | Tensor | None,
+    reduction: Reduction,
+    temperature: Parameter | None,
+) -> Tensor:
+    """What each token's divergence counts in a loss, [N]; `mask` [N], a temperature where it enters squared."""
+    rows = logits.shape[:-1].numel()
+    dtype = torch.float64 if logits.dtype == torch.float64 else torch.float32
+    scale = torch.ones(rows, dtype=dtype, device=logits.device) if weight is None else weight.reshape(-1).to(dtype)
+    if temperature is not None:
+        scale = scale * (temperature.reshape(-1).to(dtype) if isinstance(temperature, Tensor) else temperature) ** 2
+    if reduction == "mean":
+        scale = scale / _normalizer(where, normalizer, mask, rows)
+    return scale if mask is None else torch.where(mask, scale, torch.zeros_like(scale))
+
+
+def reduced(values: Tensor, scale: Tensor, reduction: Reduction, leading: torch.Size) -> Tensor:
+    """The loss of divergences [N]; a token that counts 0 takes no part, whatever its value is."""
+    terms = torch.where(scale == 0, torch.zeros_like(scale), scale * values)
     return terms.reshape(leading) if reduction == "none" else terms.sum()
 
 
-def _token_weight(rows: int, logits: Tensor, weight: Tensor | None, temperature: Parameter | None) -> Tensor:
-    """[N] in the dtype of the values."""
-    dtype = torch.float64 if logits.dtype == torch.float64 else torch.float32
-    scale = torch.ones(rows, dtype=dtype, device=logits.device) if weight is None else weight.reshape(-1).to(dtype)
-    if temperature is None:
-        return scale
-    return scale * (temperature.reshape(-1).to(dtype) if isinstance(temperature, Tensor) else temperature) ** 2
-
-
-def _normalizer(normalizer: float | Tensor | None, mask: Tensor | None, rows: int) -> float | Tensor:
+def _normalizer(where: str, normalizer: float | Tensor | None, mask: Tensor | None, rows: int) -> float | Tensor:
     if normalizer is None:
         return max(rows, 1) if mask is None else mask.sum().clamp_min(1)
-    inputs.normalizer_checked("divergence_loss", normalizer)
+    inputs.normalizer_checked(where, normalizer)
     return normalizer.reshape(()) if isinstance(normalizer, Tensor) else normalizer
 
 
