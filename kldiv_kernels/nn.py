@@ -14,6 +14,7 @@ from kldiv_kernels.losses import divergence_loss
 from kldiv_kernels.policy import policy_loss
 from kldiv_kernels.policy_assembly import PolicyLoss as PolicyLossResult
 from kldiv_kernels.policy_options import OPTION_NAMES, resolve
+from kldiv_kernels.topk import topk_divergence_loss
 
 _PER_CALL = ("weight", "labels", "mask", "normalizer", "exclude")
 _POLICY_PER_CALL = (
@@ -92,6 +93,32 @@ class HellingerLoss(DivergenceLoss):
 
     def __init__(self, **options: Any) -> None:
         super().__init__("hellinger", **options)
+
+
+class TopKDivergenceLoss(Module):
+    """`topk_divergence_loss` with its options fixed.
+
+    Args: `kind` and the keyword arguments of `topk_divergence_loss`. weight, labels, mask, normalizer and tail_logprob
+    belong to a batch and are given to `forward`.
+
+    >>> import torch, kldiv_kernels as kk
+    >>> criterion = kk.nn.TopKDivergenceLoss("js", tail="renormalize")
+    >>> criterion(torch.zeros(1, 4), torch.tensor([[0, 1]]), torch.tensor([[0.25, 0.25]]).log()).item() < 1e-6
+    True
+    """
+
+    def __init__(self, kind: str = "forward_kl", **options: Any) -> None:
+        super().__init__()
+        registry.get(kind, f"{type(self).__name__}: kind", registry.divergence_names())
+        _refuse_batch(type(self).__name__, options, (*_PER_CALL, "tail_logprob"))
+        self.kind = kind
+        self.options = options
+
+    def forward(self, logits: Tensor, topk_ids: Tensor, topk_logprobs: Tensor, **batch: Any) -> Tensor:
+        return topk_divergence_loss(logits, topk_ids, topk_logprobs, self.kind, **self.options, **batch)
+
+    def extra_repr(self) -> str:
+        return ", ".join([repr(self.kind), *_written(self.options)])
 
 
 class PolicyLoss(Module):

@@ -145,7 +145,7 @@ def test_the_reason_for_two_sweeps(case: str) -> None:
     assert (found.cluster, found.stages) == TWO_SWEEP
 
 
-@pytest.mark.parametrize("name", [s.name for s in STATISTICS.values() if s.builtin])
+@pytest.mark.parametrize("name", [s.name for s in STATISTICS.values() if s.builtin and s.on_gpu])
 def test_every_statistic_of_the_student_is_one_read(name: str) -> None:
     """Those with a gradient of the logits, beside logprob and logsumexp; a new one is among them by itself."""
     statistic = STATISTICS[name]

@@ -39,7 +39,7 @@ TOGETHER = (
     ("forward_kl", "js"),
     ("entropy", "reference_entropy", "forward_kl", "reverse_kl", "hellinger", "argmax"),
 )
-SETS = [*((name,) for name, statistic in STATISTICS.items() if statistic.builtin), *TOGETHER]
+SETS = [*((name,) for name, statistic in STATISTICS.items() if statistic.builtin and statistic.on_gpu), *TOGETHER]
 # Bytes a thread. What is spilled today is a few values of a row, put aside while a loop over its columns runs: no such
 # loop touches them (SASS). A budget of 0 would fail on the register allocation of the day.
 MOST_SPILLED = 16
