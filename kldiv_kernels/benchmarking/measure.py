@@ -1,7 +1,9 @@
 """Timing: the implementations of a case in turns, A B A B, with copying measured in the same turns.
 
 A time is that of loss and backward together, from logits without a gradient to logits with one. On a machine
-that slows down or is shared, turns give every implementation the same share of the bad moments.
+that slows down or is shared, turns give every implementation the same share of the bad moments. In its turn each runs
+twice, and the second call counts: the first one takes back the memory that the one before it gave to the system, which
+on a virtual machine can cost several times the call itself and is not a training loop's lot.
 """
 
 from __future__ import annotations
@@ -130,6 +132,7 @@ def measure(case: Case, names: list[str], repeats: int, step: Callable[[str], No
         step(f"{case.name}: turn {turn + 1} of {repeats}")
         for result in results:
             if result.name in losses:
+                once(losses[result.name], inputs)
                 seconds, _ = once(losses[result.name], inputs)
                 result.seconds.append(seconds)
         copies.append(copy.seconds())

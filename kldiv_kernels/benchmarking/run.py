@@ -49,7 +49,7 @@ def run(settings: Settings, step: Callable[[str], None]) -> list[CaseResult]:
         "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
         "machine": machine.describe(),
         "repeats": settings.repeats,
-        "time": "median seconds of forward + backward, implementations in turns, one call each to warm up",
+        "time": "median seconds of forward + backward, implementations in turns, in each turn the second of two calls",
         "copy": "copy_ of a float32 tensor larger than the last-level cache into one allocated before, in the same "
         "turns; bytes read and bytes written both count",
     }
