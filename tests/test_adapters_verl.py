@@ -255,3 +255,26 @@ def test_register(monkeypatch: pytest.MonkeyPatch) -> None:
     assert verl.register() == [f"kldiv_{name}" for name in names]
     assert verl.register(prefix="") == names
     assert registry == {p + name: verl.POLICY_LOSSES[name] for name in names for p in ("", "kldiv_")}
+
+
+def test_the_hook_of_top_k_distillation(monkeypatch: pytest.MonkeyPatch) -> None:
+    """In the module that has it and where it was imported by name, and nowhere else."""
+    places = ["verl.trainer.distillation.fsdp.losses", "verl.trainer.distillation.losses"]
+    others = ["verl", "verl.trainer", "verl.trainer.ppo", "verl.trainer.distillation", "verl.trainer.distillation.fsdp"]
+    tree = {name: ModuleType(name) for name in (*others, *places, "verl.trainer.ppo.core_algos")}
+    for name, module in tree.items():
+        monkeypatch.setitem(sys.modules, name, module)
+    tree["verl.trainer.ppo.core_algos"].register_policy_loss = lambda name: lambda loss: loss  # type: ignore[attr-defined]
+    assert len(verl.register()) == len(verl.POLICY_LOSSES)
+
+    def original() -> None:
+        """verl's."""
+
+    for place in places:
+        monkeypatch.setattr(tree[place], "compute_forward_kl_topk", original, raising=False)
+    monkeypatch.setattr(tree["verl.trainer"], "another", original, raising=False)
+    names = verl.register()[len(verl.POLICY_LOSSES) :]
+    assert names == [f"{place}.compute_forward_kl_topk" for place in places]
+    assert all(tree[place].compute_forward_kl_topk is verl.compute_forward_kl_topk for place in places)
+    assert tree["verl.trainer"].another is original
+    assert verl.register()[len(verl.POLICY_LOSSES) :] == names

@@ -2,8 +2,8 @@
 
 `POLICY_LOSSES` are the policy losses by verl's names, `agg_loss` their aggregation. `logprobs_from_logits` and
 `entropy_from_logits` stand for those of `verl.utils.torch_functional`, `compute_forward_kl_topk` for that of
-`verl.trainer.distillation.fsdp.losses`. verl has no registry for the latter three: assign them to those modules before
-others import the names from there.
+`verl.trainer.distillation.fsdp.losses`, in whose place `register` puts it. verl has no registry for the other two:
+assign them to their module before others import the names from there.
 
 What differs from verl (read at August 2026):
 

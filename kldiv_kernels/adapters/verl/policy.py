@@ -32,13 +32,16 @@ argument, what it was and what is allowed.
 from __future__ import annotations
 
 import math
+import sys
 from collections.abc import Callable
+from importlib import import_module
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from kldiv_kernels.adapters.verl.config import read
+from kldiv_kernels.adapters.verl.logits import compute_forward_kl_topk
 from kldiv_kernels.policy_options import PolicyOptions, resolve
 from kldiv_kernels.policy_terms import PolicyTerm, Tokens, level_log_ratio, policy_term, ratio_bounds
 from kldiv_kernels.policy_weights import aggregate
@@ -97,9 +100,14 @@ def agg_loss(
 
 
 def register(prefix: str = "kldiv_") -> list[str]:
-    """Registers every loss of `POLICY_LOSSES` with verl, as prefix + verl's name, and returns those names.
+    """Registers every loss of `POLICY_LOSSES` with verl, as prefix + verl's name, and the hook of top-k distillation.
 
     `actor_rollout_ref.actor.policy_loss.loss_mode=kldiv_gspo` then takes ours; with prefix="" ours replace verl's own.
+    The hook has no names to choose from: where this verl has `compute_forward_kl_topk`, ours takes its place in every
+    module of verl that has imported it.
+
+    Returns:
+        The names of the losses, and of the places of the hook.
 
     Raises:
         ImportError: verl cannot be imported, or has no `register_policy_loss`.
@@ -113,7 +121,21 @@ def register(prefix: str = "kldiv_") -> list[str]:
         ) from error
     for name, loss in POLICY_LOSSES.items():
         register_policy_loss(prefix + name)(loss)
-    return [prefix + name for name in POLICY_LOSSES]
+    return [*(prefix + name for name in POLICY_LOSSES), *_hook()]
+
+
+def _hook() -> list[str]:
+    name = compute_forward_kl_topk.__name__
+    try:
+        original = getattr(import_module("verl.trainer.distillation.fsdp.losses"), name)
+    except (ImportError, AttributeError):
+        return []
+    places = [
+        key for key, module in sys.modules.items() if key.startswith("verl.") and vars(module).get(name) is original
+    ]
+    for place in places:
+        setattr(sys.modules[place], name, compute_forward_kl_topk)
+    return [f"{place}.{name}" for place in sorted(places)]
 
 
 def _policy_loss(name: str) -> PolicyLossFn:
