@@ -55,8 +55,8 @@ def topk(
 ) -> TopK:
     """The k largest log-probabilities of softmax(logits/temperature), in nats, with their ids and joint mass.
 
-    values and log_mass are differentiable. Args and errors: see `token_stats`; k: 1 to the vocabulary size. A masked
-    token has values 0.
+    values and log_mass are differentiable, and 0 where masked. Args and errors: see `token_stats`; k: 1 to the
+    vocabulary size.
 
     >>> import torch, kldiv_kernels as kk
     >>> top = kk.topk(torch.tensor([[0.0, 2.0, 1.0, -1.0]]), 2)
@@ -68,7 +68,8 @@ def topk(
         logits, labels=ids, stats=("logprob",), temperature=temperature, mask=mask, vocab_size=vocab_size,
         backend=backend,
     )["logprob"]  # fmt: skip
-    return TopK(values, ids, values.logsumexp(-1))
+    mass = values.logsumexp(-1)
+    return TopK(values, ids, mass if mask is None else torch.where(mask != 0, mass, 0.0))
 
 
 def topk_token_stats(
@@ -121,10 +122,14 @@ def topk_token_stats(
         # In the place of no token where it is one of the k already: then the tail is the rest of both.
         known = (ids == labels[..., None]).any(-1) | (labels == ignore_index)
         joined = torch.cat([ids, torch.where(known, -1, labels)[..., None]], dim=-1)
-    found = token_stats(
-        logits, labels=joined, stats=kernel, temperature=temperature, mask=mask, ignore_index=-1,
-        vocab_size=vocab_size, backend=backend,
-    )  # fmt: skip
+    try:
+        found = token_stats(
+            logits, labels=joined, stats=kernel, temperature=temperature, mask=mask, ignore_index=-1,
+            vocab_size=vocab_size, backend=backend,
+        )  # fmt: skip
+    except IndexError as error:
+        # Of the table in which the ids come first and a label last.
+        raise IndexError(f"{where}: topk_ids or labels, in one table: {error}") from None
     out = TokenStats()
     count = ids.shape[-1]
     for name in stats:

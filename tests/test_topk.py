@@ -243,6 +243,17 @@ def test_topk(backend: str) -> None:
     )
     assert torch.allclose(mine, theirs, atol=1e-6)
     assert theirs.any()
+    mask = torch.rand(2, 3) < 0.5
+    masked = kk.topk(logits, 4, mask=mask, backend=backend)
+    assert not masked.log_mass[~mask].any()
+    assert not masked.values[~mask].any()
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_a_label_beyond_the_vocabulary(backend: str) -> None:
+    logits, ids, _ = _case()
+    with pytest.raises(IndexError, match=r"topk_token_stats: topk_ids or labels, in one table: .*\[0, 5\] is 70"):
+        kk.topk_token_stats(logits, ids, torch.full((N,), V), stats=("logprob",), backend=backend)
 
 
 IDS, LOGPROBS = torch.tensor([[0, 1], [2, 3]]), torch.full((2, 2), 0.25).log()
