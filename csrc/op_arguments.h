@@ -31,6 +31,11 @@
     ", Tensor coefficients, Tensor policy_tokens, str policy_term, str policy_kl, " \
     "float[] policy_bounds) -> (Tensor, Tensor)"
 
+// Values, the divergences of the outcomes from `teacher`, and dlogits of Σ scale · divergence (cpu/rows.h, TopK).
+#define KLDIV_TOPK                                                                                               \
+    "topk(" KLDIV_CALL ", Tensor teacher, Tensor scale, str kind, float alpha, float beta) -> (Tensor, Tensor, " \
+                       "Tensor)"
+
 namespace kldiv {
 
 using torch::headeronly::ScalarType;

@@ -153,6 +153,31 @@ std::tuple<Tensor, Tensor> backward(const Tensor& logits, std::optional<Tensor> 
     return {dlogits, dreference};
 }
 
+std::tuple<Tensor, Tensor, Tensor> topk(const Tensor& logits, std::optional<Tensor> reference,
+                                        std::optional<Tensor> labels, std::optional<Tensor> mask,
+                                        std::optional<Tensor> exclude, std::optional<Tensor> token_parameters,
+                                        std::vector<double> parameters, std::vector<std::string> stats,
+                                        int64_t vocab_size, const Tensor& teacher, const Tensor& scale,
+                                        std::string kind, double alpha, double beta) {
+    kldiv::Job job =
+        make_job(logits, reference, labels, mask, exclude, token_parameters, parameters, stats, vocab_size);
+    const int64_t outcomes = job.value_rows();
+    STD_TORCH_CHECK(job.labels && (outcomes == job.labels_per_row || outcomes == job.labels_per_row + 1),
+                    "topk takes logprob, and tail_logprob after it");
+    job.topk.teacher = kldiv::per_token<float>(teacher, logits, outcomes * job.rows, ScalarType::Float, "teacher");
+    job.topk.scale = kldiv::per_token<float>(scale, logits, job.rows, ScalarType::Float, "scale");
+    job.topk.outcomes = outcomes;
+    job.topk.divergence = kldiv::find_statistic(kind);
+    job.topk.alpha = alpha;
+    job.topk.beta = beta;
+    const Tensor divergences = kldiv::new_floats(logits, 1, job.rows);
+    const Tensor coefficients = kldiv::new_floats(logits, outcomes, job.rows);
+    job.topk.divergences = static_cast<float*>(divergences.data_ptr());
+    job.topk.coefficients = static_cast<float*>(coefficients.data_ptr());
+    const Outputs out = run(job, logits, reference, stats, coefficients, false, true, false);
+    return {std::get<0>(out), divergences, std::get<2>(out)};
+}
+
 void scale_(Tensor gradient, const Tensor& factor) {
     STD_TORCH_CHECK(gradient.is_cpu() && gradient.is_contiguous(), "gradient must be a contiguous CPU tensor");
     STD_TORCH_CHECK(factor.is_cpu() && factor.numel() == 1 && factor.scalar_type() == ScalarType::Float,
@@ -170,6 +195,7 @@ STABLE_TORCH_LIBRARY(kldiv_kernels_native, m) {
     m.def(KLDIV_FORWARD);
     m.def(KLDIV_BACKWARD);
     m.def(KLDIV_POLICY);
+    m.def(KLDIV_TOPK);
     m.def("scale_(Tensor(a!) gradient, Tensor factor) -> ()");
     m.def("served() -> str[]");
     m.def("isa() -> str");
@@ -179,6 +205,7 @@ STABLE_TORCH_LIBRARY_IMPL(kldiv_kernels_native, CPU, m) {
     m.impl("forward", TORCH_BOX(&forward));
     m.impl("backward", TORCH_BOX(&backward));
     m.impl("policy", TORCH_BOX(&policy));
+    m.impl("topk", TORCH_BOX(&topk));
     m.impl("scale_", TORCH_BOX(&scale_));
 }
 

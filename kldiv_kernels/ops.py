@@ -1,8 +1,8 @@
 """The package's operators: schema, fake and autograd once, for every backend.
 
 `statistics` reads the logits and returns per-token values; `statistics_backward` turns one coefficient per token
-and statistic into gradients; `loss` takes the coefficients beforehand and does both in one read; so does `policy`,
-which finds coefficients on the way, and `with_gradient` gives its gradient to the loss. All are functional.
+and statistic into gradients; `loss` takes the coefficients beforehand and does both in one read; so do `policy` and
+`topk`, which find coefficients on the way, and `with_gradient` gives their gradient to the loss. All are functional.
 `torch.compile` sees them as opaque operators, but for those of the Triton backend, which it gets in a form
 that it sees through (`backends/triton/ops.py`).
 """
@@ -53,6 +53,18 @@ def policy_loss(
     return values, dlogits
 
 
+def topk_loss(
+    call: Call, backend: str, teacher: Tensor, scale: Tensor, kind: str, alpha: float, beta: float
+) -> tuple[Tensor, Tensor]:
+    """Divergences [N] and the gradient of the logits that Σ scale · divergence has (`backends.OneReadTopK`)."""
+    logits, *arguments = inputs.operator_arguments(call, backend)
+    assert isinstance(logits, Tensor)
+    _, divergences, dlogits = torch.ops.kldiv_kernels.topk(
+        logits.detach(), *arguments, teacher, scale, kind, alpha, beta
+    )
+    return divergences, dlogits
+
+
 def with_gradient(value: Tensor, logits: Tensor, dlogits: Tensor) -> Tensor:
     """A scalar of this value, and of this gradient with respect to the logits."""
     scalar: Tensor = torch.ops.kldiv_kernels.with_gradient(value, logits, dlogits)
@@ -96,6 +108,9 @@ _library.define(
 )
 _library.define(
     f"policy({_CALL_SCHEMA}, Tensor coefficients, Tensor tokens, str term, str kl, float[] bounds) -> (Tensor, Tensor)"
+)
+_library.define(
+    f"topk({_CALL_SCHEMA}, Tensor teacher, Tensor scale, str kind, float alpha, float beta) -> (Tensor, Tensor, Tensor)"
 )
 _library.define("with_gradient(Tensor value, Tensor logits, Tensor dlogits) -> Tensor")
 
@@ -141,6 +156,12 @@ def _policy(*arguments: Any) -> tuple[Tensor, Tensor]:
     return backend.policy(call, *arguments[_CALL_ARGUMENTS:])
 
 
+def _topk(*arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
+    call, backend = _call(arguments[:_CALL_ARGUMENTS])
+    assert isinstance(backend, backends.OneReadTopK)
+    return backend.topk(call, *arguments[_CALL_ARGUMENTS:])
+
+
 def _with_gradient(value: Tensor, logits: Tensor, dlogits: Tensor) -> Tensor:
     return value.clone()
 
@@ -150,6 +171,7 @@ for _name, _function in (
     ("statistics_backward", _statistics_backward),
     ("loss", _loss),
     ("policy", _policy),
+    ("topk", _topk),
     ("with_gradient", _with_gradient),
 ):
     _library.impl(_name, _function, "CompositeExplicitAutograd")
@@ -201,7 +223,15 @@ def _fake_policy(*arguments: Any) -> tuple[Tensor, Tensor]:
 torch.library.register_fake("kldiv_kernels::statistics", _fake_statistics)
 torch.library.register_fake("kldiv_kernels::statistics_backward", _fake_backward)
 torch.library.register_fake("kldiv_kernels::loss", _fake_loss)
+
+
+def _fake_topk(*arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
+    values, dlogits = _fake_policy(*arguments)
+    return values, values.new_empty(values.shape[1:]), dlogits
+
+
 torch.library.register_fake("kldiv_kernels::policy", _fake_policy)
+torch.library.register_fake("kldiv_kernels::topk", _fake_topk)
 torch.library.register_fake("kldiv_kernels::with_gradient", _with_gradient)
 
 

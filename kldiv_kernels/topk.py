@@ -19,12 +19,13 @@ without a tail, "renormalize_teacher" DistillKit's ZERO, "none" verl's forward_k
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor
 
-from kldiv_kernels import inputs, registry, topk_inputs
+from kldiv_kernels import backends, inputs, ops, registry, topk_inputs
 from kldiv_kernels.inputs import Parameter
 from kldiv_kernels.losses import Reduction, reduced, reduction_checked, token_scale
 from kldiv_kernels.stats import TokenStats, token_stats
@@ -215,28 +216,67 @@ def topk_divergence_loss(
     teacher = topk_inputs.logprobs_checked(where, "topk_logprobs", topk_logprobs, ids, looks)
     inputs.per_token_checked(where, "tail_logprob", tail_logprob, logits)
 
+    scale = token_scale(
+        where, logits, weight, None if valid is None else valid.reshape(-1), normalizer, reduction,
+        temperature if temperature_squared else None,
+    )  # fmt: skip
+    leading = logits.shape[:-1]
+    theirs = teacher if tail in ("renormalize", "none") else _with_rest(teacher, tail, tail_logprob)
+    if tail != "none" and reduction != "none" and not isinstance(alpha, Tensor) and not isinstance(beta, Tensor):
+        call = inputs.prepare(
+            where, logits, None, ids, stats=[registry.STATISTICS[name] for name in _statistics(tail)],
+            temperature=temperature, reference_temperature=None, alpha=alpha, beta=beta, mask=valid, ignore_index=-1,
+            vocab_size=vocab_size, exclude=None,
+        )  # fmt: skip
+        chosen = inputs.select(call, backend, where)
+        if _takes_one_read(logits, scale, kind, chosen):
+            divergences, dlogits = ops.topk_loss(
+                call, chosen, theirs.reshape(call.rows, -1), scale, kind, float(alpha), float(beta)
+            )
+            return ops.with_gradient(reduced(divergences, scale, reduction, leading), logits, dlogits)
+
     stats = ("topk_logprobs",) if tail in ("renormalize", "none") else ("topk_logprobs", "tail_logprob")
     student = topk_token_stats(
         logits, ids, stats=stats, temperature=temperature, mask=valid, vocab_size=vocab_size, check=False,
         backend=backend,
     )  # fmt: skip
+    ours = student["topk_logprobs"]
     if tail == "none":
-        values = _raw_sum(kind, student["topk_logprobs"], teacher)
+        values = _raw_sum(kind, ours, teacher)
     else:
-        ours, theirs = student["topk_logprobs"], teacher
         if tail != "renormalize":
-            rest = torch.full_like(teacher[..., 0], -torch.inf)
-            if tail == "bucket":
-                rest = topk_inputs.tail_of(teacher) if tail_logprob is None else tail_logprob.detach().to(teacher.dtype)
             ours = torch.cat([ours, student["tail_logprob"][..., None]], dim=-1)
-            theirs = torch.cat([teacher, rest[..., None]], dim=-1)
         # Logits of what they are the log-probabilities of.
         values = token_stats(ours, theirs, stats=(kind,), alpha=alpha, beta=beta, mask=valid)[kind]
-    scale = token_scale(
-        where, logits, weight, None if valid is None else valid.reshape(-1), normalizer, reduction,
-        temperature if temperature_squared else None,
-    )  # fmt: skip
-    return reduced(values.reshape(-1), scale, reduction, logits.shape[:-1])
+    return reduced(values.reshape(-1), scale, reduction, leading)
+
+
+def _statistics(tail: Tail) -> tuple[str, ...]:
+    return ("logprob",) if tail == "renormalize" else ("logprob", "tail_logprob")
+
+
+def _with_rest(teacher: Tensor, tail: Tail, tail_logprob: Tensor | None) -> Tensor:
+    """The teacher's log-probabilities with that of the rest as one more."""
+    if tail == "renormalize_teacher":
+        rest = torch.full_like(teacher[..., 0], -torch.inf)
+    else:
+        rest = topk_inputs.tail_of(teacher) if tail_logprob is None else tail_logprob.detach().to(teacher.dtype)
+    return torch.cat([teacher, rest[..., None]], dim=-1)
+
+
+def _takes_one_read(logits: Tensor, scale: Tensor, kind: str, backend: str) -> bool:
+    needed = torch.is_grad_enabled() and logits.requires_grad and not scale.requires_grad
+    # float16 waits for the loss scale, as in `policy_loss`.
+    served = logits.dtype in (torch.float32, torch.bfloat16) and registry.STATISTICS[kind].builtin
+    return needed and served and _has_one_read(backend)
+
+
+def _serves_topk(backend: str) -> bool:
+    return isinstance(backends.get(backend), backends.OneReadTopK)
+
+
+# torch.compile takes the answer as it is instead of tracing it.
+_has_one_read: Callable[[str], bool] = torch.compiler.assume_constant_result(_serves_topk)  # type: ignore[no-untyped-call]
 
 
 def topk_divergence_from_logits(

@@ -76,6 +76,7 @@ void leave_out_masked(const Job& job) {
     for_each(job.threads, job.rows, [&](int64_t i) {
         if (job.mask[i]) return;
         for (int64_t j = 0; j < values; ++j) job.values[j * job.rows + i] = 0;
+        if (job.values && job.topk.teacher) job.topk.divergences[i] = 0;
         const int64_t states = job.values && job.state ? kStateOfRow + kStateOfStatistic * job.stats.size() : 0;
         for (int64_t j = 0; j < states; ++j) job.state[j * job.rows + i] = 0;
         Row(job, i).zero_gradient();
@@ -95,6 +96,42 @@ float* thread_scratch(int64_t floats) {
     thread_local std::vector<float> scratch;
     if (static_cast<int64_t>(scratch.size()) < floats) scratch = std::vector<float>(floats);
     return scratch.data();
+}
+
+void forward_row(const Job& job, int64_t index);
+
+// The outcomes as a row of logits, which log-probabilities are, of the same machinery.
+void find_coefficients(const Job& job, int64_t index) {
+    const TopK& topk = job.topk;
+    const int64_t n = topk.outcomes;
+    thread_local std::vector<float> logits, gradient;
+    logits.resize(n);
+    gradient.resize(n);
+    for (int64_t j = 0; j < n; ++j) {
+        const bool none = j < job.labels_per_row && job.labels[index * job.labels_per_row + j] < 0;
+        logits[j] = none ? -std::numeric_limits<float>::infinity() : job.values[j * job.rows + index];
+    }
+    Job few;
+    few.kernels = job.kernels;
+    few.rows = 1;
+    few.columns = n;
+    const auto row = [n](const float* data) {
+        Rows rows;
+        rows.data = reinterpret_cast<const char*>(data);
+        rows.sizes = {1};
+        rows.strides = {n};
+        return rows;
+    };
+    few.student = row(logits.data());
+    few.teacher = row(topk.teacher + index * n);
+    few.parameters[2] = topk.alpha;
+    few.parameters[3] = topk.beta;
+    few.stats = {topk.divergence};
+    few.values = topk.divergences + index;
+    few.coefficients = topk.scale + index;
+    few.d_student = {reinterpret_cast<char*>(gradient.data()), Dtype::float32, n};
+    forward_row(few, 0);
+    for (int64_t j = 0; j < n; ++j) topk.coefficients[j * job.rows + index] = gradient[j];
 }
 
 void forward_row(const Job& job, int64_t index) {
@@ -120,6 +157,7 @@ void forward_row(const Job& job, int64_t index) {
     row.write_values();
     if (job.state) row.save_state();
     if (!job.coefficients) return;
+    if (job.topk.teacher) find_coefficients(job, index);
     gradient_of_row(row, [&] {
         // Backwards: what the last sweep touched last is still in cache.
         for (int64_t b = blocks; b-- > 0;) row.gradient(b);
@@ -176,6 +214,8 @@ void forward_split(const Job& job, const int64_t* active, int64_t active_count) 
         if (job.state) row.save_state();
     }
     if (!job.coefficients) return;
+    if (job.topk.teacher)
+        for (int64_t r = 0; r < count; ++r) find_coefficients(job, active[r]);
     std::vector<Row*> wanted;
     for (Row& row : rows) gradient_of_row(row, [&] { wanted.push_back(&row); });
     for_each(job.threads, static_cast<int64_t>(wanted.size()) * blocks,

@@ -42,6 +42,18 @@ struct Request {
 // (sum of grad_logq, sum of grad_logp, its constants), as [state_rows, N] floats.
 constexpr int kStateOfRow = 8, kStateOfStatistic = 2 + kRowConstants;
 
+// A divergence on a row's labels, and on its tail as one more outcome: its gradients by their log-probabilities are the
+// coefficients of a loss, found when a row's values are.
+struct TopK {
+    const float* teacher = nullptr;  // [N, outcomes] log-probabilities; null: no such loss
+    int64_t outcomes = 0;            // labels a row, and one more with the tail
+    Request divergence{};
+    double alpha = 0.5, beta = 0.5;
+    const float* scale = nullptr;   // [N]: what each row counts
+    float* divergences = nullptr;   // [N]
+    float* coefficients = nullptr;  // [value rows, N]
+};
+
 struct Job : Tokens {
     const Kernels* kernels;
     Rows student, teacher;
@@ -51,6 +63,7 @@ struct Job : Tokens {
     float* state = nullptr;               // written by a forward pass when wanted, read by a backward pass
     const float* coefficients = nullptr;  // [value rows, N]; null: no gradient
     Gradient d_student, d_teacher;
+    TopK topk;
     int64_t threads = 1;
     bool split_rows = false;
 

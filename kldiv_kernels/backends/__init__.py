@@ -89,6 +89,17 @@ class OneReadPolicy(Protocol):
         """Values [value_rows, N] and dlogits; the arguments are those of `policy_one_read.Known`."""
 
 
+@runtime_checkable
+class OneReadTopK(Protocol):
+    """A backend that goes from the log-probabilities of a row to the gradient of its top-k divergence by itself."""
+
+    def topk(
+        self, call: Call, teacher: Tensor, scale: Tensor, kind: str, alpha: float, beta: float
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Values [value_rows, N], divergences [N] and dlogits of Σ scale · divergence, for statistics ("logprob",) or
+        ("logprob", "tail_logprob"), of which `teacher` [N, value_rows] has the other side."""
+
+
 @functools.cache
 def _all() -> dict[str, Backend]:
     from kldiv_kernels.backends.cuda import CudaBackend
