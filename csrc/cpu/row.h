@@ -42,6 +42,12 @@ struct FinishedStatistic {
     double k[kRowConstants] = {};
 };
 
+// What a label adds to its column of the gradient.
+struct LabelWeight {
+    int64_t column;
+    double weight;
+};
+
 // The scratch of one tile.
 struct Buffers {
     alignas(64) float s[kTile], t[kTile], out[kTile];
@@ -88,8 +94,7 @@ class Row {
     void finish(size_t i, const double* sums, double log_sum);
     void gradient_of(bool student, int64_t block) const;
     double logprob(bool student, int64_t label) const;
-    SoftmaxState sweep_tail(const float* x, int64_t start, int count, float largest, float* scratch,
-                            SoftmaxState* tail) const;
+    SoftmaxState sweep_tail(float* x, int64_t start, int count, float largest, SoftmaxState* tail) const;
     void softmax_with_tail(const float* x, int64_t start, int count, float share, float* out) const;
     void parked_gradient(int64_t block) const;
     void zero_padding(const Gradient& to, char* row, int64_t end) const;
@@ -122,7 +127,8 @@ class Row {
     NormalisedRow normalised_{};
     std::vector<FinishedStatistic> finished_;
     // Gradient weights, 1/temperature included: of softmax(s), softmax(t), and of each statistic's g.
-    std::vector<double> weight_, label_weight_s_, label_weight_t_;
+    std::vector<double> weight_;
+    std::vector<LabelWeight> label_weights_s_, label_weights_t_;  // by column
     double share_s_ = 0, share_t_ = 0, tail_weight_ = 0;
 };
 

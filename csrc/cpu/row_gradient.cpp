@@ -8,6 +8,12 @@
 
 namespace kldiv {
 
+namespace {
+
+bool before(const LabelWeight& a, const LabelWeight& b) { return a.column < b.column; }
+
+}  // namespace
+
 bool Row::load_coefficients() {
     bool any = false;
     int64_t at = 0;
@@ -27,14 +33,16 @@ bool Row::load_coefficients() {
         const Kind kind = job_.stats[i].kind;
         if (kind == Kind::logprob || kind == Kind::reference_logprob) {
             const bool student = kind == Kind::logprob;
-            std::vector<double>& weights = student ? label_weight_s_ : label_weight_t_;
-            weights.resize(job_.labels_per_row);
+            std::vector<LabelWeight>& weights = student ? label_weights_s_ : label_weights_t_;
             for (int64_t j = 0; j < job_.labels_per_row; ++j) {
                 const double c = take(student);
-                const bool present = job_.labels[index_ * job_.labels_per_row + j] >= 0;
-                weights[j] = present ? c * (student ? inverse_s : inverse_t) : 0.0;
-                (student ? share_s_ : share_t_) -= weights[j];
+                const int64_t label = job_.labels[index_ * job_.labels_per_row + j];
+                if (label < 0) continue;
+                weights.push_back({label, c * (student ? inverse_s : inverse_t)});
+                (student ? share_s_ : share_t_) -= weights.back().weight;
             }
+            // What several labels add to one column is added in their order.
+            std::stable_sort(weights.begin(), weights.end(), before);
             continue;
         }
         const double c = take(false);
@@ -112,7 +120,7 @@ void Row::gradient_of(bool student, int64_t block) const {
     const float kernel_share = plain ? static_cast<float>(share) : 0.0f;
     const Softmax& softmax = student ? normalised_.s : normalised_.t;
     const double inverse = student ? scale_s_ : scale_t_;
-    const std::vector<double>& label_weight = student ? label_weight_s_ : label_weight_t_;
+    const std::vector<LabelWeight>& label_weights = student ? label_weights_s_ : label_weights_t_;
     const int64_t end = std::min(job_.columns, (block + 1) * kBlock);
     for (int64_t start = block * kBlock; start < end; start += kTile) {
         const int count = static_cast<int>(std::min<int64_t>(kTile, end - start));
@@ -155,10 +163,9 @@ void Row::gradient_of(bool student, int64_t block) const {
                 if (!(q <= 0)) b.out[i] += static_cast<float>(q * share);
             }
         }
-        for (size_t j = 0; j < label_weight.size(); ++j) {
-            const int64_t at = job_.labels[index_ * job_.labels_per_row + j] - start;
-            if (at >= 0 && at < count) b.out[at] += static_cast<float>(label_weight[j]);
-        }
+        auto label = std::lower_bound(label_weights.begin(), label_weights.end(), LabelWeight{start, 0}, before);
+        for (; label != label_weights.end() && label->column < start + count; ++label)
+            b.out[label->column - start] += static_cast<float>(label->weight);
         if (exclude_ >= start && exclude_ < start + count) b.out[exclude_ - start] = 0;
         kernels.store[static_cast<int>(to.dtype)](b.out, count, row + start * to.element_bytes());
     }

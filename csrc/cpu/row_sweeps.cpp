@@ -80,7 +80,7 @@ FirstSweep Row::first_sweep(int64_t block) const {
             have_z = true;
         }
         if (tail_ >= 0) {
-            const SoftmaxState whole = sweep_tail(b.s, start, count, ls.largest, b.out, &tile.tail);
+            const SoftmaxState whole = sweep_tail(b.s, start, count, ls.largest, &tile.tail);
             // A divergence moves by the sums that it was taken with.
             if (!have_z) tile.s.m = whole.m, tile.s.z = whole.z, tile.s.a = whole.a;
         }
@@ -97,35 +97,35 @@ FirstSweep Row::first_sweep(int64_t block) const {
     return out;
 }
 
-// The tile's tail, and with the labels' own terms the whole.
-SoftmaxState Row::sweep_tail(const float* x, int64_t start, int count, float largest, float* scratch,
-                             SoftmaxState* tail) const {
+// The tile's tail, and with the labels' own terms the whole. The labels' places are empty meanwhile.
+SoftmaxState Row::sweep_tail(float* x, int64_t start, int count, float largest, SoftmaxState* tail) const {
     const int padded = padded_to_lanes(count);
     const auto first = std::lower_bound(support_.begin(), support_.end(), start);
     const auto last = std::lower_bound(first, support_.end(), start + count);
     SoftmaxState whole;
-    if (first != last) {
-        std::copy(x, x + padded, scratch);
-        for (auto label = first; label != last; ++label) {
-            const double logit = x[*label - start];
-            scratch[*label - start] = kNoMass;
-            if (logit <= kNoMass) continue;
-            // As the kernels take it: 2^y with y = fma(x, kLog2e, -m).
-            const double m = std::ceil(logit * kLog2e), z = std::exp2(logit * kLog2e - m);
-            SoftmaxState one;
-            one.m = m;
-            one.z = z;
-            one.a = z * (m * kExponentToLog - logit);
-            whole.merge(one);
-        }
-        x = scratch;
-        largest = *std::max_element(scratch, scratch + count);
+    float labels[kTile];
+    for (auto label = first; label != last; ++label) {
+        float& place = x[*label - start];
+        const double logit = labels[label - first] = place;
+        place = kNoMass;
+        if (logit <= kNoMass) continue;
+        // As the kernels take it: 2^y with y = fma(x, kLog2e, -m).
+        const double m = std::ceil(logit * kLog2e), z = std::exp2(logit * kLog2e - m);
+        SoftmaxState one;
+        one.m = m;
+        one.z = z;
+        one.a = z * (m * kExponentToLog - logit);
+        whole.merge(one);
     }
+    // Loaded onto itself for what the loader measures.
+    if (first != last)
+        largest = job_.kernels->measured_load[static_cast<int>(Dtype::float32)](x, count, 1, 0, x).largest;
     tail->m = largest > kNoMass ? std::ceil(largest * kLog2e) : 0;
     if (entropy_s_)
         job_.kernels->sum_exp_entropy(x, padded, static_cast<float>(tail->m), &tail->z, &tail->a);
     else
         tail->z = job_.kernels->sum_exp(x, padded, static_cast<float>(tail->m));
+    for (auto label = first; label != last; ++label) x[*label - start] = labels[label - first];
     whole.merge(*tail);
     return whole;
 }
