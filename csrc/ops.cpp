@@ -3,6 +3,7 @@
 // inputs.py stand above them.
 #include <tuple>
 
+#include "cpu/largest.h"
 #include "cpu/rows.h"
 #include "op_arguments.h"
 
@@ -178,6 +179,23 @@ std::tuple<Tensor, Tensor, Tensor> topk(const Tensor& logits, std::optional<Tens
     return {std::get<0>(out), divergences, std::get<2>(out)};
 }
 
+// Column numbers [N, k] of the k largest of the first `columns` logits of each row (cpu/largest.h).
+Tensor largest(const Tensor& logits, std::optional<Tensor> mask, int64_t k, int64_t columns) {
+    kldiv::Selection selection;
+    selection.kernels = &kldiv::best_kernels();
+    selection.logits = rows_of(logits, logits, columns, "logits");
+    selection.rows = kldiv::row_count(logits);
+    selection.columns = columns;
+    selection.k = k;
+    STD_TORCH_CHECK(k >= 1 && k <= columns, "k must be 1 to ", columns, ", not ", k);
+    selection.mask = kldiv::per_token<bool>(mask, logits, selection.rows, ScalarType::Bool, "mask");
+    const Tensor ids = new_empty(logits, {selection.rows, k}, ScalarType::Long);
+    selection.ids = static_cast<int64_t*>(ids.data_ptr());
+    selection.threads = torch::stable::get_num_threads();
+    kldiv::run_largest(selection);
+    return ids;
+}
+
 void scale_(Tensor gradient, const Tensor& factor) {
     STD_TORCH_CHECK(gradient.is_cpu() && gradient.is_contiguous(), "gradient must be a contiguous CPU tensor");
     STD_TORCH_CHECK(factor.is_cpu() && factor.numel() == 1 && factor.scalar_type() == ScalarType::Float,
@@ -196,6 +214,7 @@ STABLE_TORCH_LIBRARY(kldiv_kernels_native, m) {
     m.def(KLDIV_BACKWARD);
     m.def(KLDIV_POLICY);
     m.def(KLDIV_TOPK);
+    m.def("largest(Tensor logits, Tensor? mask, int k, int columns) -> Tensor");
     m.def("scale_(Tensor(a!) gradient, Tensor factor) -> ()");
     m.def("served() -> str[]");
     m.def("isa() -> str");
@@ -206,6 +225,7 @@ STABLE_TORCH_LIBRARY_IMPL(kldiv_kernels_native, CPU, m) {
     m.impl("backward", TORCH_BOX(&backward));
     m.impl("policy", TORCH_BOX(&policy));
     m.impl("topk", TORCH_BOX(&topk));
+    m.impl("largest", TORCH_BOX(&largest));
     m.impl("scale_", TORCH_BOX(&scale_));
 }
 

@@ -65,6 +65,15 @@ def topk_loss(
     return divergences, dlogits
 
 
+def largest(logits: Tensor, mask: Tensor | None, k: int, columns: int) -> Tensor:
+    """Column numbers [N, k] of the k largest of the first columns, the largest first, of equal ones the first first.
+
+    One read, on CPUs. Rows that the mask leaves out are not read and get 0 to k-1.
+    """
+    ids: Tensor = torch.ops.kldiv_kernels.largest(logits, mask, k, columns)
+    return ids
+
+
 def with_gradient(value: Tensor, logits: Tensor, dlogits: Tensor) -> Tensor:
     """A scalar of this value, and of this gradient with respect to the logits."""
     scalar: Tensor = torch.ops.kldiv_kernels.with_gradient(value, logits, dlogits)
@@ -112,6 +121,7 @@ _library.define(
 _library.define(
     f"topk({_CALL_SCHEMA}, Tensor teacher, Tensor scale, str kind, float alpha, float beta) -> (Tensor, Tensor, Tensor)"
 )
+_library.define("largest(Tensor logits, Tensor? mask, int k, int columns) -> Tensor")
 _library.define("with_gradient(Tensor value, Tensor logits, Tensor dlogits) -> Tensor")
 
 
@@ -162,6 +172,11 @@ def _topk(*arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
     return backend.topk(call, *arguments[_CALL_ARGUMENTS:])
 
 
+def _largest(logits: Tensor, mask: Tensor | None, k: int, columns: int) -> Tensor:
+    ids: Tensor = torch.ops.kldiv_kernels_native.largest(logits, mask, k, columns)
+    return ids
+
+
 def _with_gradient(value: Tensor, logits: Tensor, dlogits: Tensor) -> Tensor:
     return value.clone()
 
@@ -172,6 +187,7 @@ for _name, _function in (
     ("loss", _loss),
     ("policy", _policy),
     ("topk", _topk),
+    ("largest", _largest),
     ("with_gradient", _with_gradient),
 ):
     _library.impl(_name, _function, "CompositeExplicitAutograd")
@@ -220,18 +236,21 @@ def _fake_policy(*arguments: Any) -> tuple[Tensor, Tensor]:
     return _fake_values(call), _fake_gradients(call, True, False)[0]
 
 
-torch.library.register_fake("kldiv_kernels::statistics", _fake_statistics)
-torch.library.register_fake("kldiv_kernels::statistics_backward", _fake_backward)
-torch.library.register_fake("kldiv_kernels::loss", _fake_loss)
-
-
 def _fake_topk(*arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
     values, dlogits = _fake_policy(*arguments)
     return values, values.new_empty(values.shape[1:]), dlogits
 
 
+def _fake_largest(logits: Tensor, mask: Tensor | None, k: int, columns: int) -> Tensor:
+    return logits.new_empty((logits.numel() // logits.shape[-1], k), dtype=torch.int64)
+
+
+torch.library.register_fake("kldiv_kernels::statistics", _fake_statistics)
+torch.library.register_fake("kldiv_kernels::statistics_backward", _fake_backward)
+torch.library.register_fake("kldiv_kernels::loss", _fake_loss)
 torch.library.register_fake("kldiv_kernels::policy", _fake_policy)
 torch.library.register_fake("kldiv_kernels::topk", _fake_topk)
+torch.library.register_fake("kldiv_kernels::largest", _fake_largest)
 torch.library.register_fake("kldiv_kernels::with_gradient", _with_gradient)
 
 

@@ -26,6 +26,7 @@ import torch
 from torch import Tensor
 
 from kldiv_kernels import backends, inputs, ops, registry, topk_inputs
+from kldiv_kernels.backends import native
 from kldiv_kernels.inputs import Parameter
 from kldiv_kernels.losses import Reduction, reduced, reduction_checked, token_scale
 from kldiv_kernels.stats import TokenStats, token_stats
@@ -64,7 +65,7 @@ def topk(
     >>> top.ids.tolist(), round(top.log_mass.exp().item(), 4)
     ([[1, 2]], 0.8808)
     """
-    ids = _largest("topk", logits, k, vocab_size)
+    ids = _largest("topk", logits, k, vocab_size, mask, backend)
     values = token_stats(
         logits, labels=ids, stats=("logprob",), temperature=temperature, mask=mask, vocab_size=vocab_size,
         backend=backend,
@@ -316,9 +317,9 @@ def topk_divergence_from_logits(
         raise ValueError(f"{where}: support is {support!r}; expected teacher, student or union")
     inputs.logits_checked(where, reference_logits, "reference_logits")
     reference = reference_logits.detach()
-    ids = _largest(where, logits.detach() if support == "student" else reference, k, vocab_size)
+    ids = _largest(where, logits if support == "student" else reference, k, vocab_size, mask, backend)
     if support == "union":
-        ids = _union(ids, _largest(where, logits.detach(), k, vocab_size))
+        ids = _union(ids, _largest(where, logits, k, vocab_size, mask, backend))
     shared = inputs.shared_columns(where, logits, reference, vocab_size)
     teacher = topk_token_stats(
         reference, ids, temperature=temperature if reference_temperature is None else reference_temperature,
@@ -331,11 +332,14 @@ def topk_divergence_from_logits(
     )  # fmt: skip
 
 
-def _largest(where: str, logits: Tensor, k: int, vocab_size: int | None) -> Tensor:
+def _largest(where: str, logits: Tensor, k: int, vocab_size: int | None, mask: Tensor | None, backend: str) -> Tensor:
     inputs.logits_checked(where, logits, "logits")
     columns = logits.shape[-1] if vocab_size is None else vocab_size
     if not isinstance(k, int) or not 1 <= k <= columns:
         raise ValueError(f"{where}: k is {k!r}; expected 1 to {columns}, the vocabulary size")
+    if backend in ("auto", "cpu") and native.selects(logits):
+        flat = inputs.mask_checked(where, mask, logits, logits.shape[:-1])
+        return ops.largest(logits.detach(), flat, k, columns).reshape(*logits.shape[:-1], k)
     return logits.detach()[..., :columns].topk(k, dim=-1).indices
 
 

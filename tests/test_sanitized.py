@@ -47,6 +47,21 @@ def test_every_statistic_stays_inside_its_tensors(dtype: torch.dtype, columns: i
     assert student.grad.isfinite().all()
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("columns", [1, 3, 17, 63, 65, 2049, 8209])
+@pytest.mark.parametrize("count", [1, 9])
+def test_the_largest_columns_and_their_divergences(dtype: torch.dtype, columns: int, count: int) -> None:
+    student, teacher = rows((count, columns), dtype, 6).requires_grad_(), rows((count, columns), dtype, 7)
+    for k in {1, min(columns, 64), columns}:
+        top = kk.topk(teacher, k, backend="cpu")
+        for tail in ("bucket", "renormalize"):
+            loss = kk.topk_divergence_loss(student, top.ids, top.values, "js", tail=tail, backend="cpu")
+            loss.backward()
+            assert loss.isfinite()
+    assert student.grad is not None
+    assert student.grad.isfinite().all()
+
+
 @pytest.mark.parametrize("threads", [1, 2])
 def test_views_and_padding_are_read_only_where_they_may_be(threads: int) -> None:
     before = torch.get_num_threads()

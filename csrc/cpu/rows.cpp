@@ -1,15 +1,11 @@
 #include "rows.h"
 
-#include <torch/csrc/stable/ops.h>
-
 #include <algorithm>
-#include <atomic>
-#include <exception>
 #include <functional>
-#include <mutex>
 #include <stdexcept>
 
 #include "../plan.h"
+#include "for_each.h"
 #include "row.h"
 
 namespace kldiv {
@@ -39,28 +35,6 @@ struct Named {
 constexpr Named kPlain[] = {{"logprob", Kind::logprob},           {"reference_logprob", Kind::reference_logprob},
                             {"tail_logprob", Kind::tail_logprob}, {"logsumexp", Kind::logsumexp},
                             {"max_logprob", Kind::max_logprob},   {"argmax", Kind::argmax}};
-
-// Hands out 0 .. count-1 to the threads one by one: masked rows and a busy core leave nobody waiting, and no result
-// depends on who computed it.
-void for_each(int64_t threads, int64_t count, const std::function<void(int64_t)>& work) {
-    std::atomic<int64_t> next{0};
-    std::exception_ptr failure;
-    std::mutex failure_lock;
-    const auto loop = [&](int64_t, int64_t) {
-        try {
-            for (int64_t i = next++; i < count; i = next++) work(i);
-        } catch (...) {
-            const std::lock_guard<std::mutex> guard(failure_lock);
-            failure = std::current_exception();
-        }
-    };
-    const int64_t workers = std::min(threads, count);
-    if (workers <= 1)
-        loop(0, 1);
-    else
-        torch::stable::parallel_for(0, workers, 1, loop);
-    if (failure) std::rethrow_exception(failure);
-}
 
 std::vector<int64_t> active_rows(const Job& job) {
     std::vector<int64_t> rows;

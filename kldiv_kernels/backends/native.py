@@ -53,6 +53,11 @@ load: Callable[[], str | None] = torch.compiler.assume_constant_result(_refusal)
 served: Callable[[], frozenset[str]] = torch.compiler.assume_constant_result(_names)  # type: ignore[no-untyped-call]
 
 
+def selects(logits: Tensor) -> bool:
+    """Whether the operator `largest` serves these."""
+    return logits.device.type == "cpu" and logits.dtype in DTYPES and load() is None
+
+
 def instruction_set() -> str:
     """The code path that this processor gets (KLDIV_CPU_ISA narrows it): avx512, avx2 or baseline."""
     return str(torch.ops.kldiv_kernels_native.isa())
