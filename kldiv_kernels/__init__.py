@@ -28,7 +28,8 @@ from kldiv_kernels.policy import policy_loss
 from kldiv_kernels.policy_assembly import PolicyLoss
 from kldiv_kernels.registry import register_statistic, unregister_statistic
 from kldiv_kernels.stats import TokenStats, entropy, selective_log_softmax, token_stats
-from kldiv_kernels.topk import TopK, topk, topk_divergence_from_logits, topk_divergence_loss, topk_token_stats
+from kldiv_kernels.topk import TopK, topk, topk_token_stats
+from kldiv_kernels.topk_divergences import topk_divergence_from_logits, topk_divergence_loss
 from kldiv_kernels.version import __version__
 
 __all__ = [

@@ -14,7 +14,7 @@ from kldiv_kernels.losses import divergence_loss
 from kldiv_kernels.policy import policy_loss
 from kldiv_kernels.policy_assembly import PolicyLoss as PolicyLossResult
 from kldiv_kernels.policy_options import OPTION_NAMES, resolve
-from kldiv_kernels.topk import topk_divergence_loss
+from kldiv_kernels.topk_divergences import topk_divergence_loss
 
 _PER_CALL = ("weight", "labels", "mask", "normalizer", "exclude")
 _POLICY_PER_CALL = (

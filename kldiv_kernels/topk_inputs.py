@@ -27,10 +27,7 @@ def ids_checked(where: str, name: str, ids: Tensor, logits: Tensor, vocab_size: 
     ids = ids.to(torch.int64)
     if check:
         _refuse(where, name, ids, (ids < -1) | (ids >= columns), f"expected 0 to {columns - 1}, or -1 for none")
-        ordered, order = ids.sort(dim=-1, stable=True)
-        again = torch.zeros_like(ids, dtype=torch.bool)
-        again[..., 1:] = (ordered[..., 1:] == ordered[..., :-1]) & (ordered[..., 1:] >= 0)
-        _refuse(where, name, ids, torch.zeros_like(again).scatter_(-1, order, again), "which occurs before in its row")
+        _refuse(where, name, ids, occur_before(ids) & (ids >= 0), "which occurs before in its row")
     return ids
 
 
@@ -52,6 +49,14 @@ def logprobs_checked(where: str, name: str, logprobs: Tensor, ids: Tensor, check
         total = logprobs.double().exp().sum(-1)
         _refuse(where, f"the sum of exp({name})", total, total > 1 + above, "expected at most 1")
     return logprobs
+
+
+def occur_before(ids: Tensor) -> Tensor:
+    """[*, K] bool: those that are in their row before."""
+    ordered, order = ids.sort(dim=-1, stable=True)
+    again = torch.zeros_like(ids, dtype=torch.bool)
+    again[..., 1:] = ordered[..., 1:] == ordered[..., :-1]
+    return torch.zeros_like(again).scatter_(-1, order, again)
 
 
 def tail_of(logprobs: Tensor) -> Tensor:

@@ -21,7 +21,6 @@ from kldiv_kernels.backends import OneReadTopK, get
 ONE_READ_BACKENDS = [name for name in BACKENDS if isinstance(get(name), OneReadTopK)]
 # On the model of a GPU: both forms of its kernels, whatever the plan would be.
 PLANS = ["cluster=2,stages=2", "two-sweep"] if CUDA_ON_HOST else [""]
-pytestmark = pytest.mark.skipif(not ONE_READ_BACKENDS, reason="no backend here has the one-read form")
 TAILS = ["bucket", "renormalize", "renormalize_teacher"]
 N, V, K = 6, 136, 7
 
@@ -40,7 +39,7 @@ def passes(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     def noted(name: str, form: Any) -> Any:
         return lambda *arguments: (seen.append(name), form(*arguments))[1]
 
-    for name in ("statistics", "topk_loss"):
+    for name in ("statistics", "loss", "topk_loss"):
         monkeypatch.setattr(ops, name, noted(name, getattr(ops, name)))
     return seen
 
@@ -63,13 +62,23 @@ def _gradient(loss: Tensor, logits: Tensor) -> Tensor:
     return gradient
 
 
-def _check(batch: dict[str, Tensor], backend: str, passes: list[str], **options: Any) -> None:
+def _tokens(**options: Any) -> float:
+    valid = options.get("mask", torch.ones(N)) != 0
+    if "labels" in options:
+        valid &= options["labels"] != -100
+    return float(options.get("normalizer", valid.sum()))
+
+
+def _check(batch: dict[str, Tensor], backend: str, passes: list[str], form: str = "topk_loss", **options: Any) -> None:
     logits = batch["logits"].detach().requires_grad_()
     exact = batch["logits"].detach().double().requires_grad_()
     passes.clear()
     got = kk.topk_divergence_loss(**{**batch, "logits": logits}, backend=backend, **options)
-    assert passes == ["topk_loss"]
-    wanted = kk.topk_divergence_loss(**{**batch, "logits": exact}, backend="reference", **options)
+    assert passes == [form]
+    # Not reduced, it is composed.
+    reduction = options.pop("reduction", "mean")
+    each = kk.topk_divergence_loss(**{**batch, "logits": exact}, backend="reference", **options, reduction="none")
+    wanted = each.sum() / (1 if reduction == "sum" else _tokens(**options))
     assert torch.allclose(got.double(), wanted.double(), rtol=2e-5, atol=2e-6)
     if wanted.isinf():
         # A teacher without mass on the rest. What each column's gradient is then is the composed form's affair.
@@ -217,7 +226,8 @@ def test_all_masked(backend: str, plan: None) -> None:
 @pytest.mark.parametrize(
     "options",
     [
-        {"reduction": "none"}, {"tail": "none"}, {"beta": torch.full((N,), 0.3)}, {"alpha": torch.full((N,), 0.3)},
+        {"reduction": "none"}, {"tail": "none", "kind": "jeffreys"},
+        {"beta": torch.full((N,), 0.3)}, {"alpha": torch.full((N,), 0.3)},
         {"normalizer": torch.tensor(3.0, requires_grad=True)},
     ],
     ids=str,
@@ -227,8 +237,25 @@ def test_what_takes_two_passes(backend: str, options: dict[str, Any], passes: li
     batch = _batch()
     logits = batch["logits"].requires_grad_()
     loss = kk.topk_divergence_loss(**batch, backend=backend, **options)
-    assert "topk_loss" not in passes
+    assert passes[0] == "statistics"
     assert _gradient(loss.sum(), logits).any()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("name", ["mean", *OPTIONS])
+@pytest.mark.parametrize("kind", ["forward_kl", "cross_entropy"])
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_sums_whose_gradient_is_known_beforehand(
+    backend: str, kind: str, name: str, dtype: torch.dtype, passes: list[str]
+) -> None:
+    if name == "tail":
+        pytest.skip("a raw sum has none")
+    batch = _batch(dtype)
+    if name == "vocabulary":
+        batch["topk_ids"] = torch.stack([torch.randperm(120)[:K] for _ in range(N)])
+    batch["topk_logprobs"][0, 2] = -torch.inf
+    batch["logits"][0, batch["topk_ids"][0, 2]] = -torch.inf
+    _check(batch, backend, passes, "loss", kind=kind, tail="none", **OPTIONS.get(name, {}))
 
 
 @pytest.mark.parametrize("backend", ONE_READ_BACKENDS)
