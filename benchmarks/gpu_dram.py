@@ -19,7 +19,7 @@ import torch
 
 import kldiv_kernels as kk
 from kldiv_kernels.benchmarking import gpu_peers
-from kldiv_kernels.benchmarking.cases import GRPO, LOGPROB_ENTROPY
+from kldiv_kernels.benchmarking.cases import GRPO, LOGPROB_ENTROPY, TOPK
 from kldiv_kernels.benchmarking.gpu_cases import GpuCase
 
 CASES = [
@@ -27,6 +27,7 @@ CASES = [
     GpuCase("js"),
     GpuCase(LOGPROB_ENTROPY, known=True),
     GpuCase(GRPO),
+    GpuCase(TOPK),
     GpuCase("forward_kl", gradient=False),
     GpuCase(LOGPROB_ENTROPY),
 ]

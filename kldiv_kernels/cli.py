@@ -163,9 +163,9 @@ def plan(
 def bench(
     rows: Annotated[int, typer.Option(help="Tokens, N.")] = bench_cases.DEFAULT_ROWS,
     vocab: Annotated[int, typer.Option(help="Columns, V.")] = bench_cases.DEFAULT_VOCAB,
-    kinds: Annotated[str, typer.Option(help="Comma-separated divergences, logprob_entropy, grpo.")] = ",".join(
-        bench_cases.DEFAULT_KINDS
-    ),
+    kinds: Annotated[
+        str, typer.Option(help="Comma-separated divergences, logprob_entropy, grpo, topk, topk_from_logits.")
+    ] = ",".join(bench_cases.DEFAULT_KINDS),
     dtypes: Annotated[str, typer.Option(help="Comma-separated: bf16, fp32, fp16.")] = "bf16,fp32",
     peers: Annotated[str, typer.Option(help="Comma-separated: eager, compile, trl; or none.")] = "eager,compile,trl",
     repeats: Annotated[int, typer.Option(min=1, help="Timed calls of each; the median counts.")] = 7,

@@ -17,6 +17,9 @@ from kldiv_kernels.backends import cuda, get, native
 from kldiv_kernels.registry import Statistic
 
 POLICY_LOSS = "policy_loss"
+TOPK_LOSS = "topk_loss"
+# What the losses that are no divergence of two rows take of a row.
+_STATISTICS = {POLICY_LOSS: ("logprob", "entropy"), TOPK_LOSS: ("logprob", "tail_logprob")}
 
 
 @dataclass(frozen=True)
@@ -75,7 +78,7 @@ def plan(
     Args:
         rows, vocab: N tokens and V columns.
         dtype: of the logits. stats or kind: one of them; default kind="forward_kl". kind="policy_loss" is a
-            `policy_loss` whose gradient depends on each token alone.
+            `policy_loss` whose gradient depends on each token alone, "topk_loss" a `topk_divergence_loss`.
         device: "cpu", a CUDA device of this machine such as "cuda:0", or an architecture such as "sm_90", which need
             not be here.
         gradient: count the gradient of the logits too.
@@ -92,10 +95,10 @@ def plan(
         if not isinstance(value, int) or value < 1:
             raise ValueError(f"plan: {name} is {value!r}; expected an integer of at least 1")
     target = _target(device)
-    if kind == POLICY_LOSS:
-        chosen = inputs.statistics(("logprob", "entropy"), "plan")
+    if kind in _STATISTICS:
+        chosen = inputs.statistics(_STATISTICS[kind], "plan")
     elif stats is None:
-        chosen = [registry.get(kind or "forward_kl", "plan: kind", [*registry.divergence_names(), POLICY_LOSS])]
+        chosen = [registry.get(kind or "forward_kl", "plan: kind", [*registry.divergence_names(), *_STATISTICS])]
     else:
         chosen = inputs.statistics(stats, "plan")
     wanted = _Wanted(rows, vocab, dtype, tuple(chosen), gradient, stats is None and gradient)

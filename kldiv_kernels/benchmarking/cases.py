@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from kldiv_kernels import registry
-from kldiv_kernels.planning import POLICY_LOSS
+from kldiv_kernels.planning import POLICY_LOSS, TOPK_LOSS
 
 # A policy-gradient-like loss of one tensor: -mean(logprob) - 0.01 mean(entropy).
 LOGPROB_ENTROPY = "logprob_entropy"
@@ -22,7 +22,12 @@ ENTROPY_COEFFICIENT = 0.01
 # The clipped surrogate of GRPO over tokens, with the entropy as a metric.
 GRPO = "grpo"
 GRPO_CLIP = 0.2
+# Forward KL from a teacher of which the likeliest tokens of each row are known, with the rest as one more outcome; and
+# the same on the student's likeliest tokens, from the logits of both.
+TOPK, TOPK_FROM_LOGITS = "topk", "topk_from_logits"
+TOPK_K = 64
 JS_BETA = 0.5
+_OTHER_KINDS = (LOGPROB_ENTROPY, GRPO, TOPK, TOPK_FROM_LOGITS)
 
 DEFAULT_KINDS = ("forward_kl", "reverse_kl", "hellinger", "js", LOGPROB_ENTROPY)
 DEFAULT_DTYPES = (torch.bfloat16, torch.float32)
@@ -38,26 +43,29 @@ _DTYPES = {
 }  # fmt: skip
 _SHORT = {torch.bfloat16: "bf16", torch.float32: "fp32", torch.float16: "fp16", torch.float64: "fp64"}
 
-Against = Literal["compile", "eager", "trl", "copy", "memory"]
+Against = Literal["compile", "eager", "trl", "logprob", "copy", "memory"]
 
 
 @dataclass(frozen=True)
 class Target:
     """`against` a peer: how many times faster at least; "copy": how many times the time of copying the floor's
-    bytes at most; "memory": how many u beyond the inputs at most."""
+    bytes at most; "logprob": how many times the time of our log-probability loss at most; "memory": how many u beyond
+    the inputs at most."""
 
     against: Against
     bound: float
 
     @property
     def at_most(self) -> bool:
-        return self.against in ("copy", "memory")
+        return self.against in ("copy", "logprob", "memory")
 
     def met(self, value: float) -> bool:
         return value <= self.bound if self.at_most else value >= self.bound
 
     def text(self) -> str:
-        unit = {"copy": "× copy", "memory": "u extra memory"}.get(self.against, f"× faster than {self.against}")
+        unit = {"copy": "× copy", "logprob": "× our log-probability loss", "memory": "u extra memory"}.get(
+            self.against, f"× faster than {self.against}"
+        )
         return f"{'≤' if self.at_most else '≥'} {self.bound:g} {unit}"
 
 
@@ -71,6 +79,8 @@ _TARGETS: dict[tuple[str, torch.dtype], tuple[Target, ...]] = {
     ("js", torch.bfloat16): (Target("compile", 7), Target("trl", 30), Target("copy", 4)),
     (LOGPROB_ENTROPY, torch.bfloat16): (Target("compile", 3), Target("trl", 12), Target("copy", 2.5)),
     (GRPO, torch.bfloat16): (Target("trl", 10),),
+    (TOPK, torch.bfloat16): (Target("logprob", 1.3),),
+    (TOPK_FROM_LOGITS, torch.bfloat16): (Target("trl", 8),),
     ("forward_kl", torch.float32): (Target("compile", 4), Target("eager", 10), Target("copy", 2)),
 }
 
@@ -79,7 +89,8 @@ _TARGETS: dict[tuple[str, torch.dtype], tuple[Target, ...]] = {
 class Inputs:
     """student [rows, vocab] requires grad; a teacher for divergences, labels [rows] otherwise.
 
-    A policy loss has an advantage and the log-probability of its sampling policy a row as well.
+    A policy loss has an advantage and the log-probability of its sampling policy a row as well, a top-k loss ids and
+    log-probabilities [rows, k] of a teacher.
     """
 
     logits: Tensor
@@ -87,6 +98,8 @@ class Inputs:
     labels: Tensor | None = None
     advantages: Tensor | None = None
     old_logprobs: Tensor | None = None
+    topk_ids: Tensor | None = None
+    topk_logprobs: Tensor | None = None
 
 
 @dataclass(frozen=True)
@@ -102,14 +115,18 @@ class Case:
 
     @property
     def is_divergence(self) -> bool:
-        return self.kind not in (LOGPROB_ENTROPY, GRPO)
+        return self.kind not in (LOGPROB_ENTROPY, GRPO, TOPK)
+
+    @property
+    def k(self) -> int:
+        return min(TOPK_K, max(1, self.vocab // 2))
 
     @property
     def planned(self) -> dict[str, Any]:
         """What `kldiv_kernels.plan` calls the case's loss."""
         if self.kind == LOGPROB_ENTROPY:
             return {"stats": ["logprob", "entropy"]}
-        return {"kind": POLICY_LOSS if self.kind == GRPO else self.kind}
+        return {"kind": {GRPO: POLICY_LOSS, TOPK: TOPK_LOSS, TOPK_FROM_LOGITS: TOPK_LOSS}.get(self.kind, self.kind)}
 
     @property
     def sequences(self) -> int:
@@ -146,14 +163,24 @@ class Case:
         logits = rows().requires_grad_()
         if self.is_divergence:
             return Inputs(logits, rows())
+        if self.kind == TOPK:
+            teacher = rows()
+            ids = teacher.topk(self.k, dim=-1).indices
+            logprobs = teacher.gather(-1, ids).float() - _logsumexp(teacher)[:, None]
+            return Inputs(logits, labels=ids[:, 0].contiguous(), topk_ids=ids, topk_logprobs=logprobs)
         labels = torch.randint(self.vocab, (self.rows,), device=device, generator=generator)
         if self.kind == LOGPROB_ENTROPY:
             return Inputs(logits, labels=labels)
         advantages, moved = torch.randn((2, self.rows), device=device, generator=generator)
         # An earlier policy, so near that some ratios are clipped and some are not.
         sampled = logits.detach().gather(-1, labels[:, None]).squeeze(-1).float()
-        old = sampled - torch.stack([row.float().logsumexp(-1) for row in logits.detach()]) + 0.2 * moved
+        old = sampled - _logsumexp(logits.detach()) + 0.2 * moved
         return Inputs(logits, labels=labels, advantages=advantages, old_logprobs=old)
+
+
+def _logsumexp(logits: Tensor) -> Tensor:
+    """In float32, without a copy of all rows."""
+    return torch.stack([row.float().logsumexp(-1) for row in logits])
 
 
 def dtype(name: str) -> torch.dtype:
@@ -172,8 +199,8 @@ def dtype_name(dtype: torch.dtype) -> str:
 
 
 def known_kinds() -> list[str]:
-    """Every divergence of the registry, the loss from log-probabilities and entropy, and a policy loss."""
-    return [*registry.divergence_names(), LOGPROB_ENTROPY, GRPO]
+    """Every divergence of the registry, the loss from log-probabilities and entropy, a policy loss, top-k losses."""
+    return [*registry.divergence_names(), *_OTHER_KINDS]
 
 
 def cases(kinds: tuple[str, ...], dtypes: tuple[torch.dtype, ...], rows: int, vocab: int) -> list[Case]:
@@ -182,6 +209,6 @@ def cases(kinds: tuple[str, ...], dtypes: tuple[torch.dtype, ...], rows: int, vo
         if value < 1:
             raise ValueError(f"{name} is {value}; expected at least 1")
     for kind in kinds:
-        if kind not in (LOGPROB_ENTROPY, GRPO):
+        if kind not in _OTHER_KINDS:
             registry.get(kind, "kinds", known_kinds())
     return [Case(kind, dtype, rows, vocab) for dtype in dtypes for kind in kinds]

@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from kldiv_kernels.benchmarking.cases import GRPO, LOGPROB_ENTROPY, Case, Inputs
+from kldiv_kernels.benchmarking.cases import GRPO, LOGPROB_ENTROPY, TOPK, Case, Inputs
 
 # Llama 2, Llama 3, Qwen 2.5 and 3, Gemma 2 and later (with a little padding).
 VOCABULARIES = (32_000, 128_256, 151_936, 262_144)
@@ -81,6 +81,7 @@ def cases() -> list[GpuCase]:
         GpuCase(LOGPROB_ENTROPY, gradient=False),
         GpuCase(LOGPROB_ENTROPY, known=True, compiled=False),
         GpuCase(GRPO),
+        GpuCase(TOPK, compiled=False),
         GpuCase("js"),
         GpuCase("reverse_kl", compiled=False),
         GpuCase("hellinger", compiled=False),
@@ -113,6 +114,7 @@ def quick_cases() -> list[GpuCase]:
         GpuCase(LOGPROB_ENTROPY, rows, vocab, compiled=False),
         GpuCase(LOGPROB_ENTROPY, rows, vocab, known=True, compiled=False),
         GpuCase(GRPO, rows, vocab, compiled=False),
+        GpuCase(TOPK, rows, vocab, compiled=False),
     ]
 
 
@@ -137,6 +139,7 @@ PROMISES = (
     _promise("cuda", 1.8, 2.3, "js"),
     _promise("cuda", 1.16, 1.3, LOGPROB_ENTROPY, known=True),
     _promise("cuda", 1.16, 1.3, GRPO),
+    _promise("cuda", 1.16, 1.35, TOPK),
     _promise("cuda", 1.16, 1.27, "forward_kl", gradient=False),
     _promise("cuda", 1.5, 1.75, "forward_kl", rows=LARGE_VOCAB_ROWS, vocab=LARGE_VOCAB),
     _promise("triton", 0.58, 0.75, LOGPROB_ENTROPY, gradient=False),
@@ -144,6 +147,7 @@ PROMISES = (
     _promise("triton", 1.74, 4.5, "js"),
     _promise("triton", 1.16, 2.1, LOGPROB_ENTROPY),
     _promise("triton", 1.16, 2.1, GRPO),
+    _promise("triton", 1.16, 2.3, TOPK),
 )
 
 

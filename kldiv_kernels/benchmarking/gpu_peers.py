@@ -22,7 +22,7 @@ import kldiv_kernels as kk
 from kldiv_kernels import inputs as arguments
 from kldiv_kernels import ops
 from kldiv_kernels.benchmarking import peers
-from kldiv_kernels.benchmarking.cases import ENTROPY_COEFFICIENT, GRPO, GRPO_CLIP, JS_BETA, Inputs
+from kldiv_kernels.benchmarking.cases import ENTROPY_COEFFICIENT, GRPO, GRPO_CLIP, JS_BETA, TOPK, Inputs
 from kldiv_kernels.benchmarking.gpu_cases import GpuCase
 
 # A scalar loss, or log-probabilities and entropies.
@@ -137,6 +137,8 @@ def _with_plan(function: Function, plan: str) -> Function:
 def _ours(backend: str, case: GpuCase) -> Function:
     if case.kind == GRPO:
         return lambda inputs: (peers.grpo_loss(case.on_cpu, inputs, backend),)
+    if case.kind == TOPK:
+        return lambda inputs: (peers.topk_loss(inputs, backend),)
     if case.known:
         return lambda inputs: (known_loss(inputs.logits, _labels(inputs), backend),)
     if case.two_tensors:

@@ -73,7 +73,9 @@ class CaseResult:
             extra = None if ours.memory is None else ours.memory.extra_bytes
             return None if extra is None else extra / self.case.unit_bytes
         peer = self[against]
-        return None if peer is None else self.speedup(peer)
+        if peer is None:
+            return None
+        return ours.median / peer.median if against == "logprob" else self.speedup(peer)
 
     def targets(self) -> list[tuple[Target, float | None]]:
         return [(target, self.measured(target.against)) for target in self.case.targets]

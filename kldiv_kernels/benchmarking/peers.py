@@ -22,6 +22,8 @@ from kldiv_kernels.benchmarking.cases import (
     GRPO_CLIP,
     JS_BETA,
     LOGPROB_ENTROPY,
+    TOPK,
+    TOPK_FROM_LOGITS,
     Case,
     Inputs,
 )
@@ -30,6 +32,8 @@ Loss = Callable[[Inputs], Tensor]
 
 OURS = "kldiv_kernels"
 PEERS = ("eager", "compile", "trl")
+# Beside a top-k loss: what reading the logits once and writing their gradient takes for one label.
+LOGPROB = "logprob"
 
 
 def _forward_kl(student: Tensor, teacher: Tensor) -> Tensor:
@@ -87,6 +91,22 @@ def clipped_surrogate(logprob: Tensor, inputs: Inputs) -> Tensor:
     return -torch.min(ratio * inputs.advantages, clipped * inputs.advantages).mean()
 
 
+def _rest(logprobs: Tensor) -> Tensor:
+    """log(1 − Σ exp(logprobs)) as trainers have it, with a floor."""
+    return torch.log1p(-logprobs.exp().sum(-1).clamp(max=1 - 1e-7))
+
+
+def _topk(logits: Tensor, ids: Tensor, logprobs: Tensor) -> Tensor:
+    student = F.log_softmax(logits.float(), -1).gather(-1, ids)
+    p, q = (torch.cat([x, _rest(x)[:, None]], dim=-1) for x in (logprobs, student))
+    return (p.exp() * (p - q)).sum(-1).mean()
+
+
+def _topk_from_logits(logits: Tensor, teacher: Tensor, k: int) -> Tensor:
+    ids = logits.detach().topk(k, dim=-1).indices
+    return _topk(logits, ids, F.log_softmax(teacher.float(), -1).gather(-1, ids))
+
+
 _EAGER: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
     "forward_kl": _forward_kl,
     "reverse_kl": _reverse_kl,
@@ -103,24 +123,37 @@ _TRL_BETA = {"forward_kl": 0.0, "js": JS_BETA, "reverse_kl": 1.0}
 def names_for(case: Case, peers: tuple[str, ...] = PEERS) -> list[str]:
     """Ours first, then those of `peers` that have the case's loss."""
     has = {
-        "eager": case.kind in (*_EAGER, GRPO),
-        "compile": case.kind in (*_EAGER, GRPO),
-        "trl": case.kind in (*_TRL_BETA, LOGPROB_ENTROPY, GRPO),
+        "eager": case.kind in (*_EAGER, GRPO, TOPK, TOPK_FROM_LOGITS),
+        "compile": case.kind in (*_EAGER, GRPO, TOPK, TOPK_FROM_LOGITS),
+        "trl": case.kind in (*_TRL_BETA, LOGPROB_ENTROPY, GRPO, TOPK_FROM_LOGITS),
     }
-    return [OURS, *(name for name in PEERS if name in peers and has[name])]
+    ours = [OURS, LOGPROB] if case.kind == TOPK else [OURS]
+    return [*ours, *(name for name in PEERS if name in peers and has[name])]
 
 
 def build(name: str, case: Case) -> Loss:
     """The implementation of that name. ImportError where its package is missing."""
     if name == OURS:
         return _ours(case)
+    if name == LOGPROB:
+        return lambda inputs: -kk.token_stats(inputs.logits, labels=inputs.labels, stats=("logprob",)).logprob.mean()
     if name == "trl":
         return _trl(case)
+    if case.kind in (TOPK, TOPK_FROM_LOGITS):
+        return _topk_peer(name, case)
     if case.kind == GRPO:
         policy = _compiled(_grpo) if name == "compile" else _grpo
         return lambda inputs: policy(inputs.logits, inputs)[0]
     function = _compiled(_EAGER[case.kind]) if name == "compile" else _EAGER[case.kind]
     return lambda inputs: function(inputs.logits, _second(inputs))
+
+
+def _topk_peer(name: str, case: Case) -> Loss:
+    if case.kind == TOPK_FROM_LOGITS:
+        both = _compiled(_topk_from_logits) if name == "compile" else _topk_from_logits
+        return lambda inputs: both(inputs.logits, _second(inputs), case.k)
+    one = _compiled(_topk) if name == "compile" else _topk
+    return lambda inputs: one(inputs.logits, *_known(inputs))
 
 
 def _compiled(function: Callable[..., Any]) -> Callable[..., Any]:
@@ -145,7 +178,24 @@ def _ours(case: Case) -> Loss:
         return loss
     if case.kind == GRPO:
         return lambda inputs: grpo_loss(case, inputs, "auto")
+    if case.kind == TOPK:
+        return lambda inputs: topk_loss(inputs, "auto")
+    if case.kind == TOPK_FROM_LOGITS:
+        return lambda inputs: kk.topk_divergence_from_logits(
+            inputs.logits, _second(inputs), k=case.k, support="student"
+        )
     return lambda inputs: kk.divergence_loss(inputs.logits, _second(inputs), case.kind, beta=JS_BETA)
+
+
+def topk_loss(inputs: Inputs, backend: str) -> Tensor:
+    return kk.topk_divergence_loss(inputs.logits, *_known(inputs), backend=backend)
+
+
+def _known(inputs: Inputs) -> tuple[Tensor, Tensor]:
+    """The teacher's ids and log-probabilities."""
+    assert inputs.topk_ids is not None
+    assert inputs.topk_logprobs is not None
+    return inputs.topk_ids, inputs.topk_logprobs
 
 
 def grpo_loss(case: Case, inputs: Inputs, backend: str) -> Tensor:
@@ -181,6 +231,18 @@ def _trl(case: Case) -> Loss:
             return result
 
         return loss
+    if case.kind == TOPK_FROM_LOGITS:
+        from trl.experimental.sdft.loss_utils import compute_topk_self_distillation_loss as trl_topk
+
+        def topk(inputs: Inputs) -> Tensor:
+            shape = (case.sequences, case.rows // case.sequences, case.vocab)
+            losses: Tensor = trl_topk(
+                inputs.logits.view(shape), _second(inputs).view(shape), distillation_topk=case.k,
+                distillation_alpha=0.0, distillation_add_tail=True,
+            )  # fmt: skip
+            return losses.mean()
+
+        return topk
     from trl.experimental.gkd.gkd_trainer import GKDTrainer
 
     beta = _TRL_BETA[case.kind]

@@ -13,7 +13,12 @@ from kldiv_kernels.benchmarking import peers
 from kldiv_kernels.benchmarking.measure import CaseResult
 
 _COLOURS = {peers.OURS: "#1b7837", "compile": "#2166ac", "eager": "#888888", "trl": "#d6604d"}
-_LABELS = {"compile": "torch.compile", "eager": "PyTorch eager", "trl": "TRL"}
+_LABELS = {
+    "compile": "torch.compile",
+    "eager": "PyTorch eager",
+    "trl": "TRL",
+    peers.LOGPROB: "our log-probability loss",
+}
 
 
 def save(results: list[CaseResult], path: Path) -> None:
