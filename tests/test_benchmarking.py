@@ -39,7 +39,8 @@ def test_every_implementation_computes_the_same_loss_and_gradient(kind: str) -> 
     tolerance = 1e-4 if kind in (TOPK, TOPK_FROM_LOGITS) else 1e-5
     for loss, other in found.values():
         torch.testing.assert_close(loss, ours, rtol=tolerance, atol=1e-6)
-        torch.testing.assert_close(other, gradient, rtol=1e-4, atol=1e-6 * gradient.abs().max().item() + 1e-8)
+        largest = gradient.abs().max().item()
+        torch.testing.assert_close(other, gradient, rtol=10 * tolerance, atol=0.1 * tolerance * largest + 1e-8)
 
 
 def test_inputs_repeat_and_have_a_realistic_spread() -> None:
