@@ -1,4 +1,4 @@
-r"""TRL's divergence functions of whole rows: `generalized_jsd_loss`, and two of SDFT and SDPO.
+r"""TRL's divergence functions: `generalized_jsd_loss`, and two of SDFT and SDPO. Those over k tokens are in `topk`.
 
 p teacher, q student, both at the temperature; TRL's β (SDFT's alpha) is that of `divergence_loss("js")`:
 
@@ -18,14 +18,20 @@ import torch
 from torch import Tensor
 
 from kldiv_kernels.adapters.trl.calls import backend_for, bound, dtype_of, is_served
+from kldiv_kernels.adapters.trl.topk import serves_topk, topk_divergence
 from kldiv_kernels.losses import divergence_loss
 from kldiv_kernels.stats import token_stats
+from kldiv_kernels.topk_divergences import Support
+
+# Whose top k IW-OPD takes.
+_SUPPORT: dict[float, Support] = {0: "teacher", 1: "student"}
 
 
 def generalized_jsd_loss(original: Callable[..., Tensor], backend: str) -> Callable[..., Tensor]:
     """GKD's, GOLD's and IW-OPD's static method.
 
-    TRL's own serves reduction "none", which is elementwise, probabilities in place of logits, and a top_k.
+    TRL's own serves reduction "none", which is elementwise, as is "mean" of a top_k, and probabilities in place of
+    logits.
     """
 
     @functools.wraps(original)
@@ -34,10 +40,12 @@ def generalized_jsd_loss(original: Callable[..., Tensor], backend: str) -> Calla
         student, teacher, labels = call.pop("student_logits"), call.pop("teacher_logits"), call.pop("labels")
         beta, temperature = call.pop("beta"), call.pop("temperature")
         reduction, items = call.pop("reduction"), call.pop("num_items_in_batch")
-        call.pop("add_tail", None)
-        # What is left is a top_k, probabilities for logits, or an argument of a later version.
-        served = not any(call.values()) and is_served(student, teacher)
-        if not served or (items is None and reduction not in ("batchmean", "sum", "mean")):
+        add_tail, k = call.pop("add_tail", True), call.pop("top_k", 0)
+        few = 0 < k < student.shape[-1]
+        reductions = ("batchmean", "sum") if few else ("batchmean", "sum", "mean")
+        # What is left is probabilities for logits, or an argument of a later version.
+        served = not any(call.values()) and (serves_topk if few else is_served)(student, teacher)
+        if not served or (items is None and reduction not in reductions):
             return original(*args, **kwargs)
         if items is not None:
             items = torch.as_tensor(items, device=student.device)
@@ -45,10 +53,15 @@ def generalized_jsd_loss(original: Callable[..., Tensor], backend: str) -> Calla
             items = student.shape[0] if labels is None else (labels != -100).sum().clamp_min(1)
             if reduction == "mean":
                 items = student.numel() if labels is None else items * student.shape[-1]
-        loss = divergence_loss(
-            student, teacher, **_kind(beta), labels=labels, temperature=temperature, normalizer=items,
-            reduction="sum" if items is None else "mean", backend=backend_for(backend, student),
-        )  # fmt: skip
+        counted: dict[str, Any] = {"normalizer": items, "reduction": "sum" if items is None else "mean"}
+        counted |= {"labels": labels, "temperature": temperature}
+        if few:
+            loss = topk_divergence(
+                student, teacher, beta, k=k, support=_SUPPORT.get(beta, "union"), add_tail=add_tail, backend=backend,
+                **counted,
+            )  # fmt: skip
+        else:
+            loss = divergence_loss(student, teacher, **_kind(beta), **counted, backend=backend_for(backend, student))
         return loss.to(dtype_of(student, teacher))
 
     return replaced
