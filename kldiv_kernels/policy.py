@@ -203,12 +203,9 @@ def policy_loss(
         values = ops.statistics(call, chosen, needs_gradient)
     named = dict(zip(call.stats, values, strict=True))
     out = assemble(policy_inputs.prepare(tensors, valid, named), options, token_ids.shape)
-    if one_read:
-        loss = ops.with_gradient(out.loss, logits, dlogits)
-        return PolicyLoss(loss, out.per_token_loss, out.metrics, out.logprob, out.entropy)
-    if per_token_gradient:
-        return out
-    return PolicyLoss(out.loss, out.per_token_loss.detach(), out.metrics, out.logprob, out.entropy)
+    loss = ops.with_gradient(out.loss, logits, dlogits) if one_read else out.loss
+    per_token = out.per_token_loss if per_token_gradient else out.per_token_loss.detach()
+    return PolicyLoss(loss, per_token, out.metrics, out.logprob, out.entropy)
 
 
 def _serves_policy(backend: str) -> bool:

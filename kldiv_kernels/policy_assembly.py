@@ -42,9 +42,7 @@ def assemble(batch: Batch, options: PolicyOptions, shape: torch.Size) -> PolicyL
     log_ratio = batch.logprob - batch.anchor
     level = level_log_ratio(log_ratio, batch.valid, options)
     tokens = Tokens(batch.logprob, batch.anchor, batch.advantages, batch.valid, log_ratio, level)
-    weight = None
-    if batch.sampling is not None and options.off_policy != "none":
-        weight = off_policy_weight(batch.old, batch.sampling, batch.valid, options)
+    weight = off_policy_weight(batch, options)
     term = policy_term(tokens, options, None if weight is None else weight.log())
 
     kept = batch.valid

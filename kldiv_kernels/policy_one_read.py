@@ -52,9 +52,7 @@ def known(tensors: Tensors, valid: Tensor, options: PolicyOptions, stats: tuple[
     unknown = torch.zeros(valid.shape, dtype=torch.float32, device=valid.device).masked_fill(valid, torch.nan)
     batch = prepare(tensors, valid, {"logprob": unknown, "entropy": unknown})
     scale = _scale(batch, options)
-    weight = None
-    if batch.sampling is not None and options.off_policy != "none":
-        weight = off_policy_weight(batch.old, batch.sampling, batch.valid, options)
+    weight = off_policy_weight(batch, options)
     nothing = torch.zeros_like(scale)
     policy_weight = weighted(scale, batch, weight, options)
     if tensors.old_logprobs is not None or tensors.anchor_logprobs is not None:

@@ -42,11 +42,16 @@ def sampled_kl(logprob: Tensor, reference: Tensor, options: PolicyOptions) -> Te
     return kl * (logprob - logprob.detach()).exp() if options.kl_estimator == "k3_plus" else kl
 
 
-def off_policy_weight(old: Tensor, sampling: Tensor, mask: Tensor, options: PolicyOptions) -> Tensor:
-    """[B, T], π_old/π_sampling of a token or the product over its sequence: truncated to, or 0 outside, the bounds."""
-    log_weight = (old - sampling) * mask
+def off_policy_weight(batch: Batch, options: PolicyOptions) -> Tensor | None:
+    """[B, T], π_old/π_sampling of a token or the product over its sequence: truncated to, or 0 outside, the bounds.
+
+    None where there is no such correction.
+    """
+    if batch.sampling is None or options.off_policy == "none":
+        return None
+    log_weight = (batch.old - batch.sampling) * batch.valid
     if options.off_policy.startswith("sequence"):
-        log_weight = log_weight.sum(-1, keepdim=True).expand_as(old)
+        log_weight = log_weight.sum(-1, keepdim=True).expand_as(batch.old)
     weight = log_weight.exp()
     low, high = options.off_policy_min, options.off_policy_max
     if options.off_policy.endswith("truncate"):
