@@ -16,7 +16,7 @@ from kldiv_kernels.policy_assembly import PolicyLoss as PolicyLossResult
 from kldiv_kernels.policy_options import OPTION_NAMES, resolve
 from kldiv_kernels.topk_divergences import topk_divergence_loss
 
-_PER_CALL = ("weight", "labels", "mask", "normalizer", "exclude")
+_PER_CALL = ("weight", "labels", "mask", "normalizer", "exclude", "tail_logprob")
 _POLICY_PER_CALL = (
     "old_logprobs", "reference_logprobs", "reference_logits", "sampling_logprobs", "anchor_logprobs", "token_weights",
     "mask", "normalizer",
@@ -33,7 +33,21 @@ def _written(options: dict[str, Any]) -> list[str]:
     return [f"{name}={value!r}" for name, value in options.items()]
 
 
-class DivergenceLoss(Module):
+class _LossOfAKind(Module):
+    """A kind and options; what belongs to a batch is given to `forward`."""
+
+    def __init__(self, kind: str = "forward_kl", **options: Any) -> None:
+        super().__init__()
+        registry.get(kind, f"{type(self).__name__}: kind", registry.divergence_names())
+        _refuse_batch(type(self).__name__, options, _PER_CALL)
+        self.kind = kind
+        self.options = options
+
+    def extra_repr(self) -> str:
+        return ", ".join([repr(self.kind), *_written(self.options)])
+
+
+class DivergenceLoss(_LossOfAKind):
     """`divergence_loss` with its options fixed.
 
     Args: `kind` and the keyword arguments of `divergence_loss`. weight, labels, mask, normalizer and exclude belong to
@@ -45,18 +59,8 @@ class DivergenceLoss(Module):
     True
     """
 
-    def __init__(self, kind: str = "forward_kl", **options: Any) -> None:
-        super().__init__()
-        registry.get(kind, f"{type(self).__name__}: kind", registry.divergence_names())
-        _refuse_batch(type(self).__name__, options, _PER_CALL)
-        self.kind = kind
-        self.options = options
-
     def forward(self, logits: Tensor, reference_logits: Tensor, **batch: Any) -> Tensor:
         return divergence_loss(logits, reference_logits, self.kind, **self.options, **batch)
-
-    def extra_repr(self) -> str:
-        return ", ".join([repr(self.kind), *_written(self.options)])
 
 
 class KLDivLoss(DivergenceLoss):
@@ -95,7 +99,7 @@ class HellingerLoss(DivergenceLoss):
         super().__init__("hellinger", **options)
 
 
-class TopKDivergenceLoss(Module):
+class TopKDivergenceLoss(_LossOfAKind):
     """`topk_divergence_loss` with its options fixed.
 
     Args: `kind` and the keyword arguments of `topk_divergence_loss`. weight, labels, mask, normalizer and tail_logprob
@@ -107,18 +111,8 @@ class TopKDivergenceLoss(Module):
     True
     """
 
-    def __init__(self, kind: str = "forward_kl", **options: Any) -> None:
-        super().__init__()
-        registry.get(kind, f"{type(self).__name__}: kind", registry.divergence_names())
-        _refuse_batch(type(self).__name__, options, (*_PER_CALL, "tail_logprob"))
-        self.kind = kind
-        self.options = options
-
     def forward(self, logits: Tensor, topk_ids: Tensor, topk_logprobs: Tensor, **batch: Any) -> Tensor:
         return topk_divergence_loss(logits, topk_ids, topk_logprobs, self.kind, **self.options, **batch)
-
-    def extra_repr(self) -> str:
-        return ", ".join([repr(self.kind), *_written(self.options)])
 
 
 class PolicyLoss(Module):
