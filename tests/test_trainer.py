@@ -10,7 +10,8 @@ import tiny
 import torch
 from torch import Tensor
 
-from kldiv_kernels.trainer.distillation import DistillationTrainer, distillation_loss
+from kldiv_kernels.distillation import distillation_loss
+from kldiv_kernels.trainer import DistillationTrainer
 
 
 def by_hand(
@@ -56,7 +57,7 @@ def test_loss_and_gradient_equal_the_hand_computed_ones(options: dict[str, Any],
     teacher = 3 * torch.randn(4, tiny.LENGTH, tiny.VOCAB)
     targets = torch.nn.functional.pad(labels[:, 1:], (0, 1), value=-100)
     loss = distillation_loss(
-        logits, teacher, targets, tiny.arguments(tmp_path, **options),
+        logits, teacher, targets, tiny.arguments(tmp_path, **options).loss_options(),
         vocab_size=tiny.VOCAB, normalizer=(targets != -100).sum(),
     )  # fmt: skip
     (gradient,) = torch.autograd.grad(loss, logits)

@@ -19,20 +19,18 @@ The labels are shifted, not the logits: those are read where they are, without a
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
-from kldiv_kernels.backends import names as backend_names
-from kldiv_kernels.losses import divergence_loss
+from kldiv_kernels import distillation
+from kldiv_kernels.distillation import IGNORED, LossOptions
 from kldiv_kernels.stats import token_stats
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-_IGNORED = -100
 # What the student is called with and its teacher is not: the loss is made here, and a cache is one model's own.
 _STUDENT_ONLY = ("labels", "shift_labels", "num_items_in_batch", "past_key_values", "use_cache")
 
@@ -69,13 +67,13 @@ def cross_entropy_loss(*, entropy_coef: float = 0.0, backend: str = "auto") -> C
         labels: Tensor | None = None,
         vocab_size: int | None = None,
         num_items_in_batch: Tensor | float | None = None,
-        ignore_index: int = _IGNORED,
+        ignore_index: int = IGNORED,
         shift_labels: Tensor | None = None,
         **others: Any,
     ) -> Tensor:
         logits = _logits("cross_entropy_loss", logits)
         targets = _targets("cross_entropy_loss", logits, labels, shift_labels, ignore_index)
-        valid = targets != _IGNORED
+        valid = targets != IGNORED
         names = ("logprob", "entropy") if entropy_coef else ("logprob",)
         stats = token_stats(logits, labels=targets, stats=names, mask=valid, vocab_size=vocab_size, backend=backend)
         total = -stats.logprob.sum()
@@ -93,7 +91,9 @@ class DistillationLoss:
     keeps it from the call to the loss of that call, and no longer.
     """
 
-    def __init__(self, student: PreTrainedModel, teacher: PreTrainedModel, options: _Options, vocab_size: int) -> None:
+    def __init__(
+        self, student: PreTrainedModel, teacher: PreTrainedModel, options: LossOptions, vocab_size: int
+    ) -> None:
         self.teacher = teacher.eval()  # type: ignore[no-untyped-call]
         self.vocab_size = vocab_size
         self._options = options
@@ -106,21 +106,19 @@ class DistillationLoss:
         labels: Tensor | None = None,
         vocab_size: int | None = None,
         num_items_in_batch: Tensor | float | None = None,
-        ignore_index: int = _IGNORED,
+        ignore_index: int = IGNORED,
         shift_labels: Tensor | None = None,
         **others: Any,
     ) -> Tensor:
-        from kldiv_kernels.trainer import distillation
-
         logits = _logits("distillation_loss", logits)
         targets = _targets("distillation_loss", logits, labels, shift_labels, ignore_index)
         return distillation.distillation_loss(
             logits,
             None if self._options.ce_weight == 1.0 else self._teacher_logits(logits.device),
             targets,
-            self._options,  # type: ignore[arg-type]
+            self._options,
             vocab_size=self.vocab_size,
-            normalizer=_normalizer(targets != _IGNORED, num_items_in_batch),
+            normalizer=_normalizer(targets != IGNORED, num_items_in_batch),
         )
 
     def remove(self) -> None:
@@ -192,41 +190,12 @@ def distillation_loss(
     >>> 0 < loss(student(input_ids=tokens), tokens).item() < 0.1
     True
     """
-    from kldiv_kernels.trainer.distillation import shared_vocab_size
-
     where = "distillation_loss"
     if teacher is student:
         raise ValueError(f"{where}: teacher is the student; expected another model")
-    if not 0.0 <= ce_weight <= 1.0:
-        raise ValueError(f"{where}: ce_weight is {ce_weight}; expected between 0 and 1")
-    if backend not in ("auto", *backend_names()):
-        raise ValueError(f"{where}: backend is {backend!r}; expected one of auto, {', '.join(backend_names())}")
-    options = _Options(kind, ce_weight, temperature, temperature_squared, alpha, beta, backend)
-    # The loss knows what it allows: ask it on two columns, before a step is trained.
-    row = torch.zeros(1, 2)
-    divergence_loss(row, row, kind, backend="reference", **options.divergence_options())
-    return DistillationLoss(student, teacher, options, shared_vocab_size(student, teacher, vocab_size))
-
-
-@dataclass(frozen=True)
-class _Options:
-    """What the loss of `kldiv_kernels.trainer` reads of its DistillationArguments."""
-
-    kind: str
-    ce_weight: float
-    temperature: float
-    temperature_squared: bool
-    alpha: float
-    beta: float
-    backend: str
-
-    def divergence_options(self) -> dict[str, Any]:
-        return {
-            "temperature": self.temperature,
-            "temperature_squared": self.temperature_squared,
-            "alpha": self.alpha,
-            "beta": self.beta,
-        }
+    options = LossOptions(kind, ce_weight, temperature, temperature_squared, alpha, beta, backend)
+    options.check(where)
+    return DistillationLoss(student, teacher, options, distillation.shared_vocab_size(student, teacher, vocab_size))
 
 
 def _logits(where: str, given: Any) -> Tensor:
@@ -249,7 +218,7 @@ def _targets(
             )
         shift_labels = torch.nn.functional.pad(labels[..., 1:], (0, 1), value=ignore_index)
     targets = shift_labels.to(logits.device).reshape(logits.shape[:-1])
-    return targets if ignore_index == _IGNORED else torch.where(targets == ignore_index, _IGNORED, targets)
+    return targets if ignore_index == IGNORED else torch.where(targets == ignore_index, IGNORED, targets)
 
 
 def _normalizer(valid: Tensor, num_items_in_batch: Tensor | float | None) -> Tensor:

@@ -66,12 +66,12 @@ def cache_teacher(
     for option, source in (("--teacher", teacher), *(("--data", source) for source in data)):
         require_source(source, option)
 
+    from kldiv_kernels.distillation import shared_vocab_size
     from kldiv_kernels.teacher_cache import CacheInfo, TeacherCache
     from kldiv_kernels.teacher_cache.info import RECORD, read_record
     from kldiv_kernels.trainer import run
     from kldiv_kernels.trainer.caching import check_same_data, weights_checksum
     from kldiv_kernels.trainer.data import load_documents, pack
-    from kldiv_kernels.trainer.distillation import shared_vocab_size
 
     with option_errors():
         run.check_run(output, options, resume=resume)

@@ -93,9 +93,9 @@ def distill(
     for option, source in (("--student", student), ("--teacher", teacher), *(("--data", source) for source in data)):
         require_source(source, option)
 
+    from kldiv_kernels.distillation import shared_vocab_size
     from kldiv_kernels.trainer import run
     from kldiv_kernels.trainer.data import load_blocks
-    from kldiv_kernels.trainer.distillation import shared_vocab_size
 
     with option_errors():
         arguments = run.training_arguments(

@@ -1,20 +1,17 @@
 """`DistillationTrainer`: `transformers.Trainer` with the loss (1 − w)·D(teacher, student) + w·cross-entropy.
 
-Checkpoints, resuming, logging and distribution are the Trainer's. What stands here is the loss, its normaliser
-and the held-out evaluation.
+Checkpoints, resuming, logging and distribution are the Trainer's. What stands here is the loss of a batch,
+its normaliser and the held-out evaluation; `kldiv_kernels.distillation` has the loss from logits.
 
 The loss of a batch is Σ over its target tokens / number of target tokens of the whole optimiser step, over all
 accumulation steps and ranks (`num_items_in_batch`). A mean per micro-batch, averaged, would weigh a token by how
 few others stand beside it.
-
-Passes over [tokens, vocabulary] (see the table in DESIGN.md): D alone 3, cross-entropy alone 3, both at temperature 1
-5 (one table of statistics, one backward); both at another temperature 6, and 3 to add the two gradients.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from typing import Any
 
 import numpy as np
@@ -22,11 +19,8 @@ import torch
 from torch import Tensor
 from transformers import EvalPrediction, PreTrainedModel, Trainer, TrainerCallback, TrainingArguments
 
-from kldiv_kernels.backends import names as backend_names
-from kldiv_kernels.losses import divergence_loss
-from kldiv_kernels.stats import selective_log_softmax, token_stats
-
-_IGNORED = -100
+from kldiv_kernels.distillation import IGNORED, LossOptions, distillation_loss, shared_vocab_size
+from kldiv_kernels.stats import token_stats
 
 
 @dataclass
@@ -55,63 +49,11 @@ class DistillationArguments(TrainingArguments):
     logging_nan_inf_filter: bool = field(default=False, metadata={"help": "Leave NaN and inf out of logged losses."})
 
     def __post_init__(self) -> None:
-        if not 0.0 <= self.ce_weight <= 1.0:
-            raise ValueError(f"DistillationArguments: ce_weight is {self.ce_weight}; expected between 0 and 1")
-        if self.backend not in ("auto", *backend_names()):
-            allowed = ", ".join(("auto", *backend_names()))
-            raise ValueError(f"DistillationArguments: backend is {self.backend!r}; expected one of {allowed}")
-        # The loss knows what it allows: ask it on two columns, before anything is loaded.
-        row = torch.zeros(1, 2)
-        divergence_loss(row, row, self.kind, backend="reference", **self.divergence_options())
+        self.loss_options().check("DistillationArguments")
         super().__post_init__()  # type: ignore[no-untyped-call]
 
-    def divergence_options(self) -> dict[str, Any]:
-        return {
-            "temperature": self.temperature,
-            "temperature_squared": self.temperature_squared,
-            "alpha": self.alpha,
-            "beta": self.beta,
-        }
-
-
-def distillation_loss(
-    logits: Tensor,
-    teacher_logits: Tensor | None,
-    targets: Tensor,
-    arguments: DistillationArguments,
-    *,
-    vocab_size: int,
-    normalizer: Tensor,
-) -> Tensor:
-    """Σ over target tokens of (1 − w)·D + w·(−log q_target), divided by `normalizer`. float32 scalar.
-
-    logits, teacher_logits [batch, tokens, vocab]; targets [batch, tokens], already shifted, -100 where there is none.
-    """
-    common: dict[str, Any] = {
-        "mask": targets != _IGNORED,
-        "vocab_size": vocab_size,
-        "backend": arguments.backend,
-    }
-    weight = arguments.ce_weight
-    if weight == 1.0:
-        return -selective_log_softmax(logits, targets, **common).sum() / normalizer
-    if teacher_logits is None:
-        raise ValueError(f"distillation_loss: teacher_logits is None; ce_weight = {weight} needs them")
-    if weight == 0.0:
-        return divergence_loss(
-            logits, teacher_logits, arguments.kind, normalizer=normalizer, **arguments.divergence_options(), **common
-        )
-    if arguments.temperature == 1.0:
-        stats = token_stats(
-            logits, teacher_logits, targets, stats=("logprob", arguments.kind),
-            alpha=arguments.alpha, beta=arguments.beta, **common,
-        )  # fmt: skip
-        return ((1.0 - weight) * stats[arguments.kind] - weight * stats.logprob).sum() / normalizer
-    divergence = divergence_loss(
-        logits, teacher_logits, arguments.kind, normalizer=normalizer, **arguments.divergence_options(), **common
-    )
-    logprob = selective_log_softmax(logits, targets, **common)
-    return (1.0 - weight) * divergence - weight * logprob.sum() / normalizer
+    def loss_options(self) -> LossOptions:
+        return LossOptions(**{option.name: getattr(self, option.name) for option in fields(LossOptions)})
 
 
 class DistillationTrainer(Trainer):
@@ -175,7 +117,7 @@ class DistillationTrainer(Trainer):
         outputs = model(**features, use_cache=False)
         teacher_logits = None if self.args.ce_weight == 1.0 else self._teacher_logits(features)
         if num_items_in_batch is None:
-            normalizer, ranks = (targets != _IGNORED).sum(), 1
+            normalizer, ranks = (targets != IGNORED).sum(), 1
         else:
             # One element a GPU under DataParallel, all equal.
             normalizer, ranks = torch.as_tensor(num_items_in_batch, device=targets.device).reshape(-1)[0], self._ranks()
@@ -183,7 +125,7 @@ class DistillationTrainer(Trainer):
             outputs.logits,
             teacher_logits,
             targets,
-            self.args,
+            self.args.loss_options(),
             vocab_size=self.vocab_size,
             # A batch without a single target has loss 0, not 0/0.
             normalizer=normalizer.clamp_min(1),
@@ -204,7 +146,7 @@ class DistillationTrainer(Trainer):
         Sums of sequences gather exactly over ranks; a mean a batch would weigh a token by its batch.
         """
         features, targets = _split_targets(self._prepare_inputs(dict(inputs)))
-        mask = targets != _IGNORED
+        mask = targets != IGNORED
         with torch.no_grad(), self.compute_loss_context_manager():
             logits = model(**features, use_cache=False).logits
             teacher_logits = self._teacher_logits(features) if self.teacher_model is not None else None
@@ -241,17 +183,7 @@ def _split_targets(inputs: Mapping[str, Any]) -> tuple[dict[str, Any], Tensor]:
     labels = rest.pop("labels", None)
     if labels is None:
         raise ValueError(f"DistillationTrainer: the batch has no labels; it has {', '.join(rest)}")
-    return rest, torch.nn.functional.pad(labels[:, 1:], (0, 1), value=_IGNORED)
-
-
-def shared_vocab_size(model: PreTrainedModel, teacher: PreTrainedModel | None, given: int | None) -> int:
-    """How many columns of the logits both models have, or `given` if they do. Raises ValueError if they do not."""
-    widths = [int(m.config.get_text_config().vocab_size) for m in (model, teacher) if m is not None]
-    if given is None:
-        return min(widths)
-    if not 1 <= given <= min(widths):
-        raise ValueError(f"vocab_size is {given}; expected 1 to {min(widths)}, the width of the narrower model")
-    return given
+    return rest, torch.nn.functional.pad(labels[:, 1:], (0, 1), value=IGNORED)
 
 
 def _held_out_metrics(prediction: EvalPrediction) -> dict[str, float]:

@@ -201,7 +201,7 @@ def _summary(trainer: DistillationTrainer, model: PreTrainedModel, arguments: Di
         "loss": {
             "kind": arguments.kind,
             "ce_weight": arguments.ce_weight,
-            **arguments.divergence_options(),
+            **arguments.loss_options().divergence_options(),
         },
         "seed": arguments.seed,
         "versions": {
