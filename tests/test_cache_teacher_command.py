@@ -9,12 +9,11 @@ import subprocess
 import sys
 from pathlib import Path
 
+import commands
 import pytest
 import tiny
 import torch
-import typer
 from transformers import AutoModelForCausalLM, AutoTokenizer
-from typer.testing import CliRunner
 
 from kldiv_kernels.teacher_cache import TeacherCache, TeacherCacheWriter
 from kldiv_kernels.trainer import caching
@@ -27,11 +26,7 @@ SMALL = {"--k": str(K), "--block-size": str(BLOCK), "--batch-size": "4", "--shar
 
 @pytest.fixture(autouse=True)
 def _offline(monkeypatch: pytest.MonkeyPatch) -> None:
-    # The variable is read at import; what it sets is set too.
-    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
-    monkeypatch.setattr("datasets.config.HF_HUB_OFFLINE", True)
-    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
-    monkeypatch.setenv("COLUMNS", "400")
+    commands.stay_offline(monkeypatch)
 
 
 @pytest.fixture(scope="module")
@@ -50,12 +45,7 @@ def options(folder: Path, output: Path) -> dict[str, str]:
 
 
 def run(given: dict[str, str], *flags: str) -> tuple[int, str]:
-    app = typer.Typer(rich_markup_mode="rich")
-    app.command()(cache_teacher)
-    result = CliRunner().invoke(app, [word for pair in given.items() for word in pair] + list(flags))
-    if result.exception is not None and not isinstance(result.exception, SystemExit):
-        raise result.exception
-    return result.exit_code, " ".join(result.output.replace("│", " ").split())
+    return commands.run(cache_teacher, given, *flags)
 
 
 @pytest.fixture(scope="module")

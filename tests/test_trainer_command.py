@@ -5,12 +5,11 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+import commands
 import pytest
 import tiny
 import torch
-import typer
 from transformers import AutoModelForCausalLM, AutoTokenizer
-from typer.testing import CliRunner
 
 from kldiv_kernels.trainer.command import distill
 
@@ -19,11 +18,7 @@ STEPS = 4
 
 @pytest.fixture(autouse=True)
 def _offline(monkeypatch: pytest.MonkeyPatch) -> None:
-    # The variable is read at import; what it sets is set too.
-    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
-    monkeypatch.setattr("datasets.config.HF_HUB_OFFLINE", True)
-    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
-    monkeypatch.setenv("COLUMNS", "400")
+    commands.stay_offline(monkeypatch)
 
 
 @pytest.fixture(scope="module")
@@ -45,12 +40,7 @@ def options(models: Path, output: Path) -> dict[str, str]:
 
 
 def kldiv_train(given: dict[str, str], *flags: str) -> tuple[int, str]:
-    app = typer.Typer(rich_markup_mode="rich")
-    app.command()(distill)
-    result = CliRunner().invoke(app, [word for pair in given.items() for word in pair] + list(flags))
-    if result.exception is not None and not isinstance(result.exception, SystemExit):
-        raise result.exception
-    return result.exit_code, " ".join(result.output.replace("│", " ").split())
+    return commands.run(distill, given, *flags)
 
 
 def test_a_run_leaves_a_model_metrics_a_summary_and_a_plot(models: Path, tmp_path: Path) -> None:

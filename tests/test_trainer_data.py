@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+import commands
 import pytest
 import tiny
 from datasets import Dataset, DatasetDict
@@ -72,8 +73,7 @@ def test_held_out_blocks_are_apart_and_the_same_for_the_same_seed(tmp_path: Path
 
 
 def test_what_cannot_be_read_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("datasets.config.HF_HUB_OFFLINE", True)
-    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    commands.stay_offline(monkeypatch)
     text = tmp_path / "short.txt"
     text.write_text("w1 w2")
     tokenizer = tiny.word_tokenizer()
