@@ -2,8 +2,15 @@
 
 What `kldiv_kernels.trainer` and `kldiv_kernels.adapters.transformers` share.
 
-Passes over [tokens, vocabulary] (see the table in DESIGN.md): D alone 3, cross-entropy alone 3, both at temperature 1
-5 (one table of statistics, one backward); both at another temperature 6, and 3 to add the two gradients.
+Passes over [tokens, vocabulary] (see the table in DESIGN.md):
+
+    teacher                                     logits   k log-probs a token
+    D alone                                     3        2 where one read serves it, else 3
+    cross-entropy alone                         3        3
+    both, temperature 1: one table of           5        3
+        statistics, one backward
+    both, another temperature: each, and 3      6 + 3    2 or 3, 3 + 3
+        to add the two gradients
 """
 
 from __future__ import annotations
@@ -17,6 +24,9 @@ from torch import Tensor
 from kldiv_kernels.backends import names as backend_names
 from kldiv_kernels.losses import divergence_loss
 from kldiv_kernels.stats import selective_log_softmax, token_stats
+from kldiv_kernels.topk import topk_token_stats
+from kldiv_kernels.topk_divergences import topk_divergence_loss
+from kldiv_kernels.topk_inputs import tail_of
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -26,7 +36,7 @@ IGNORED = -100
 
 @dataclass(frozen=True)
 class LossOptions:
-    """See `kldiv_kernels.divergence_loss`; ce_weight is w, 0 to 1."""
+    """ce_weight is w, 0 to 1; for tail see `kldiv_kernels.topk_divergence_loss`, for others `divergence_loss`."""
 
     kind: str = "forward_kl"
     ce_weight: float = 0.0
@@ -35,6 +45,7 @@ class LossOptions:
     alpha: float = 0.5
     beta: float = 0.5
     backend: str = "auto"
+    tail: str = "bucket"
 
     def divergence_options(self) -> dict[str, Any]:
         return {
@@ -54,6 +65,10 @@ class LossOptions:
         # The loss knows what it allows: ask it on two columns, before anything is loaded.
         row = torch.zeros(1, 2)
         divergence_loss(row, row, self.kind, backend="reference", **self.divergence_options())
+        topk_divergence_loss(
+            row, torch.tensor([[0, 1]]), row.log_softmax(-1), self.kind, tail=self.tail,  # type: ignore[arg-type]
+            backend="reference", **self.divergence_options(),
+        )  # fmt: skip
 
 
 def distillation_loss(
@@ -96,11 +111,85 @@ def distillation_loss(
     return (1.0 - weight) * divergence - weight * logprob.sum() / normalizer
 
 
-def shared_vocab_size(model: PreTrainedModel, teacher: PreTrainedModel | None, given: int | None) -> int:
-    """How many columns of the logits both models have, or `given` if they do. Raises ValueError if they do not."""
+def topk_distillation_loss(
+    logits: Tensor,
+    topk_ids: Tensor,
+    topk_logprobs: Tensor,
+    targets: Tensor,
+    options: LossOptions,
+    *,
+    vocab_size: int,
+    normalizer: Tensor,
+) -> Tensor:
+    """`distillation_loss` from a teacher that is known by k log-probabilities a token, [batch, tokens, K].
+
+    A target whose position has no id (-1 in all of its row) has no divergence; its cross-entropy counts.
+    """
+    weight = options.ce_weight
+    if weight == 1.0:
+        return distillation_loss(logits, None, targets, options, vocab_size=vocab_size, normalizer=normalizer)
+    target = targets != IGNORED
+    tail: Any = options.tail
+    rows: dict[str, Any] = {
+        "tail": tail,
+        "tail_logprob": rest_logprob(topk_ids, topk_logprobs, vocab_size) if tail == "bucket" else None,
+        "mask": rows_with_ids(topk_ids) & target,
+        "normalizer": normalizer,
+        "backend": options.backend,
+        **options.divergence_options(),
+    }
+    # One table of statistics cannot have more columns than the vocabulary: the k tokens and a label.
+    if weight == 0.0 or options.temperature != 1.0 or topk_ids.shape[-1] >= vocab_size:
+        loss = topk_divergence_loss(logits, topk_ids, topk_logprobs, options.kind, vocab_size=vocab_size, **rows)
+        if weight == 0.0:
+            return loss
+        logprob = selective_log_softmax(logits, targets, mask=target, vocab_size=vocab_size, backend=options.backend)
+    else:
+        student = topk_token_stats(
+            logits, topk_ids, targets, stats=("topk_logprobs", "tail_logprob", "logprob"), mask=target,
+            vocab_size=vocab_size, backend=options.backend,
+        )  # fmt: skip
+        logprob = student.logprob
+        # The k tokens and the rest are a distribution on k + 1 outcomes: logits of themselves, of which the last is
+        # the tail again.
+        outcomes = torch.cat([student.topk_logprobs, student.tail_logprob[..., None]], dim=-1)
+        columns = torch.arange(topk_ids.shape[-1], device=topk_ids.device).expand_as(topk_ids)
+        loss = topk_divergence_loss(
+            outcomes, torch.where(topk_ids >= 0, columns, -1), topk_logprobs, options.kind, **rows
+        )
+    return (1.0 - weight) * loss - weight * logprob.sum() / normalizer
+
+
+def rows_with_ids(topk_ids: Tensor) -> Tensor:
+    """[batch, tokens] bool: at which positions the teacher is known."""
+    return (topk_ids >= 0).any(dim=-1)
+
+
+def rest_logprob(topk_ids: Tensor, topk_logprobs: Tensor, vocab_size: int) -> Tensor | None:
+    """The teacher's log-mass outside of rows that have all of the vocabulary, [batch, tokens]; None: 1 − Σ will do.
+
+    What 1 − Σ finds there is rounding, which a student that has no token left would be infinitely far from.
+    """
+    if topk_ids.shape[-1] < vocab_size:
+        return None
+    whole = (topk_ids >= 0).sum(dim=-1) >= vocab_size
+    return torch.where(whole, -torch.inf, tail_of(torch.where(topk_ids >= 0, topk_logprobs.float(), -torch.inf)))
+
+
+def shared_vocab_size(
+    model: PreTrainedModel, teacher: PreTrainedModel | None, given: int | None, *, cached: int | None = None
+) -> int:
+    """How many columns of the logits both models have, or `given` if they do. Raises ValueError if they do not.
+
+    cached: the vocabulary of log-probabilities that stand for the teacher.
+    """
     widths = [int(m.config.get_text_config().vocab_size) for m in (model, teacher) if m is not None]
+    narrower = "model"
+    if cached is not None:
+        narrower = "of model and cache"
+        widths.append(cached)
     if given is None:
         return min(widths)
     if not 1 <= given <= min(widths):
-        raise ValueError(f"vocab_size is {given}; expected 1 to {min(widths)}, the width of the narrower model")
+        raise ValueError(f"vocab_size is {given}; expected 1 to {min(widths)}, the width of the narrower {narrower}")
     return given

@@ -20,7 +20,12 @@ LOSSES: dict[str, dict[str, Any]] = {
     "divergence": {"kind": "js", "beta": 0.3},
     "cross_entropy": {"ce_weight": 1.0},
     "mix": {"ce_weight": 0.4},
+    "rows": {"kind": "js", "beta": 0.3, "ce_weight": 0.4},
 }
+
+
+def sequences(loss: str, count: int = SEQUENCES) -> list[dict[str, Any]]:
+    return tiny.with_rows(tiny.ragged(count)) if loss == "rows" else tiny.ragged(count)
 
 
 class _Gradients(TrainerCallback):
@@ -36,12 +41,15 @@ class _Gradients(TrainerCallback):
             }
 
 
-def one_step(folder: Path, batch_size: int, accumulation: int, **loss: Any) -> tuple[float, dict[str, torch.Tensor]]:
+def one_step(
+    folder: Path, batch_size: int, accumulation: int, loss: str, **options: Any
+) -> tuple[float, dict[str, torch.Tensor]]:
     """Logged loss and gradients of one step over all of the sequences."""
     gradients = _Gradients()
     trainer = tiny.trainer(
-        folder, rows=tiny.ragged(SEQUENCES), callbacks=[gradients], per_device_train_batch_size=batch_size,
-        gradient_accumulation_steps=accumulation, max_steps=1, logging_steps=1, max_grad_norm=0.0, **loss,
+        folder, rows=sequences(loss), callbacks=[gradients], per_device_train_batch_size=batch_size,
+        gradient_accumulation_steps=accumulation, max_steps=1, logging_steps=1, max_grad_norm=0.0, **LOSSES[loss],
+        **options,
     )  # fmt: skip
     trainer.train()
     return next(entry["loss"] for entry in trainer.state.log_history if "loss" in entry), gradients.found
@@ -67,9 +75,9 @@ def test_the_sequences_would_show_a_wrong_normaliser(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("loss", LOSSES)
 def test_accumulation_gives_the_loss_and_gradients_of_the_whole_batch(loss: str, tmp_path: Path) -> None:
-    whole = one_step(tmp_path, SEQUENCES, 1, **LOSSES[loss])
+    whole = one_step(tmp_path, SEQUENCES, 1, loss)
     for batch_size, accumulation in ((1, SEQUENCES), (2, SEQUENCES // 2)):
-        assert_same(one_step(tmp_path, batch_size, accumulation, **LOSSES[loss]), whole)
+        assert_same(one_step(tmp_path, batch_size, accumulation, loss), whole)
 
 
 def test_the_first_step_sees_the_mean_over_its_targets(tmp_path: Path) -> None:
@@ -77,7 +85,7 @@ def test_the_first_step_sees_the_mean_over_its_targets(tmp_path: Path) -> None:
     student = tiny.llama(1)
     trainer = tiny.trainer(tmp_path, student=student, **LOSSES["mix"])
     expected = trainer.compute_loss(student, tiny.batch(SEQUENCES)).item()
-    assert one_step(tmp_path, 1, SEQUENCES, **LOSSES["mix"])[0] == pytest.approx(expected, rel=1e-5)
+    assert one_step(tmp_path, 1, SEQUENCES, "mix")[0] == pytest.approx(expected, rel=1e-5)
 
 
 def _rank(rank: int, port: int, folder: Path) -> None:
@@ -86,13 +94,14 @@ def _rank(rank: int, port: int, folder: Path) -> None:
         "MASTER_PORT": str(port),
     }  # fmt: skip
     torch.set_num_threads(1)
-    for loss, options in LOSSES.items():
+    for loss in LOSSES:
         for accumulation in (1, 2):
-            found = one_step(folder, SEQUENCES // 2 // accumulation, accumulation, ddp_backend="gloo", **options)
+            found = one_step(folder, SEQUENCES // 2 // accumulation, accumulation, loss, ddp_backend="gloo")
             assert torch.distributed.get_world_size() == 2
             torch.save(found, folder / f"{loss}-{accumulation}-{rank}.pt")
-    trainer = tiny.trainer(folder, rows=tiny.ragged(5), ddp_backend="gloo", per_device_eval_batch_size=2)
-    torch.save(trainer.evaluate(), folder / f"evaluation-{rank}.pt")
+    for loss in ("mix", "rows"):
+        trainer = tiny.trainer(folder, rows=sequences(loss, 5), ddp_backend="gloo", per_device_eval_batch_size=2)
+        torch.save(trainer.evaluate(), folder / f"evaluation-{loss}-{rank}.pt")
     torch.distributed.destroy_process_group()
 
 
@@ -101,14 +110,15 @@ def test_two_processes_give_the_loss_gradients_and_evaluation_of_one(tmp_path: P
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     torch.multiprocessing.spawn(_rank, args=(port, tmp_path), nprocs=2)
-    for loss, options in LOSSES.items():
-        whole = one_step(tmp_path, SEQUENCES, 1, **options)
+    for loss in LOSSES:
+        whole = one_step(tmp_path, SEQUENCES, 1, loss)
         for accumulation in (1, 2):
             for rank in (0, 1):
                 assert_same(torch.load(tmp_path / f"{loss}-{accumulation}-{rank}.pt"), whole)
     # Five sequences on two ranks: one is padded with a sequence that must not count twice.
-    expected = tiny.trainer(tmp_path, rows=tiny.ragged(5)).evaluate()
-    for rank in (0, 1):
-        found = torch.load(tmp_path / f"evaluation-{rank}.pt")
-        for name in ("eval_loss", "eval_kl"):
-            assert found[name] == pytest.approx(expected[name], rel=1e-5), name
+    for loss, kl in (("mix", "eval_kl"), ("rows", "eval_topk_kl")):
+        expected = tiny.trainer(tmp_path, rows=sequences(loss, 5)).evaluate()
+        for rank in (0, 1):
+            found = torch.load(tmp_path / f"evaluation-{loss}-{rank}.pt")
+            for name in ("eval_loss", kl):
+                assert found[name] == pytest.approx(expected[name], rel=1e-5), name

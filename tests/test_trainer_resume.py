@@ -16,10 +16,14 @@ import torch
 from datasets import Dataset
 from transformers import TrainerCallback
 
+from kldiv_kernels.teacher_cache import CacheInfo, TeacherCache, TeacherCacheWriter
 from kldiv_kernels.trainer import run
+from kldiv_kernels.trainer.cached import CachedSequences, CachedSplit
 from kldiv_kernels.trainer.data import Blocks
 
 STEPS, SAVE_EVERY, KILLED_AT = 12, 3, 8
+# Others depend on the clock.
+COMPARED = ("step", "loss", "eval_loss", "eval_kl", "eval_topk_kl", "grad_norm")
 
 
 class _Kill(TrainerCallback):
@@ -28,13 +32,23 @@ class _Kill(TrainerCallback):
             os.kill(os.getpid(), signal.SIGKILL)
 
 
-def fit(folder: Path, *callbacks: TrainerCallback) -> dict[str, Any]:
+def cached(folder: Path) -> CachedSplit:
+    """19 sequences of 2 to 12 tokens for training, 5 held out; written by the first call."""
+    if not folder.exists():
+        with TeacherCacheWriter(folder, CacheInfo(teacher="tiny", vocab_size=tiny.VOCAB, k=5)) as writer:
+            for number, row in enumerate(tiny.with_rows(tiny.ragged(24))):
+                tokens = 2 + number % (tiny.LENGTH - 1)
+                writer.append(*(row[name][:tokens] for name in ("input_ids", "topk_ids", "topk_logprobs")))
+    return CachedSequences(TeacherCache(folder)).split(5 / 24, seed=3)
+
+
+def fit(folder: Path, *callbacks: TrainerCallback, cache: Path | None = None) -> dict[str, Any]:
     """Dropout and shuffling on, an epoch that ends between checkpoints: what a resumed run can get wrong."""
     rows = Dataset.from_list(tiny.ragged(19))
     return run.fit(
         tiny.llama(1, dropout=0.2),
-        tiny.llama(2, hidden=24),
-        Blocks(rows, rows.select(range(5))),
+        tiny.llama(2, hidden=24) if cache is None else None,
+        Blocks(rows, rows.select(range(5))) if cache is None else cached(cache),
         run.training_arguments(
             folder, steps=STEPS, batch_size=2, learning_rate=1e-2, seed=3, log_every=1, eval_every=4,
             save_every=SAVE_EVERY, gradient_accumulation_steps=2, ce_weight=0.5,
@@ -44,9 +58,9 @@ def fit(folder: Path, *callbacks: TrainerCallback) -> dict[str, Any]:
     )  # fmt: skip
 
 
-def _killed(_: int, folder: Path) -> None:
+def _killed(_: int, folder: Path, cache: Path | None) -> None:
     torch.set_num_threads(1)
-    fit(folder, _Kill())
+    fit(folder, _Kill(), cache=cache)
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -72,10 +86,9 @@ def parameters(folder: Path) -> dict[str, torch.Tensor]:
 
 
 def metrics(folder: Path) -> list[dict[str, Any]]:
-    """Without what depends on the clock."""
     entries = [json.loads(line) for line in (folder / run.METRICS).read_text().splitlines()]
     return [
-        {name: value for name, value in entry.items() if name in ("step", "loss", "eval_loss", "eval_kl", "grad_norm")}
+        {name: value for name, value in entry.items() if name in COMPARED}
         for entry in entries
         if "loss" in entry or "eval_loss" in entry
     ]
@@ -88,14 +101,21 @@ def assert_same_run(found: Path, expected: Path) -> None:
         assert torch.equal(parameters(found)[name], value), name
 
 
-def test_killed_and_resumed_equals_uninterrupted(uninterrupted: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("from_cache", [False, True], ids=["teacher", "cache"])
+def test_killed_and_resumed_equals_uninterrupted(from_cache: bool, uninterrupted: Path, tmp_path: Path) -> None:
+    folder, cache = tmp_path / "run", tmp_path / "cache" if from_cache else None
     with pytest.raises(torch.multiprocessing.ProcessExitedException, match="SIGKILL"):
-        torch.multiprocessing.spawn(_killed, args=(tmp_path,), nprocs=1)
-    assert run.last_checkpoint(tmp_path) == tmp_path / f"checkpoint-{KILLED_AT - KILLED_AT % SAVE_EVERY}"
-    assert metrics(tmp_path)[-1]["step"] > KILLED_AT - KILLED_AT % SAVE_EVERY, "nothing to take back"
-    assert not run.is_finished(tmp_path)
-    fit(tmp_path)
-    assert_same_run(tmp_path, uninterrupted)
+        torch.multiprocessing.spawn(_killed, args=(folder, cache), nprocs=1)
+    assert run.last_checkpoint(folder) == folder / f"checkpoint-{KILLED_AT - KILLED_AT % SAVE_EVERY}"
+    assert metrics(folder)[-1]["step"] > KILLED_AT - KILLED_AT % SAVE_EVERY, "nothing to take back"
+    assert not run.is_finished(folder)
+    summary = fit(folder, cache=cache)
+    expected = uninterrupted
+    if from_cache:
+        expected = tmp_path / "expected"
+        assert summary == fit(expected, cache=cache)
+        assert summary["teacher_student_topk_kl"] > 0
+    assert_same_run(folder, expected)
 
 
 def test_a_checkpoint_cut_off_while_it_was_written_is_passed_over(uninterrupted: Path, tmp_path: Path) -> None:

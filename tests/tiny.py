@@ -43,6 +43,16 @@ def ragged(count: int, seed: int = 0) -> list[dict[str, list[int]]]:
     return rows
 
 
+def with_rows(rows: list[dict[str, Any]], k: int = 5, seed: int = 0) -> list[dict[str, Any]]:
+    """A teacher known by k random log-probs a position, by none at every fourth."""
+    generator = torch.Generator().manual_seed(seed)
+    for number, row in enumerate(rows):
+        logprobs, ids = torch.randn(LENGTH, VOCAB, generator=generator).log_softmax(-1).topk(k)
+        ids[number % 4 :: 4] = -1
+        row |= {"topk_ids": ids.tolist(), "topk_logprobs": logprobs.tolist()}
+    return rows
+
+
 def batch(count: int, seed: int = 0) -> dict[str, torch.Tensor]:
     return {name: torch.tensor([row[name] for row in ragged(count, seed)]) for name in ("input_ids", "labels")}
 
@@ -53,12 +63,17 @@ def arguments(folder: Path, **options: Any) -> DistillationArguments:
 
 
 def trainer(folder: Path, *, student: Any = None, teacher: Any = None, rows: Any = None, **options: Any) -> Any:
-    """A `DistillationTrainer` over `ragged` rows; `callbacks` go to it, other options to its arguments."""
+    """A `DistillationTrainer` over `ragged` rows; `callbacks` go to it, other options to its arguments.
+
+    Rows that have a teacher get no other.
+    """
     callbacks = options.pop("callbacks", None)
     rows = ragged(8) if rows is None else rows
+    if teacher is None and "topk_ids" not in rows[0]:
+        teacher = llama(2, hidden=24)
     return DistillationTrainer(
         llama(1) if student is None else student,
-        llama(2, hidden=24) if teacher is None else teacher,
+        teacher,
         arguments(folder, **options),
         train_dataset=rows,
         eval_dataset=rows,

@@ -21,20 +21,40 @@ from kldiv_kernels.trainer.options import (
 )
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+    from kldiv_kernels.trainer.cached import CachedSplit
+    from kldiv_kernels.trainer.distillation import DistillationArguments
 
 _KINDS = ", ".join(registry.divergence_names())
+_TAILS = ("bucket", "renormalize", "renormalize_teacher", "none")
+# Options of a run on text, and of one from a cache: those of the other kind are refused, and not stored.
+_OF_TEXT = ("teacher", "data", "block_size", "data_config", "text_column")
+_OF_CACHE = ("teacher_cache", "tail")
 
 
 def distill(
+    context: typer.Context,
     student: Annotated[str, typer.Option(help="Student: local folder or hub id of a causal language model.")],
-    data: Annotated[
-        list[str],
-        typer.Option(help="Text, JSON, CSV or Parquet file, folder of them, or hub data set id. May be repeated."),
-    ],
     output: Annotated[Path, typer.Option(help="Folder of the run; must be new or empty unless --resume.")],
+    data: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="Text, JSON, CSV or Parquet file, folder of them, or hub data set id. May be repeated. "
+            "Not with --teacher-cache."
+        ),
+    ] = None,
     teacher: Annotated[
-        str | None, typer.Option(help="Teacher: local folder or hub id. Not needed with --ce-weight 1.")
+        str | None,
+        typer.Option(help="Teacher: local folder or hub id. Not needed with --ce-weight 1 or --teacher-cache."),
+    ] = None,
+    teacher_cache: Annotated[
+        str | None,
+        typer.Option(
+            help="Folder that kldiv cache-teacher wrote: its sequences are the data, its log-probs the teacher, at "
+            "its temperature. In place of --teacher, --data and --block-size.",
+            metavar="FOLDER",
+        ),
     ] = None,
     kind: Annotated[str, typer.Option(help=f"Divergence: {_KINDS}.", metavar="NAME")] = "forward_kl",
     ce_weight: Annotated[float, typer.Option(help="w in (1 − w)·divergence + w·cross-entropy.")] = 0.0,
@@ -46,19 +66,33 @@ def distill(
         float, typer.Option(help="Parameter of skew_kl, skew_reverse_kl, renyi, alpha, alpha_beta.")
     ] = 0.5,
     beta: Annotated[float, typer.Option(help="Parameter of js and alpha_beta.")] = 0.5,
+    tail: Annotated[
+        str,
+        typer.Option(
+            help="What the tokens are that a --teacher-cache does not have: bucket (all of them one outcome), "
+            "renormalize (left out of both), renormalize_teacher (impossible for the teacher), none (raw sums).",
+            metavar="NAME",
+        ),
+    ] = "bucket",
     vocab_size: Annotated[
         int | None, typer.Option(help="Columns from here on are padding. Default: the narrower model's width.")
     ] = None,
     backend: Annotated[str, typer.Option(help="Backend of kldiv_kernels; see kldiv doctor.")] = "auto",
     steps: Annotated[int, typer.Option(min=1, help="Optimiser steps.")] = 1000,
-    batch_size: Annotated[int, typer.Option(min=1, help="Blocks a device and micro-batch.")] = 8,
+    batch_size: Annotated[
+        int, typer.Option(min=1, help="Blocks, or sequences of a cache, a device and micro-batch.")
+    ] = 8,
     accumulation: Annotated[int, typer.Option(min=1, help="Micro-batches a step.")] = 1,
     block_size: Annotated[int, typer.Option(min=2, help="Tokens a block.")] = 512,
     lr: Annotated[float, typer.Option(help="Peak learning rate (linear warm-up over 5 %, then cosine).")] = 5e-5,
     bf16: Annotated[bool, typer.Option("--bf16", help="Mixed precision: autocast to bfloat16.")] = False,
     seed: Annotated[int, typer.Option(min=0, help="Of data order and held-out split.")] = 0,
     held_out: Annotated[
-        float, typer.Option(help="Share of the blocks kept for evaluation, where the data has no validation split.")
+        float,
+        typer.Option(
+            help="Share of the blocks kept for evaluation, where the data has no validation split; of a cache, "
+            "neighbouring sequences from a place that --seed chooses."
+        ),
     ] = 0.05,
     data_config: Annotated[str | None, typer.Option(help="Configuration of a hub data set.")] = None,
     text_column: Annotated[str, typer.Option(help="Column that holds the text.")] = "text",
@@ -67,7 +101,7 @@ def distill(
     save_every: Annotated[int, typer.Option(min=1, help="Steps between checkpoints.")] = 100,
     resume: Annotated[bool, typer.Option("--resume", help="Continue the run in --output, exactly.")] = False,
 ) -> None:
-    """Distil a teacher into a student on text.
+    """Distil a teacher into a student on text, or from a teacher's log-probs on disk.
 
     Leaves in --output: the student and its tokenizer, metrics.jsonl,
     summary.json, loss.png and the last two checkpoints. A killed run
@@ -81,51 +115,115 @@ def distill(
       $ kldiv train distill --student runs/demo/student_ce --teacher runs/demo/teacher
         --data book.txt --kind js --beta 0.9 --block-size 128 --output runs/js
 
+      $ kldiv train distill --student runs/demo/student_ce --teacher-cache runs/teacher_cache
+        --tail bucket --output runs/cached
+
       $ torchrun --nproc-per-node 8 -m kldiv_kernels.cli train distill --bf16
         --student … --teacher … --data … --output …
     """
     # Every option of this function but where it writes: a resumed run must have the same.
-    options = {name: value for name, value in locals().items() if name not in ("output", "resume")}
+    options = {name: value for name, value in locals().items() if name not in ("context", "output", "resume")}
+    options = _of_this_run(options, context)
     _check_loss(kind, ce_weight, temperature, alpha, beta, backend)
-    require(teacher is not None or ce_weight == 1.0, "--teacher", "missing; only --ce-weight 1 trains without one")
+    require(tail in _TAILS, "--tail", f"{tail!r}; expected {', '.join(_TAILS[:-1])} or {_TAILS[-1]}")
+    if teacher_cache is None:
+        require(bool(data), "--data", "missing; only --teacher-cache has data of its own")
+        require(
+            teacher is not None or ce_weight == 1.0,
+            "--teacher", "missing; only --ce-weight 1 and --teacher-cache train without one",
+        )  # fmt: skip
     require(lr > 0, "--lr", f"{lr} is not above 0")
     require(0 < held_out < 1, "--held-out", f"{held_out} is not between 0 and 1")
-    for option, source in (("--student", student), ("--teacher", teacher), *(("--data", source) for source in data)):
+    sources = data or []
+    for option, source in (("--student", student), ("--teacher", teacher), *(("--data", source) for source in sources)):
         require_source(source, option)
 
     from kldiv_kernels.distillation import shared_vocab_size
     from kldiv_kernels.trainer import run
-    from kldiv_kernels.trainer.data import load_blocks
+    from kldiv_kernels.trainer.data import Blocks, load_blocks
 
     with option_errors():
         arguments = run.training_arguments(
             output, steps=steps, batch_size=batch_size, learning_rate=lr, seed=seed, log_every=log_every,
             eval_every=eval_every, save_every=save_every, gradient_accumulation_steps=accumulation, bf16=bf16,
             kind=kind, ce_weight=ce_weight, temperature=temperature, temperature_squared=temperature_squared,
-            alpha=alpha, beta=beta, vocab_size=vocab_size, backend=backend,
+            alpha=alpha, beta=beta, tail=tail, vocab_size=vocab_size, backend=backend,
+            # Blocks have no padding, and their end-of-text tokens may be the tokenizer's padding token.
+            include_num_input_tokens_seen="all" if teacher_cache is None else "non_padding",
         )  # fmt: skip
         run.check_run(output, options, resume=resume)
     if not run.is_finished(output):
         tokenizer = load_tokenizer(student, "--student")
         if teacher is not None:
-            _check_same_tokens(tokenizer, load_tokenizer(teacher, "--teacher"))
+            _check_same_tokens(tokenizer, load_tokenizer(teacher, "--teacher"), "--teacher")
         student_model = load_model(student, "--student")
         # Autocast needs the student's weights in float32 for the optimiser; the teacher's are only read.
         teacher_model = None if teacher is None else load_model(teacher, "--teacher", "bfloat16" if bf16 else "float32")
-        with option_errors("--vocab-size"):
-            width = shared_vocab_size(student_model, teacher_model, vocab_size)
-        require(len(tokenizer) <= width, "--vocab-size", f"{width} is below the tokenizer's {len(tokenizer)} tokens")
-        with option_errors("--data"), arguments.main_process_first():
-            blocks = load_blocks(
-                data, tokenizer, block_size=block_size, held_out=held_out, seed=seed,
-                config=data_config, column=text_column,
-            )  # fmt: skip
+        blocks: Blocks | CachedSplit
+        if teacher_cache is not None:
+            blocks = _cached(teacher_cache, student_model, tokenizer, arguments, held_out)
+        else:
+            with option_errors("--vocab-size"):
+                width = shared_vocab_size(student_model, teacher_model, vocab_size)
+            require(
+                len(tokenizer) <= width, "--vocab-size", f"{width} is below the tokenizer's {len(tokenizer)} tokens"
+            )
+            with option_errors("--data"), arguments.main_process_first():
+                blocks = load_blocks(
+                    sources, tokenizer, block_size=block_size, held_out=held_out, seed=seed,
+                    config=data_config, column=text_column,
+                )  # fmt: skip
         # The other ranks have passed their check: main_process_first holds all of them together.
         if arguments.process_index == 0:
             run.begin_run(output, options)
         run.fit(student_model, teacher_model, blocks, arguments, tokenizer=tokenizer)
     if arguments.process_index == 0:
         _print_summary(run.read_json(output / run.SUMMARY), output)
+
+
+def _of_this_run(options: dict[str, Any], context: typer.Context) -> dict[str, Any]:
+    """Without those that do not apply, to a run on text or to one from a cache; an error for one that was given."""
+    cached = options["teacher_cache"] is not None
+    others, why = (_OF_TEXT, "not with --teacher-cache") if cached else (_OF_CACHE, "only with --teacher-cache")
+    for name in others:
+        source = context.get_parameter_source(name)
+        given = source is not None and source.name != "DEFAULT"
+        require(not given, f"--{name.replace('_', '-')}", f"{why}, whose sequences and log-probs are the data and the "
+                "teacher")  # fmt: skip
+    return {name: value for name, value in options.items() if name not in others}
+
+
+def _cached(
+    folder: str, student: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, arguments: DistillationArguments,
+    held_out: float,
+) -> CachedSplit:  # fmt: skip
+    """The sequences of a cache, checked against the student and read once for their checksums."""
+    from kldiv_kernels.distillation import shared_vocab_size
+    from kldiv_kernels.teacher_cache import TeacherCache
+    from kldiv_kernels.trainer.cached import CachedSequences
+    from kldiv_kernels.trainer.distillation import max_positions
+
+    with option_errors("--teacher-cache"):
+        cache = TeacherCache(folder, check=False)
+    taken_at = cache.info.temperature
+    require(
+        arguments.temperature == taken_at, "--temperature",
+        f"{arguments.temperature}; the log-probs in {folder} were taken at {taken_at} (pass --temperature {taken_at})",
+    )  # fmt: skip
+    if any((cache.folder / name).exists() for name in ("tokenizer.json", "tokenizer_config.json")):
+        _check_same_tokens(tokenizer, load_tokenizer(folder, "--teacher-cache"), "--teacher-cache")
+    with option_errors("--vocab-size"):
+        width = shared_vocab_size(student, None, arguments.vocab_size, cached=cache.info.vocab_size)
+    require(
+        len(tokenizer) <= width, "--teacher-cache" if arguments.vocab_size is None else "--vocab-size",
+        f"{width} columns are shared with {folder}; the student's tokenizer has {len(tokenizer)} tokens",
+    )  # fmt: skip
+    with option_errors("--teacher-cache"), arguments.main_process_first():
+        if arguments.local_process_index == 0:
+            cache.verify()
+        sequences = CachedSequences(cache, vocab_size=width)
+        sequences.check_for(vocab_size=width, temperature=taken_at, positions=max_positions(student))
+        return sequences.split(held_out, arguments.seed)
 
 
 def demo(
@@ -172,7 +270,7 @@ def _check_loss(kind: str, ce_weight: float, temperature: float, alpha: float, b
     require_backend(backend)
 
 
-def _check_same_tokens(student: PreTrainedTokenizerBase, teacher: PreTrainedTokenizerBase) -> None:
+def _check_same_tokens(student: PreTrainedTokenizerBase, teacher: PreTrainedTokenizerBase, option: str) -> None:
     """A divergence compares columns: the same id must mean the same token. Extra tokens at the end are padding."""
     theirs = {index: token for token, index in teacher.get_vocab().items()}
     for token, index in student.get_vocab().items():
@@ -180,7 +278,7 @@ def _check_same_tokens(student: PreTrainedTokenizerBase, teacher: PreTrainedToke
             raise typer.BadParameter(
                 f"its tokenizer has {theirs[index]!r} where the student's has {token!r} (id {index}); "
                 "expected one vocabulary",
-                param_hint="--teacher",
+                param_hint=option,
             )
 
 
@@ -194,4 +292,9 @@ def _print_summary(summary: dict[str, Any], folder: Path) -> None:
     table.add_row("held-out loss", f"{summary['held_out_loss']:.4f} nats per token")
     if summary["teacher_student_kl"] is not None:
         table.add_row("KL(teacher ∥ student)", f"{summary['teacher_student_kl']:.4f} nats per token")
+    if summary["teacher_student_topk_kl"] is not None:
+        table.add_row(
+            f"top-{summary['loss']['k']} KL(teacher ∥ student)",
+            f"{summary['teacher_student_topk_kl']:.4f} nats per token, at most the full KL",
+        )
     Console().print(table)

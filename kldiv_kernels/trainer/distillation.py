@@ -2,6 +2,7 @@
 
 Checkpoints, resuming, logging and distribution are the Trainer's. What stands here is the loss of a batch,
 its normaliser and the held-out evaluation; `kldiv_kernels.distillation` has the loss from logits.
+The teacher is a model, or k log-probabilities a token that come with the data, as from a teacher cache.
 
 The loss of a batch is Σ over its target tokens / number of target tokens of the whole optimiser step, over all
 accumulation steps and ranks (`num_items_in_batch`). A mean per micro-batch, averaged, would weigh a token by how
@@ -19,8 +20,20 @@ import torch
 from torch import Tensor
 from transformers import EvalPrediction, PreTrainedModel, Trainer, TrainerCallback, TrainingArguments
 
-from kldiv_kernels.distillation import IGNORED, LossOptions, distillation_loss, shared_vocab_size
-from kldiv_kernels.stats import token_stats
+from kldiv_kernels.distillation import (
+    IGNORED,
+    LossOptions,
+    distillation_loss,
+    rest_logprob,
+    rows_with_ids,
+    shared_vocab_size,
+    topk_distillation_loss,
+)
+from kldiv_kernels.stats import selective_log_softmax, token_stats
+from kldiv_kernels.topk_divergences import topk_divergence_loss
+from kldiv_kernels.trainer import cached
+
+_ROWS = ("topk_ids", "topk_logprobs")
 
 
 @dataclass
@@ -44,6 +57,10 @@ class DistillationArguments(TrainingArguments):
         default=None,
         metadata={"help": "Columns from here on are padding; default: the narrower of the two models' vocabularies."},
     )
+    tail: str = field(
+        default="bucket",
+        metadata={"help": "Of a teacher in the data, as k log-probs a token; see topk_divergence_loss."},
+    )
     backend: str = field(default="auto", metadata={"help": "Backend of kldiv_kernels."})
     # The Trainer would report a running average in place of a NaN or infinite loss, and so hide it.
     logging_nan_inf_filter: bool = field(default=False, metadata={"help": "Leave NaN and inf out of logged losses."})
@@ -61,14 +78,20 @@ class DistillationTrainer(Trainer):
 
     Args:
         model: the student.
-        teacher_model: frozen, run without gradients on the student's device, in its own dtype; None only with
-            `ce_weight=1`. Its vocabulary may be padded to another width than the student's.
+        teacher_model: frozen, run without gradients on the student's device, in its own dtype. Its vocabulary may be
+            padded to another width than the student's. None with `ce_weight=1`, or where the data have the teacher.
         args: `DistillationArguments`.
+        data_collator: as in `transformers.Trainer`; default for data that have the teacher:
+            `kldiv_kernels.trainer.cached.collate`, which pads.
         others: as in `transformers.Trainer`. Datasets yield `input_ids` and unshifted `labels`, -100 where a token is
-            no target.
+            no target. Without a teacher model they also yield its `topk_ids` [tokens, K], -1 for none, and
+            `topk_logprobs` [tokens, K] at `args.temperature`: row t is its distribution of token t + 1, as in
+            `kldiv_kernels.trainer.cached.CachedSequences`, a teacher cache as a data set.
 
-    `evaluate()` reports, per held-out target token in nats and at temperature 1, `eval_loss` (the student's
-    cross-entropy) and, with a teacher, `eval_kl` (KL(teacher ∥ student)); both whatever the training loss is.
+    `evaluate()` reports, per held-out target token in nats and whatever the training loss is, `eval_loss` (the
+    student's cross-entropy, at temperature 1) and the divergence from the teacher: from a model `eval_kl`
+    (KL(teacher ∥ student) at temperature 1), from rows `eval_topk_kl` (the KL on k + 1 outcomes, the k tokens and all
+    others as one, at `args.temperature`: at most the full KL).
     """
 
     args: DistillationArguments
@@ -88,19 +111,31 @@ class DistillationTrainer(Trainer):
         callbacks: list[TrainerCallback] | None = None,
         optimizers: tuple[Any, Any] = (None, None),
     ) -> None:
-        if teacher_model is None and args.ce_weight != 1.0:
+        held_out = list(eval_dataset.values()) if isinstance(eval_dataset, dict) else [eval_dataset]
+        given = [data for data in (train_dataset, *held_out) if data is not None]
+        have_rows = [_has_rows(data) for data in given] if teacher_model is None else []
+        if teacher_model is None and args.ce_weight != 1.0 and all(have is False for have in have_rows):
             raise ValueError(
-                f"DistillationTrainer: teacher_model is None; ce_weight = {args.ce_weight} needs one (1 does not)"
+                f"DistillationTrainer: teacher_model is None; ce_weight = {args.ce_weight} needs one (1 does not), or "
+                f"data with {' and '.join(_ROWS)}"
             )
-        self.vocab_size = shared_vocab_size(model, teacher_model, args.vocab_size)
+        sequences = [data for data in given if have_rows and isinstance(data, cached.CachedSequences)]
+        self.vocab_size = shared_vocab_size(
+            model, teacher_model, args.vocab_size,
+            cached=min((data.cache.info.vocab_size for data in sequences), default=None),
+        )  # fmt: skip
+        for data in sequences:
+            data.check_for(vocab_size=self.vocab_size, temperature=args.temperature, positions=max_positions(model))
+        if data_collator is None and True in have_rows:
+            data_collator = cached.collate
+        self.teacher_model = None
         super().__init__(
             model, args, data_collator, train_dataset, eval_dataset, processing_class,
-            compute_metrics=_held_out_metrics, callbacks=callbacks, optimizers=optimizers,
+            compute_metrics=self._held_out_metrics, callbacks=callbacks, optimizers=optimizers,
         )  # fmt: skip
         # Both make the Trainer count target tokens for every model, also one whose own loss would not ask for it.
         self.model_accepts_loss_kwargs = True
         self._loss_shifts_labels = True
-        self.teacher_model = None
         if teacher_model is not None:
             teacher_model.requires_grad_(False)
             # Gives the teacher the student's device and mixed precision; in evaluation mode it is not wrapped in DDP.
@@ -113,23 +148,27 @@ class DistillationTrainer(Trainer):
         return_outputs: bool = False,
         num_items_in_batch: Tensor | int | None = None,
     ) -> Any:
-        features, targets = _split_targets(inputs)
+        features, targets, rows = _split(inputs)
         outputs = model(**features, use_cache=False)
-        teacher_logits = None if self.args.ce_weight == 1.0 else self._teacher_logits(features)
         if num_items_in_batch is None:
             normalizer, ranks = (targets != IGNORED).sum(), 1
         else:
             # One element a GPU under DataParallel, all equal.
             normalizer, ranks = torch.as_tensor(num_items_in_batch, device=targets.device).reshape(-1)[0], self._ranks()
-        loss = distillation_loss(
-            outputs.logits,
-            teacher_logits,
-            targets,
-            self.args.loss_options(),
-            vocab_size=self.vocab_size,
-            # A batch without a single target has loss 0, not 0/0.
-            normalizer=normalizer.clamp_min(1),
-        )
+        options = self.args.loss_options()
+        # A batch without a single target has loss 0, not 0/0.
+        scale: dict[str, Any] = {"vocab_size": self.vocab_size, "normalizer": normalizer.clamp_min(1)}
+        if self.args.ce_weight == 1.0:
+            loss = distillation_loss(outputs.logits, None, targets, options, **scale)
+        elif self.teacher_model is not None:
+            loss = distillation_loss(outputs.logits, self._teacher_logits(features), targets, options, **scale)
+        elif rows is not None:
+            loss = topk_distillation_loss(outputs.logits, *rows, targets, options, **scale)
+        else:
+            raise ValueError(
+                f"DistillationTrainer: teacher_model is None and the batch has no {' and '.join(_ROWS)}; it has "
+                f"{', '.join(inputs)}"
+            )
         # DDP averages the gradients of ranks that each divided by the tokens of all of them.
         loss = loss * ranks if ranks > 1 else loss
         return (loss, outputs) if return_outputs else loss
@@ -141,24 +180,45 @@ class DistillationTrainer(Trainer):
         prediction_loss_only: bool,
         ignore_keys: list[str] | None = None,
     ) -> tuple[None, Tensor, Tensor]:
-        """Sums over the target tokens of each sequence, [batch, 1 or 2], and their number, [batch].
+        """Sums over the tokens of each sequence, [batch, 1 or 2], and of how many tokens they are, the same shape.
 
         Sums of sequences gather exactly over ranks; a mean a batch would weigh a token by its batch.
         """
-        features, targets = _split_targets(self._prepare_inputs(dict(inputs)))
+        features, targets, rows = _split(self._prepare_inputs(dict(inputs)))
         mask = targets != IGNORED
+        common: dict[str, Any] = {"vocab_size": self.vocab_size, "backend": self.args.backend}
         with torch.no_grad(), self.compute_loss_context_manager():
             logits = model(**features, use_cache=False).logits
-            teacher_logits = self._teacher_logits(features) if self.teacher_model is not None else None
-            stats = token_stats(
-                logits, teacher_logits, targets,
-                stats=("logprob",) if teacher_logits is None else ("logprob", "forward_kl"),
-                mask=mask, vocab_size=self.vocab_size, backend=self.args.backend,
-            )  # fmt: skip
-        sums = [-stats.logprob.sum(-1)]
-        if teacher_logits is not None:
-            sums.append(stats.forward_kl.sum(-1))
-        return None, torch.stack(sums, dim=-1), mask.sum(-1)
+            if self.teacher_model is not None:
+                stats = token_stats(
+                    logits, self._teacher_logits(features), targets, stats=("logprob", "forward_kl"), mask=mask,
+                    **common,
+                )  # fmt: skip
+                found = [(-stats.logprob, mask), (stats.forward_kl, mask)]
+            else:
+                found = [(-selective_log_softmax(logits, targets, mask=mask, **common), mask)]
+                if rows is not None:
+                    known = mask & rows_with_ids(rows[0])
+                    kl = topk_divergence_loss(
+                        logits, *rows, tail_logprob=rest_logprob(*rows, self.vocab_size), mask=known,
+                        reduction="none", temperature=self.args.temperature, **common,
+                    )  # fmt: skip
+                    found.append((kl, known))
+        sums, counts = (torch.stack([x.sum(-1) for x in column], dim=-1) for column in zip(*found, strict=True))
+        return None, sums, counts
+
+    def _held_out_metrics(self, prediction: EvalPrediction) -> dict[str, float]:
+        sums, counts = (
+            np.asarray(x, dtype=np.float64).sum(axis=0) for x in (prediction.predictions, prediction.label_ids)
+        )
+        names = ("loss", "topk_kl" if self.teacher_model is None else "kl")
+        return {name: float(x) / max(1.0, float(n)) for name, x, n in zip(names, sums, counts, strict=False)}
+
+    def _set_signature_columns_if_needed(self) -> None:
+        """The teacher's rows are no arguments of the model, and would be dropped as unused."""
+        super()._set_signature_columns_if_needed()
+        if self.teacher_model is None:
+            self._signature_columns = list(dict.fromkeys([*(self._signature_columns or ()), *_ROWS]))  # type: ignore[assignment]
 
     def _teacher_logits(self, inputs: Mapping[str, Any]) -> Tensor:
         assert self.teacher_model is not None
@@ -173,8 +233,8 @@ class DistillationTrainer(Trainer):
         return int(self.accelerator.num_processes) // int(self.get_tp_size())
 
 
-def _split_targets(inputs: Mapping[str, Any]) -> tuple[dict[str, Any], Tensor]:
-    """The models' inputs, and the target of each position.
+def _split(inputs: Mapping[str, Any]) -> tuple[dict[str, Any], Tensor, tuple[Tensor, Tensor] | None]:
+    """The models' inputs, the target of each position, and the teacher's rows where the batch has them.
 
     The labels are shifted, not the logits: the gradient of `logits[:, :-1]` would be copied into a buffer of zeros as
     large as the logits, while the masked last row costs nothing.
@@ -183,10 +243,20 @@ def _split_targets(inputs: Mapping[str, Any]) -> tuple[dict[str, Any], Tensor]:
     labels = rest.pop("labels", None)
     if labels is None:
         raise ValueError(f"DistillationTrainer: the batch has no labels; it has {', '.join(rest)}")
-    return rest, torch.nn.functional.pad(labels[:, 1:], (0, 1), value=IGNORED)
+    ids, logprobs = (rest.pop(name, None) for name in _ROWS)
+    targets = torch.nn.functional.pad(labels[:, 1:], (0, 1), value=IGNORED)
+    return rest, targets, None if ids is None or logprobs is None else (ids, logprobs)
 
 
-def _held_out_metrics(prediction: EvalPrediction) -> dict[str, float]:
-    sums = np.asarray(prediction.predictions, dtype=np.float64).sum(axis=0)
-    tokens = max(1, int(np.asarray(prediction.label_ids).sum()))
-    return {name: float(total) / tokens for name, total in zip(("loss", "kl"), sums, strict=False)}
+def max_positions(model: PreTrainedModel) -> int | None:
+    """How many tokens a sequence may have; None where the configuration does not say."""
+    found = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    return None if found is None else int(found)
+
+
+def _has_rows(data: Any) -> bool | None:
+    """Whether a data set has the teacher's rows, by its columns or its first element; None where neither says."""
+    columns = getattr(data, "column_names", None)
+    if columns is None and hasattr(data, "__getitem__") and hasattr(data, "__len__") and len(data) > 0:
+        columns = data[0]
+    return None if columns is None else all(name in columns for name in _ROWS)

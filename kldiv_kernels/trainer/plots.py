@@ -22,7 +22,12 @@ def curve(history: History, name: str) -> tuple[list[int], list[float]]:
 
 def plot_run(path: Path, history: History, *, title: str) -> None:
     """Training loss, held-out cross-entropy and, where there is a teacher, the held-out divergence from it."""
-    panels = {"loss": "training loss", "eval_loss": "held-out cross-entropy", "eval_kl": _KL}
+    panels = {
+        "loss": "training loss",
+        "eval_loss": "held-out cross-entropy",
+        "eval_kl": _KL,
+        "eval_topk_kl": "held-out top-k KL(teacher ∥ student)",
+    }
     shown = [name for name in panels if any(name in entry for entry in history)]
     figure = Figure(figsize=(4.5 * len(shown), 3.6), layout="constrained")
     for axis, name in zip(figure.subplots(1, len(shown), squeeze=False)[0], shown, strict=True):

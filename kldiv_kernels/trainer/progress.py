@@ -53,4 +53,6 @@ class _Bar(TrainerCallback):
             self.bar.update(self.task, note=f"loss {logs['loss']:.4f}")
         if "eval_loss" in logs and not self.bar.disable:
             kl = f", KL(teacher ∥ student) {logs['eval_kl']:.4f}" if "eval_kl" in logs else ""
+            if "eval_topk_kl" in logs:
+                kl = f", top-k KL(teacher ∥ student) {logs['eval_topk_kl']:.4f}"
             self.bar.console.print(f"step {state.global_step}: held-out loss {logs['eval_loss']:.4f}{kl}")

@@ -25,6 +25,7 @@ from transformers import (
     default_data_collator,
 )
 
+from kldiv_kernels.trainer.cached import CachedSequences, CachedSplit
 from kldiv_kernels.trainer.data import Blocks
 from kldiv_kernels.trainer.distillation import DistillationArguments, DistillationTrainer
 from kldiv_kernels.trainer.plots import plot_run
@@ -117,10 +118,9 @@ def training_arguments(
         save_steps=save_every,
         # The last one and, should the machine stop while that is being written, the one before.
         save_total_limit=2,
-        include_num_input_tokens_seen="all",
         report_to="none",
         use_cpu=not torch.accelerator.is_available(),
-        **options,
+        **{"include_num_input_tokens_seen": "all", **options},
     )
 
 
@@ -146,7 +146,7 @@ class _MetricsFile(TrainerCallback):
 def fit(
     model: PreTrainedModel,
     teacher: PreTrainedModel | None,
-    blocks: Blocks,
+    blocks: Blocks | CachedSplit,
     arguments: DistillationArguments,
     *,
     tokenizer: PreTrainedTokenizerBase,
@@ -154,6 +154,8 @@ def fit(
     console: Console | None = None,
 ) -> dict[str, Any]:
     """Train to `max_steps`, from the last checkpoint in `output_dir` if it has one; return the summary.
+
+    Without a teacher the blocks have it, unless the loss is cross-entropy alone.
 
     Leaves in `output_dir`: the model and tokenizer (`from_pretrained` reads them), metrics.jsonl, loss.png and
     summary.json.
@@ -163,7 +165,9 @@ def fit(
     metrics = _MetricsFile(folder / METRICS)
     trainer = DistillationTrainer(
         model, teacher, arguments, train_dataset=blocks.train, eval_dataset=blocks.held_out,
-        data_collator=default_data_collator, processing_class=tokenizer, callbacks=[metrics, *callbacks],
+        # Blocks are of one length; for the others the trainer knows how to pad.
+        data_collator=default_data_collator if isinstance(blocks, Blocks) else None,
+        processing_class=tokenizer, callbacks=[metrics, *callbacks],
     )  # fmt: skip
     with shown_for(trainer, console or Console()):
         _train(trainer, metrics, last_checkpoint(folder))
@@ -191,6 +195,8 @@ def _train(trainer: DistillationTrainer, metrics: _MetricsFile, checkpoint: Path
 
 def _summary(trainer: DistillationTrainer, model: PreTrainedModel, arguments: DistillationArguments) -> dict[str, Any]:
     final = next(entry for entry in reversed(trainer.state.log_history) if "eval_loss" in entry)
+    data = trainer.train_dataset
+    from_cache = {"tail": arguments.tail, "k": data.cache.info.k} if isinstance(data, CachedSequences) else {}
     return {
         "parameters": model.num_parameters(),
         "steps": final["step"],
@@ -198,10 +204,12 @@ def _summary(trainer: DistillationTrainer, model: PreTrainedModel, arguments: Di
         "held_out_loss": final["eval_loss"],
         "held_out_perplexity": math.exp(min(final["eval_loss"], 700.0)),
         "teacher_student_kl": final.get("eval_kl"),
+        "teacher_student_topk_kl": final.get("eval_topk_kl"),
         "loss": {
             "kind": arguments.kind,
             "ce_weight": arguments.ce_weight,
             **arguments.loss_options().divergence_options(),
+            **from_cache,
         },
         "seed": arguments.seed,
         "versions": {
