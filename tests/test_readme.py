@@ -25,6 +25,7 @@ ELSEWHERE = ("make demo", "make test", "make gpu-check", "pip install ")
 SMALLER = {
     "bench": "--rows 2 --vocab 1000 --kinds forward_kl --dtypes fp32 --peers none --repeats 1 --no-memory",
     "train grpo": "--steps 2 --warm-up-steps 2 --batch-size 2 --group-size 2",
+    "train distill": "--steps 2 --batch-size 2",
     "train": "--steps 2 --batch-size 2 --block-size 16",
     "cache-teacher": "--batch-size 2 --block-size 16",
 }
@@ -94,6 +95,9 @@ def test_the_command_runs(command: str, tmp_path: Path, monkeypatch: pytest.Monk
         tiny.word_tokenizer().save_pretrained(tmp_path / "runs/demo" / model)
     (tmp_path / "README.md").write_text(tiny.words(2000))
     monkeypatch.chdir(tmp_path)
+    if "--teacher-cache runs/teacher_cache" in command:
+        (first,) = [line for line in COMMANDS if line.endswith("--output runs/teacher_cache")]
+        CliRunner().invoke(app, [*shlex.split(first)[1:], *SMALLER["cache-teacher"].split()])
     result = CliRunner().invoke(app, [*options, *smaller.split()])
     assert result.exit_code == 0, result.output
 

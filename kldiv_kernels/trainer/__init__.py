@@ -5,13 +5,18 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from kldiv_kernels.trainer.cached import CachedSequences
     from kldiv_kernels.trainer.distillation import DistillationArguments, DistillationTrainer
 
-__all__ = ["DistillationArguments", "DistillationTrainer"]
+__all__ = ["CachedSequences", "DistillationArguments", "DistillationTrainer"]
 
 
 def __getattr__(name: str) -> Any:
     # Imported on first use: the command line reads this package for its help, and transformers takes seconds.
+    if name == "CachedSequences":
+        from kldiv_kernels.trainer import cached
+
+        return cached.CachedSequences
     if name in __all__:
         from kldiv_kernels.trainer import distillation
 

@@ -12,19 +12,19 @@ import typer
 
 from kldiv_kernels import registry
 from kldiv_kernels.trainer.options import (
+    cached_sequences,
     load_model,
     load_tokenizer,
+    open_cache,
     option_errors,
     require,
     require_backend,
+    require_same_tokens,
     require_source,
 )
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedModel, PreTrainedTokenizerBase
-
     from kldiv_kernels.trainer.cached import CachedSplit
-    from kldiv_kernels.trainer.distillation import DistillationArguments
 
 _KINDS = ", ".join(registry.divergence_names())
 _TAILS = ("bucket", "renormalize", "renormalize_teacher", "none")
@@ -153,15 +153,16 @@ def distill(
         )  # fmt: skip
         run.check_run(output, options, resume=resume)
     if not run.is_finished(output):
+        cache = None if teacher_cache is None else open_cache(teacher_cache, temperature)
         tokenizer = load_tokenizer(student, "--student")
         if teacher is not None:
-            _check_same_tokens(tokenizer, load_tokenizer(teacher, "--teacher"), "--teacher")
+            require_same_tokens(tokenizer, load_tokenizer(teacher, "--teacher"), "--teacher")
         student_model = load_model(student, "--student")
         # Autocast needs the student's weights in float32 for the optimiser; the teacher's are only read.
         teacher_model = None if teacher is None else load_model(teacher, "--teacher", "bfloat16" if bf16 else "float32")
         blocks: Blocks | CachedSplit
-        if teacher_cache is not None:
-            blocks = _cached(teacher_cache, student_model, tokenizer, arguments, held_out)
+        if cache is not None:
+            blocks = cached_sequences(cache, student_model, tokenizer, arguments, held_out)
         else:
             with option_errors("--vocab-size"):
                 width = shared_vocab_size(student_model, teacher_model, vocab_size)
@@ -191,39 +192,6 @@ def _of_this_run(options: dict[str, Any], context: typer.Context) -> dict[str, A
         require(not given, f"--{name.replace('_', '-')}", f"{why}, whose sequences and log-probs are the data and the "
                 "teacher")  # fmt: skip
     return {name: value for name, value in options.items() if name not in others}
-
-
-def _cached(
-    folder: str, student: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, arguments: DistillationArguments,
-    held_out: float,
-) -> CachedSplit:  # fmt: skip
-    """The sequences of a cache, checked against the student and read once for their checksums."""
-    from kldiv_kernels.distillation import shared_vocab_size
-    from kldiv_kernels.teacher_cache import TeacherCache
-    from kldiv_kernels.trainer.cached import CachedSequences
-    from kldiv_kernels.trainer.distillation import max_positions
-
-    with option_errors("--teacher-cache"):
-        cache = TeacherCache(folder, check=False)
-    taken_at = cache.info.temperature
-    require(
-        arguments.temperature == taken_at, "--temperature",
-        f"{arguments.temperature}; the log-probs in {folder} were taken at {taken_at} (pass --temperature {taken_at})",
-    )  # fmt: skip
-    if any((cache.folder / name).exists() for name in ("tokenizer.json", "tokenizer_config.json")):
-        _check_same_tokens(tokenizer, load_tokenizer(folder, "--teacher-cache"), "--teacher-cache")
-    with option_errors("--vocab-size"):
-        width = shared_vocab_size(student, None, arguments.vocab_size, cached=cache.info.vocab_size)
-    require(
-        len(tokenizer) <= width, "--teacher-cache" if arguments.vocab_size is None else "--vocab-size",
-        f"{width} columns are shared with {folder}; the student's tokenizer has {len(tokenizer)} tokens",
-    )  # fmt: skip
-    with option_errors("--teacher-cache"), arguments.main_process_first():
-        if arguments.local_process_index == 0:
-            cache.verify()
-        sequences = CachedSequences(cache, vocab_size=width)
-        sequences.check_for(vocab_size=width, temperature=taken_at, positions=max_positions(student))
-        return sequences.split(held_out, arguments.seed)
 
 
 def demo(
@@ -268,18 +236,6 @@ def _check_loss(kind: str, ce_weight: float, temperature: float, alpha: float, b
             bound is None or bool(bound.allows(value)), option, f"{value} is not {bound and bound.text}, for {kind}"
         )
     require_backend(backend)
-
-
-def _check_same_tokens(student: PreTrainedTokenizerBase, teacher: PreTrainedTokenizerBase, option: str) -> None:
-    """A divergence compares columns: the same id must mean the same token. Extra tokens at the end are padding."""
-    theirs = {index: token for token, index in teacher.get_vocab().items()}
-    for token, index in student.get_vocab().items():
-        if theirs.get(index, token) != token:
-            raise typer.BadParameter(
-                f"its tokenizer has {theirs[index]!r} where the student's has {token!r} (id {index}); "
-                "expected one vocabulary",
-                param_hint=option,
-            )
 
 
 def _print_summary(summary: dict[str, Any], folder: Path) -> None:

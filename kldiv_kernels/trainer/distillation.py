@@ -86,7 +86,7 @@ class DistillationTrainer(Trainer):
         others: as in `transformers.Trainer`. Datasets yield `input_ids` and unshifted `labels`, -100 where a token is
             no target. Without a teacher model they also yield its `topk_ids` [tokens, K], -1 for none, and
             `topk_logprobs` [tokens, K] at `args.temperature`: row t is its distribution of token t + 1, as in
-            `kldiv_kernels.trainer.cached.CachedSequences`, a teacher cache as a data set.
+            `kldiv_kernels.trainer.CachedSequences`, a teacher cache as a data set.
 
     `evaluate()` reports, per held-out target token in nats and whatever the training loss is, `eval_loss` (the
     student's cross-entropy, at temperature 1) and the divergence from the teacher: from a model `eval_kl`

@@ -13,6 +13,10 @@ import typer
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+    from kldiv_kernels.teacher_cache import TeacherCache
+    from kldiv_kernels.trainer.cached import CachedSplit
+    from kldiv_kernels.trainer.distillation import DistillationArguments
+
 
 def require(condition: bool, option: str, message: str) -> None:
     if not condition:
@@ -45,6 +49,18 @@ def require_source(source: str | None, option: str) -> None:
     require(not looks_local or Path(source).expanduser().exists(), option, f"{source} does not exist")
 
 
+def require_same_tokens(student: PreTrainedTokenizerBase, teacher: PreTrainedTokenizerBase, option: str) -> None:
+    """A divergence compares columns: the same id must mean the same token. Extra tokens at the end are padding."""
+    theirs = {index: token for token, index in teacher.get_vocab().items()}
+    for token, index in student.get_vocab().items():
+        if theirs.get(index, token) != token:
+            raise typer.BadParameter(
+                f"its tokenizer has {theirs[index]!r} where the student's has {token!r} (id {index}); "
+                "expected one vocabulary",
+                param_hint=option,
+            )
+
+
 def load_tokenizer(source: str, option: str) -> PreTrainedTokenizerBase:
     from transformers import AutoTokenizer
 
@@ -57,6 +73,46 @@ def load_model(source: str, option: str, dtype: str = "float32") -> PreTrainedMo
 
     model: PreTrainedModel = _loaded(AutoModelForCausalLM, source, option, dtype=dtype)
     return model
+
+
+def open_cache(folder: str, temperature: float) -> TeacherCache:
+    from kldiv_kernels.teacher_cache import TeacherCache
+
+    with option_errors("--teacher-cache"):
+        # Its checksums are compared once, by `cached_sequences`, and not by every worker again.
+        cache = TeacherCache(folder, check=False)
+    taken_at = cache.info.temperature
+    require(
+        temperature == taken_at, "--temperature",
+        f"{temperature}; the log-probs in {folder} were taken at {taken_at} (pass --temperature {taken_at})",
+    )  # fmt: skip
+    return cache
+
+
+def cached_sequences(
+    cache: TeacherCache, student: PreTrainedModel, tokenizer: PreTrainedTokenizerBase,
+    arguments: DistillationArguments, held_out: float,
+) -> CachedSplit:  # fmt: skip
+    """The sequences of a cache, checked against the student and read once for their checksums."""
+    from kldiv_kernels.distillation import shared_vocab_size
+    from kldiv_kernels.trainer.cached import CachedSequences
+    from kldiv_kernels.trainer.distillation import max_positions
+
+    if any((cache.folder / name).exists() for name in ("tokenizer.json", "tokenizer_config.json")):
+        theirs = load_tokenizer(str(cache.folder), "--teacher-cache")
+        require_same_tokens(tokenizer, theirs, "--teacher-cache")
+    with option_errors("--vocab-size"):
+        width = shared_vocab_size(student, None, arguments.vocab_size, cached=cache.info.vocab_size)
+    require(
+        len(tokenizer) <= width, "--teacher-cache" if arguments.vocab_size is None else "--vocab-size",
+        f"{width} columns are shared with {cache.folder}; the student's tokenizer has {len(tokenizer)} tokens",
+    )  # fmt: skip
+    with option_errors("--teacher-cache"), arguments.main_process_first():
+        if arguments.local_process_index == 0:
+            cache.verify()
+        sequences = CachedSequences(cache, vocab_size=width)
+        sequences.check_for(vocab_size=width, temperature=arguments.temperature, positions=max_positions(student))
+        return sequences.split(held_out, arguments.seed)
 
 
 def _loaded(loader: Any, source: str, option: str, **options: Any) -> Any:
