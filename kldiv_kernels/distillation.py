@@ -26,7 +26,6 @@ from kldiv_kernels.losses import divergence_loss
 from kldiv_kernels.stats import selective_log_softmax, token_stats
 from kldiv_kernels.topk import topk_token_stats
 from kldiv_kernels.topk_divergences import topk_divergence_loss
-from kldiv_kernels.topk_inputs import tail_of
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -132,14 +131,12 @@ def topk_distillation_loss(
     tail: Any = options.tail
     rows: dict[str, Any] = {
         "tail": tail,
-        "tail_logprob": rest_logprob(topk_ids, topk_logprobs, vocab_size) if tail == "bucket" else None,
         "mask": rows_with_ids(topk_ids) & target,
         "normalizer": normalizer,
         "backend": options.backend,
         **options.divergence_options(),
     }
-    # One table of statistics cannot have more columns than the vocabulary: the k tokens and a label.
-    if weight == 0.0 or options.temperature != 1.0 or topk_ids.shape[-1] >= vocab_size:
+    if weight == 0.0 or options.temperature != 1.0:
         loss = topk_divergence_loss(logits, topk_ids, topk_logprobs, options.kind, vocab_size=vocab_size, **rows)
         if weight == 0.0:
             return loss
@@ -163,17 +160,6 @@ def topk_distillation_loss(
 def rows_with_ids(topk_ids: Tensor) -> Tensor:
     """[batch, tokens] bool: at which positions the teacher is known."""
     return (topk_ids >= 0).any(dim=-1)
-
-
-def rest_logprob(topk_ids: Tensor, topk_logprobs: Tensor, vocab_size: int) -> Tensor | None:
-    """The teacher's log-mass outside of rows that have all of the vocabulary, [batch, tokens]; None: 1 − Σ will do.
-
-    What 1 − Σ finds there is rounding, which a student that has no token left would be infinitely far from.
-    """
-    if topk_ids.shape[-1] < vocab_size:
-        return None
-    whole = (topk_ids >= 0).sum(dim=-1) >= vocab_size
-    return torch.where(whole, -torch.inf, tail_of(torch.where(topk_ids >= 0, topk_logprobs.float(), -torch.inf)))
 
 
 def shared_vocab_size(

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -10,7 +10,7 @@ from torch import Tensor
 from kldiv_kernels import inputs, ops, topk_inputs
 from kldiv_kernels.backends import native
 from kldiv_kernels.inputs import Parameter
-from kldiv_kernels.stats import TokenStats, token_stats
+from kldiv_kernels.stats import TokenStats, selective_log_softmax, token_stats
 
 
 class TopK(NamedTuple):
@@ -91,6 +91,15 @@ def topk_token_stats(
         raise ValueError(f"{where}: labels is None; logprob needs one label a token, shape {list(logits.shape[:-1])}")
     inputs.logits_checked(where, logits, "logits")
     ids = topk_inputs.ids_checked(where, "topk_ids", topk_ids, logits, vocab_size, topk_inputs.looks_at(logits, check))
+    shared: dict[str, Any] = {
+        "temperature": temperature, "mask": mask, "vocab_size": vocab_size, "backend": backend,
+    }  # fmt: skip
+    if labels is not None and "logprob" in stats and ids.shape[-1] == topk_inputs.columns_of(logits, vocab_size):
+        # One table has no place for a label beside the whole vocabulary.
+        rest = tuple(name for name in stats if name != "logprob") or ("topk_logprobs",)
+        found = topk_token_stats(logits, ids, stats=rest, check=False, **shared)
+        found["logprob"] = selective_log_softmax(logits, labels, ignore_index=ignore_index, **shared)
+        return TokenStats({name: found[name] for name in stats})
     asked = {"topk_logprobs": "logprob"}
     kernel = tuple(dict.fromkeys(asked.get(name, name) for name in stats))
     joined = ids
@@ -100,10 +109,7 @@ def topk_token_stats(
         known = (ids == labels[..., None]).any(-1) | (labels == ignore_index)
         joined = torch.cat([ids, torch.where(known, -1, labels)[..., None]], dim=-1)
     try:
-        found = token_stats(
-            logits, labels=joined, stats=kernel, temperature=temperature, mask=mask, ignore_index=-1,
-            vocab_size=vocab_size, backend=backend,
-        )  # fmt: skip
+        found = token_stats(logits, labels=joined, stats=kernel, ignore_index=-1, **shared)
     except IndexError as error:
         # Of the table in which the ids come first and a label last.
         raise IndexError(f"{where}: topk_ids or labels, in one table: {error}") from None
@@ -127,7 +133,7 @@ def topk_token_stats(
 
 def largest(where: str, logits: Tensor, k: int, vocab_size: int | None, mask: Tensor | None, backend: str) -> Tensor:
     inputs.logits_checked(where, logits, "logits")
-    columns = logits.shape[-1] if vocab_size is None else vocab_size
+    columns = topk_inputs.columns_of(logits, vocab_size)
     if not isinstance(k, int) or not 1 <= k <= columns:
         raise ValueError(f"{where}: k is {k!r}; expected 1 to {columns}, the vocabulary size")
     if backend in ("auto", "cpu") and native.selects(logits):

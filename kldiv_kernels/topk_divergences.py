@@ -112,8 +112,8 @@ def topk_divergence_loss(
         where, logits, weight, None if valid is None else valid.reshape(-1), normalizer, reduction,
         temperature if temperature_squared else None,
     )  # fmt: skip
-    leading = logits.shape[:-1]
-    theirs = teacher if tail in ("renormalize", "none") else _with_rest(teacher, tail, tail_logprob)
+    leading, columns = logits.shape[:-1], topk_inputs.columns_of(logits, vocab_size)
+    theirs = teacher if tail in ("renormalize", "none") else _with_rest(teacher, ids, columns, tail, tail_logprob)
     # float16 waits for the loss scale, as in `policy_loss`.
     wanted = torch.is_grad_enabled() and logits.requires_grad and logits.dtype != torch.float16
     if wanted and reduction != "none" and not scale.requires_grad:
@@ -204,12 +204,15 @@ def _statistics(tail: Tail) -> tuple[str, ...]:
     return ("logprob",) if tail in ("renormalize", "none") else ("logprob", "tail_logprob")
 
 
-def _with_rest(teacher: Tensor, tail: Tail, tail_logprob: Tensor | None) -> Tensor:
+def _with_rest(teacher: Tensor, ids: Tensor, columns: int, tail: Tail, tail_logprob: Tensor | None) -> Tensor:
     """The teacher's log-probabilities with that of the rest as one more."""
     if tail == "renormalize_teacher":
         rest = torch.full_like(teacher[..., 0], -torch.inf)
+    elif tail_logprob is not None:
+        rest = tail_logprob.detach().to(teacher.dtype)
     else:
-        rest = topk_inputs.tail_of(teacher) if tail_logprob is None else tail_logprob.detach().to(teacher.dtype)
+        # Of a whole vocabulary 1 − Σ is rounding, on an outcome that the student does not have.
+        rest = topk_inputs.tail_of(teacher).masked_fill((ids >= 0).sum(-1) >= columns, -torch.inf)
     return torch.cat([teacher, rest[..., None]], dim=-1)
 
 

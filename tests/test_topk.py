@@ -135,6 +135,23 @@ def test_sizes(backend: str, k: int) -> None:
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
+def test_the_whole_vocabulary_has_no_rest(backend: str) -> None:
+    """What rounding leaves of 1 − Σ p is not an outcome that the student fails to have."""
+    logits, ids, _ = _case(k=V)
+    logprobs = (logits.gather(1, ids) + torch.randn(N, V)).log_softmax(-1) - 1e-6
+    full = kk.topk_divergence_loss(logits, ids, logprobs, reduction="none", backend=backend)
+    assert torch.allclose(full, kk.topk_divergence_loss(
+        logits, ids, logprobs, tail="renormalize", reduction="none", backend=backend
+    ), rtol=1e-5)  # fmt: skip
+    names = ("logprob", "topk_logprobs", "tail_logprob")
+    out = kk.topk_token_stats(logits, ids, ids[:, 3], stats=names, backend=backend)
+    assert list(out) == list(names)
+    assert torch.equal(out.logprob, out.topk_logprobs[:, 3])
+    one = kk.topk_token_stats(logits, ids, ids[:, 3], stats=names[:1], backend=backend)
+    assert torch.equal(one.logprob, out.logprob)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
 def test_pads_and_minus_infinity_are_nobody(backend: str) -> None:
     logits, ids, logprobs = _case()
     logits.requires_grad_()

@@ -24,7 +24,6 @@ from kldiv_kernels.distillation import (
     IGNORED,
     LossOptions,
     distillation_loss,
-    rest_logprob,
     rows_with_ids,
     shared_vocab_size,
     topk_distillation_loss,
@@ -200,7 +199,7 @@ class DistillationTrainer(Trainer):
                 if rows is not None:
                     known = mask & rows_with_ids(rows[0])
                     kl = topk_divergence_loss(
-                        logits, *rows, tail_logprob=rest_logprob(*rows, self.vocab_size), mask=known,
+                        logits, *rows, mask=known,
                         reduction="none", temperature=self.args.temperature, **common,
                     )  # fmt: skip
                     found.append((kl, known))
