@@ -159,8 +159,10 @@ def test_the_checksum_is_compared_when_a_shard_is_first_read(copied: Path) -> No
     assert_is(cache[0], LENGTHS[0], 0)
     with pytest.raises(ValueError, match=r"shard-00001.safetensors is corrupt: its checksum is crc32:.{8}; its header"):
         cache[2]
+    seen: list[tuple[int, int]] = []
     with pytest.raises(ValueError, match=r"verify: 1 of 4 shards fail: .*shard-00001.safetensors is corrupt"):
-        cache.verify()
+        cache.verify(lambda *progress: seen.append(progress))
+    assert seen == [(0, 4), (1, 4), (2, 4), (3, 4)]
     unchecked = TeacherCache(copied, check=False)
     assert_is(unchecked[4], LENGTHS[4], 4)
     unchecked[2]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from bisect import bisect_right
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import accumulate
@@ -154,10 +154,14 @@ class TeacherCache:
         """Size of the shards' files."""
         return sum(path.stat().st_size for path in self._paths)
 
-    def verify(self) -> None:
-        """Compare every shard's checksum. Raises ValueError that names each shard that fails."""
+    def verify(self, on_progress: Callable[[int, int], None] = lambda done, shards: None) -> None:
+        """Compare every shard's checksum; `on_progress` hears how many are done, of how many.
+
+        Raises ValueError that names each shard that fails.
+        """
         failed = []
-        for path, header in zip(self._paths, self._headers, strict=True):
+        for done, (path, header) in enumerate(zip(self._paths, self._headers, strict=True)):
+            on_progress(done, len(self._paths))
             try:
                 shard.read_tensors(path, self.info, header, check=True)
             except ValueError as error:

@@ -94,6 +94,8 @@ def cached_sequences(
     arguments: DistillationArguments, held_out: float,
 ) -> CachedSplit:  # fmt: skip
     """The sequences of a cache, checked against the student and read once for their checksums."""
+    from rich.progress import Progress
+
     from kldiv_kernels.distillation import shared_vocab_size
     from kldiv_kernels.trainer.cached import CachedSequences
     from kldiv_kernels.trainer.distillation import max_positions
@@ -109,7 +111,9 @@ def cached_sequences(
     )  # fmt: skip
     with option_errors("--teacher-cache"), arguments.main_process_first():
         if arguments.local_process_index == 0:
-            cache.verify()
+            with Progress(transient=True) as bar:
+                task = bar.add_task("comparing checksums")
+                cache.verify(lambda done, shards: bar.update(task, completed=done, total=shards))
         sequences = CachedSequences(cache, vocab_size=width)
         sequences.check_for(vocab_size=width, temperature=arguments.temperature, positions=max_positions(student))
         return sequences.split(held_out, arguments.seed)
