@@ -221,7 +221,7 @@ def _triton_refusal(wanted: _Wanted, target: str | torch.device) -> str | None:
     refusal = None if isinstance(target, str) else get("triton").unavailable()
     if refusal is None and wanted.dtype not in native.DTYPES:
         refusal = f"it serves float32, bfloat16 and float16, not {wanted.dtype}"
-    missing = [s.name for s in wanted.stats if (not s.builtin and s.triton is None) or not s.on_gpu]
+    missing = [s.name for s in wanted.stats if not s.builtin and s.triton is None]
     if refusal is None and missing:
         refusal = f"it has no {', '.join(missing)} (register_statistic takes triton= for that)"
     return refusal

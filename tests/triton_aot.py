@@ -36,10 +36,12 @@ DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 TOGETHER = (
     ("logprob", "entropy"),
     ("logprob", "entropy", "reverse_kl"),
+    ("logprob", "tail_logprob"),
+    ("logprob", "tail_logprob", "entropy"),
     ("forward_kl", "js"),
     ("entropy", "reference_entropy", "forward_kl", "reverse_kl", "hellinger", "argmax"),
 )
-SETS = [*((name,) for name, statistic in STATISTICS.items() if statistic.builtin and statistic.on_gpu), *TOGETHER]
+SETS = [*((name,) for name, statistic in STATISTICS.items() if statistic.builtin), *TOGETHER]
 # Bytes a thread. What is spilled today is a few values of a row, put aside while a loop over its columns runs: no such
 # loop touches them (SASS). A budget of 0 would fail on the register allocation of the day.
 MOST_SPILLED = 16
@@ -183,7 +185,8 @@ def source_of(kernel: Any, arguments: dict[str, Any]) -> ASTSource:
 
 
 _POINTERS = {
-    torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32", torch.int64: "i64", torch.bool: "i1",
+    torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32", torch.int64: "i64", torch.int32: "i32",
+    torch.bool: "i1",
 }  # fmt: skip
 _NUMBERS = {int: "i32", float: "fp32"}
 
@@ -246,7 +249,7 @@ def jobs(targets: Iterable[str], dtypes: Iterable[str], everything: bool = False
 
 def identity(stats: tuple[str, ...], kernel: str) -> tuple[Any, ...]:
     """Equal for kernels that are the same."""
-    if kernel == "scale_kernel":
+    if kernel in ("scale_kernel", "mark_kernel"):
         return (kernel,)
     return (kernel, launch.bound_for(stats, False).first) if kernel == "sweep_kernel" else (kernel, stats)
 

@@ -21,7 +21,18 @@ from typing import Any
 import triton
 import triton.language as tl
 
-from kldiv_kernels.backends.triton import divergences, kernels, math, powers, row, rows, slices, state
+from kldiv_kernels.backends.triton import (
+    divergences,
+    kernels,
+    label_kernels,
+    labels,
+    math,
+    powers,
+    row,
+    rows,
+    slices,
+    state,
+)
 from kldiv_kernels.backends.triton.hook_text import Hooks
 from kldiv_kernels.backends.triton.table import TritonStatistic
 from kldiv_kernels.registry import Statistic
@@ -36,11 +47,18 @@ class Bound:
     finish_kernel: Any
     gradient_kernel: Any
     loss_kernel: Any
+    mark_kernel: Any
+    label_gradient_kernel: Any
     first: int
     sums: int
     state_rows: int
     label_s: bool
     label_t: bool
+
+    @property
+    def tail(self) -> bool:
+        """Whether the columns that are no label are summed up."""
+        return bool(self.first & state.TAIL.value)
 
 
 @functools.cache
@@ -48,7 +66,7 @@ def bind(statistics: tuple[Statistic, ...], functions: tuple[TritonStatistic, ..
     """The kernels for these statistics, in this order."""
     hooks = Hooks(statistics, functions)
     namespace: dict[str, Any] = {"__name__": f"{__name__}.bound", "triton": triton, "tl": tl}
-    for module in (math, rows, state, divergences, powers, row, slices, kernels):
+    for module in (math, rows, state, divergences, powers, row, labels, slices, kernels, label_kernels):
         namespace.update({name: value for name, value in vars(module).items() if _is_triton(value)})
     namespace["NVIDIA"] = tl.constexpr(nvidia)
     namespace["INFINITY"] = tl.constexpr(_Infinity("inf"))
@@ -64,12 +82,21 @@ def bind(statistics: tuple[Statistic, ...], functions: tuple[TritonStatistic, ..
     kernel = {name: namespace[name] for name in Bound.__dataclass_fields__ if name.endswith("_kernel")}
     return Bound(
         **kernel,
-        first=functools.reduce(int.__or__, (f.takes for f in functions), 0),
+        first=_first_sweep(statistics, functions),
         sums=hooks.sums,
-        state_rows=4 + hooks.saved,
+        state_rows=4 + 4 * ("tail_logprob" in hooks.names) + hooks.saved,
         label_s="logprob" in hooks.names,
         label_t="reference_logprob" in hooks.names,
     )
+
+
+def _first_sweep(statistics: tuple[Statistic, ...], functions: tuple[TritonStatistic, ...]) -> int:
+    """The bits of what these statistics take of it."""
+    first = functools.reduce(int.__or__, (f.takes for f in functions), 0)
+    without_labels = {"logprob", "tail_logprob", "logsumexp"}
+    if first & state.TAIL.value and any(s.name not in without_labels for s in statistics):
+        first |= state.BOTH.value
+    return first
 
 
 class _Infinity(float):

@@ -8,6 +8,8 @@ from kldiv_kernels.backends.triton.table import TritonStatistic, user_arguments
 from kldiv_kernels.registry import Statistic
 
 _ARGUMENTS = "p, q, lp, lq, u, alpha, beta"
+# What statistics that are no divergences are called in `write_values`.
+_VALUES = {name: name for name in ("max_logprob", "argmax", "tail_logprob")} | {"logsumexp": "lse"}
 
 
 class Hooks:
@@ -124,30 +126,27 @@ class Hooks:
     def _value_row(self, name: str) -> str:
         """Its first row in the table of values: labelled statistics have one for each label."""
         before = self.names[: self.names.index(name)]
-        labelled = sum(self.statistics[other].needs_labels for other in before)
+        labelled = sum(self.statistics[other].per_label for other in before)
         return f"{len(before) - labelled} + {labelled} * label_count"
 
     def _write_values(self) -> str:
         lines = []
         for name in self.names:
             row = self._value_row(name)
-            if self.statistics[name].needs_labels:
+            if self.statistics[name].per_label:
                 row_of = "s_side, ms, log_zs" if name == "logprob" else "t_side, mt, log_zt"
-                bad = "log_zs != log_zs" if name == "logprob" else "log_zt != log_zt"
                 lines += [
-                    "for k in range(label_count):",
-                    "    label = tl.load(labels + k).to(tl.int32)",
-                    f"    value = log_softmax_at({row_of}, {bad}, label, exclude, vocab)",
-                    f"    tl.store(out + ({row} + k) * n, value)",
+                    "for first in range(0, label_count, LABELS):",
+                    "    numbers, label, _ = take_labels(labels, first, label_count, vocab)",
+                    f"    value = log_softmax_at({row_of}, label, exclude, vocab)",
+                    f"    tl.store(out + ({row} + numbers) * n, value, mask=numbers < label_count)",
                 ]
                 continue
-            value = {"logsumexp": "lse", "max_logprob": "max_logprob", "argmax": "argmax"}.get(name)
-            if value is None:
-                value = f"finished[{self._at(name)}]"
+            value = f"finished[{self._at(name)}]" if name in self.divergences else _VALUES[name]
             lines.append(f"tl.store(out + ({row}) * n, {value})")
         head = (
-            "write_values(finished, out, n, lse, max_logprob, argmax, s_side, ms, log_zs, t_side, mt, log_zt, "
-            "exclude, vocab, labels, label_count)"
+            "write_values(finished, out, n, lse, max_logprob, argmax, tail_logprob, s_side, ms, log_zs, "
+            "t_side, mt, log_zt, exclude, vocab, labels, label_count)"
         )
         return _function(head, lines)
 
@@ -169,20 +168,18 @@ class Hooks:
         return load + "\n\n" + _function("save_finished(finished, state, n)", saved or ["pass"])
 
     def _weights(self) -> str:
-        lines = ["share_q = 0.0", "share_p = 0.0", "taking_part = 0"]
+        lines = ["share_q = 0.0", "share_p = 0.0", "taking_part = 0", "tail_logprob_c = 0.0"]
         for name in self.names:
             statistic = self.statistics[name]
             if not statistic.differentiable:
                 continue
             row = self._value_row(name)
-            if statistic.needs_labels:
+            if statistic.per_label:
                 share = "share_q" if statistic.student else "share_p"
                 lines += [
-                    "for k in range(label_count):",
-                    f"    x = tl.load(coefficients + ({row} + k) * n)",
-                    "    x = tl.where(tl.load(labels + k) < 0, 0.0, x)",
-                    f"    {share} -= x",
-                    "    taking_part += (x != 0.0).to(tl.int32)",
+                    f"x, count = label_weight(coefficients + ({row}) * n, labels, n, label_count, MANY)",
+                    f"{share} -= x",
+                    "taking_part += count",
                 ]
                 continue
             lines += [
@@ -191,6 +188,7 @@ class Hooks:
             ]
             if name == "logsumexp":
                 lines.append(f"share_q += {name}_c")
+            if name not in self.divergences:
                 continue
             # 0 * inf: a coefficient of 0 takes no part.
             for share, offset in (("share_q", 1), ("share_p", 2)):
@@ -199,8 +197,8 @@ class Hooks:
                 )
         coefficients = _tuple([f"{name}_c" for name in self.divergences])
         return _function(
-            "weights(finished, coefficients, labels, n, label_count)",
-            [*lines, f"return share_q, share_p, taking_part > 0, {coefficients}"],
+            "weights(finished, coefficients, labels, n, label_count, MANY: tl.constexpr)",
+            [*lines, f"return share_q, share_p, taking_part > 0, {coefficients}, tail_logprob_c"],
         )
 
     def _gradient(self, hook: str, role: str, softmax: str) -> str:

@@ -39,7 +39,7 @@ def finish(first, sums, q_is_zero, p_is_zero, bad_s, bad_t, alpha, beta):
 
 @triton.jit
 def write_values(
-    finished, out, n, lse, max_logprob, argmax, s_side, ms, log_zs, t_side, mt, log_zt,
+    finished, out, n, lse, max_logprob, argmax, tail_logprob, s_side, ms, log_zs, t_side, mt, log_zt,
     exclude, vocab, labels, label_count,
 ):  # fmt: skip
     """A row's column of the table of values [value_rows, n]."""
@@ -69,12 +69,12 @@ def save_finished(finished, state, n):
 
 
 @triton.jit
-def weights(finished, coefficients, labels, n, label_count):
-    """(share of q, share of p, whether any coefficient is not 0, the coefficients c).
+def weights(finished, coefficients, labels, n, label_count, MANY: tl.constexpr):
+    """(share of q, share of p, whether any coefficient is not 0, the coefficients c, that of tail_logprob).
 
-    The gradient is Σ c g + share · softmax.
+    The gradient is Σ c g + share · softmax, and those of labels and of the tail. MANY: more than one label a row.
     """
-    return 0.0, 0.0, False, ()
+    return 0.0, 0.0, False, (), 0.0
 
 
 @triton.jit

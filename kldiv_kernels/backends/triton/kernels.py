@@ -10,6 +10,9 @@ Few rows: a program takes one slice of one row, and the slices' results are merg
 Many rows: `loss_kernel` does all of that for one row in one program. It calls the same functions on the same slices in
 the same order, so that a row gets the same bits either way. Traffic (u: one pass over one [N, V] tensor): a loss of two
 tensors 5u, 7u with sums; of one tensor 3u; statistics alone 2u (4u) and 1u.
+
+Many labels a row, and what is left without them, always take the first form, with kernels of `label_kernels.py` before
+the sweep and after the gradient.
 """
 
 from __future__ import annotations
@@ -26,22 +29,24 @@ from kldiv_kernels.backends.triton.hooks import (
     weights,
     zero_sums,
 )
+from kldiv_kernels.backends.triton.labels import tail_gradient, tail_value, take_tail
 from kldiv_kernels.backends.triton.row import finish_row, open_row, take_row, write_nothing, write_row
 from kldiv_kernels.backends.triton.rows import softmaxes
 from kldiv_kernels.backends.triton.slices import slice_gradient, slice_state, slice_sums, write_zeros
-from kldiv_kernels.backends.triton.state import STATE_SIZE, TEACHER, empty, load_slices, merge, put
+from kldiv_kernels.backends.triton.state import STATE_SIZE, TAIL, TEACHER, empty, load_slices, merge, put
 
 
 @triton.jit
 def sweep_kernel(
-    partial_ptr, s_ptr, t_ptr, mask_ptr, exclude_ptr, token_ptr,
+    partial_ptr, s_ptr, t_ptr, marks_ptr, mask_ptr, exclude_ptr, token_ptr,
     s_inner: tl.int64, s_outer: tl.int64, s_stride: tl.int64, t_inner: tl.int64, t_outer: tl.int64, t_stride: tl.int64,
     n: tl.int64, vocab: tl.int32, slices: tl.int32,
     temperature: tl.float32, reference_temperature: tl.float32, alpha: tl.float32, beta: tl.float32,
     FIRST: tl.constexpr, MASK: tl.constexpr, EXCLUDE: tl.constexpr, PER_TOKEN: tl.constexpr,
     ALIGNED: tl.constexpr, EVEN: tl.constexpr, SLICE: tl.constexpr, R: tl.constexpr, C: tl.constexpr,
 ):  # fmt: skip
-    """partial_ptr [n, slices, STATE_SIZE]: the state of each slice. One read of the logits."""
+    """partial_ptr [n, slices, STATE_SIZE]: the state of each slice. One read of the logits; for the tail also one of
+    marks_ptr, see labels.py."""
     program = tl.program_id(0).to(tl.int64)
     index = program // slices
     if MASK:
@@ -53,7 +58,8 @@ def sweep_kernel(
     )  # fmt: skip
     begin = (program % slices).to(tl.int32) * SLICE
     end = tl.minimum(begin + SLICE, vocab)
-    state = slice_state(begin, end, s_side, t_side, exclude, FIRST, EXCLUDE, EVEN, R, C)
+    marks = marks_ptr + program * ((SLICE // R + 31) // 32 * R)
+    state = slice_state(begin, end, s_side, t_side, exclude, marks, FIRST, EXCLUDE, EVEN, SLICE, R, C)
     for i in tl.static_range(STATE_SIZE):
         tl.store(partial_ptr + program * STATE_SIZE + i, state[i].to(tl.float32))
 
@@ -92,7 +98,8 @@ def sums_kernel(
 
 @triton.jit
 def finish_kernel(
-    values_ptr, state_ptr, partial_ptr, sums_ptr, s_ptr, t_ptr, labels_ptr, mask_ptr, exclude_ptr, token_ptr,
+    values_ptr, state_ptr, partial_ptr, sums_ptr, s_ptr, t_ptr, labels_ptr, duplicates_ptr, mask_ptr, exclude_ptr,
+    token_ptr,
     s_inner: tl.int64, s_outer: tl.int64, s_stride: tl.int64, t_inner: tl.int64, t_outer: tl.int64, t_stride: tl.int64,
     n: tl.int64, vocab: tl.int32, slices: tl.int32, label_count: tl.int32, value_rows: tl.int32,
     temperature: tl.float32, reference_temperature: tl.float32, alpha: tl.float32, beta: tl.float32,
@@ -111,18 +118,30 @@ def finish_kernel(
         temperature, reference_temperature, alpha, beta, TWO, EXCLUDE, PER_TOKEN, ALIGNED,
     )  # fmt: skip
     state = merge(load_slices(partial_ptr, index, slices, empty(S_PAD)), s_side[1], t_side[1], FIRST)
+    if FIRST & TAIL:
+        duplicates = tl.load(duplicates_ptr + index)
+        state, tail = take_tail(
+            state, s_side, labels_ptr + index * label_count, label_count, exclude, vocab, duplicates != 0, FIRST
+        )
     m_and_z, first = take_row(state, s_side, t_side, FIRST)
+    tail_logprob = 0.0
+    if FIRST & TAIL:
+        tail_logprob = tail_value(s_side, m_and_z, tail)
     sums = zero_sums(S_PAD)
     if len(sums) > 0:
         sums = load_slices(sums_ptr, index, slices, sums)
     finished = finish_row(state, m_and_z, first, merge_sums(sums), s_side, t_side, alpha, beta, FIRST)
     write_row(
-        finished, state, m_and_z, s_side, t_side, exclude, vocab, values_ptr, index, n, labels_ptr, label_count, TWO
-    )
+        finished, state, m_and_z, tail_logprob, s_side, t_side, exclude, vocab, values_ptr, index, n,
+        labels_ptr, label_count, TWO,
+    )  # fmt: skip
     if SAVE:
-        for i in tl.static_range(4):
-            tl.store(state_ptr + i * n + index, m_and_z[i])
-        save_finished(finished, state_ptr + 4 * n + index, n)
+        saved = m_and_z
+        if FIRST & TAIL:
+            saved = saved + tail + (duplicates.to(tl.float32),)
+        for i in tl.static_range(len(saved)):
+            tl.store(state_ptr + i * n + index, saved[i])
+        save_finished(finished, state_ptr + len(saved) * n + index, n)
 
 
 @triton.jit
@@ -134,7 +153,7 @@ def gradient_kernel(
     temperature: tl.float32, reference_temperature: tl.float32, alpha: tl.float32, beta: tl.float32,
     FIRST: tl.constexpr, MASK: tl.constexpr, EXCLUDE: tl.constexpr, PER_TOKEN: tl.constexpr,
     ALIGNED: tl.constexpr, EVEN: tl.constexpr, SLICE: tl.constexpr, STUDENT: tl.constexpr, REFERENCE: tl.constexpr,
-    LABEL_S: tl.constexpr, LABEL_T: tl.constexpr, R: tl.constexpr, C: tl.constexpr,
+    LABEL_S: tl.constexpr, LABEL_T: tl.constexpr, MANY: tl.constexpr, R: tl.constexpr, C: tl.constexpr,
 ):  # fmt: skip
     """ds_ptr [n, s_width], dt_ptr [n, t_width]: a slice of the gradients of Σ coefficients · values.
 
@@ -153,41 +172,53 @@ def gradient_kernel(
         index, s_ptr, s_inner, s_outer, s_stride, t_ptr, t_inner, t_outer, t_stride, exclude_ptr, token_ptr, n,
         temperature, reference_temperature, alpha, beta, TWO, EXCLUDE, PER_TOKEN, ALIGNED,
     )  # fmt: skip
-    finished = load_finished(state_ptr + 4 * n + index, n)
-    row = softmaxes(
-        tl.load(state_ptr + index), tl.load(state_ptr + n + index),
-        tl.load(state_ptr + 2 * n + index), tl.load(state_ptr + 3 * n + index), s_side[1], t_side[1], TWO,
-    )  # fmt: skip
+    m_and_z, tail, finished = load_row(state_ptr + index, n, FIRST)
     write_gradient(
-        slice_index == slices - 1, keep, begin, end, vocab, s_side, t_side, row, exclude, alpha, beta, scale_s, scale_t,
-        finished, ds_ptr, dt_ptr, s_width, t_width, coefficients_ptr, labels_ptr, index, n, label_count,
-        STUDENT, REFERENCE, LABEL_S, LABEL_T, TWO, EXCLUDE, ALIGNED, EVEN, R, C,
+        slice_index == slices - 1, keep, begin, end, vocab, s_side, t_side, m_and_z, tail, exclude, alpha, beta,
+        scale_s, scale_t, finished, ds_ptr, dt_ptr, s_width, t_width, coefficients_ptr, labels_ptr, index, n,
+        label_count, FIRST, STUDENT, REFERENCE, LABEL_S, LABEL_T, MANY, EXCLUDE, ALIGNED, EVEN, R, C,
     )  # fmt: skip
 
 
 @triton.jit
+def load_row(state, n, FIRST: tl.constexpr):
+    """(ms, zs, mt, zt); m and z of the tail, the labels' share of q and whether one occurs twice; `finished`."""
+    m_and_z = (tl.load(state), tl.load(state + n), tl.load(state + 2 * n), tl.load(state + 3 * n))
+    tail = (0.0, 0.0, 0.0, 0.0)
+    if FIRST & TAIL:
+        state += 4 * n
+        tail = (tl.load(state), tl.load(state + n), tl.load(state + 2 * n), tl.load(state + 3 * n))
+    return m_and_z, tail, load_finished(state + 4 * n, n)
+
+
+@triton.jit
 def write_gradient(
-    last, keep, begin, end, vocab, s_side, t_side, row, exclude, alpha, beta, scale_s, scale_t,
+    last, keep, begin, end, vocab, s_side, t_side, m_and_z, tail, exclude, alpha, beta, scale_s, scale_t,
     finished, ds_ptr, dt_ptr, s_width, t_width, coefficients_ptr, labels_ptr, index, n, label_count,
-    STUDENT: tl.constexpr, REFERENCE: tl.constexpr, LABEL_S: tl.constexpr, LABEL_T: tl.constexpr,
-    TWO: tl.constexpr, EXCLUDE: tl.constexpr, ALIGNED: tl.constexpr, EVEN: tl.constexpr,
+    FIRST: tl.constexpr, STUDENT: tl.constexpr, REFERENCE: tl.constexpr, LABEL_S: tl.constexpr, LABEL_T: tl.constexpr,
+    MANY: tl.constexpr, EXCLUDE: tl.constexpr, ALIGNED: tl.constexpr, EVEN: tl.constexpr,
     R: tl.constexpr, C: tl.constexpr,
 ):  # fmt: skip
     """Columns [begin, end) of a row's gradients, and the padding behind `vocab` where the slice is the last."""
     ds, dt = ds_ptr + index * s_width, dt_ptr + index * t_width
     if ALIGNED:
         ds, dt = tl.multiple_of(ds, 16), tl.multiple_of(dt, 16)
-    share_q, share_p, any_coefficient, c = weights(
-        finished, coefficients_ptr + index, labels_ptr + index * label_count, n, label_count
+    share_q, share_p, any_coefficient, c, c_tail = weights(
+        finished, coefficients_ptr + index, labels_ptr + index * label_count, n, label_count, MANY
     )
+    ms, zs, mt, zt = m_and_z
+    row = softmaxes(ms, zs, mt, zt, s_side[1], t_side[1], (FIRST & TEACHER) != 0)
+    of_tail = (0.0, 0.0, 0.0)
+    if FIRST & TAIL:
+        row, share_q, of_tail = tail_gradient(c_tail, share_q, row, m_and_z, tail, s_side, t_side, FIRST)
     # A row that takes no part is not read.
     if keep & any_coefficient:
         slice_gradient(
             begin, end, s_side, t_side, row, exclude, alpha, beta, scale_s, scale_t, c, finished, share_q, share_p,
-            ds, dt, labels_ptr + index * label_count,
+            of_tail, ds, dt, labels_ptr + index * label_count,
             coefficients_ptr + logprob_at(label_count) * n + index,
-            coefficients_ptr + reference_logprob_at(label_count) * n + index, n, label_count,
-            STUDENT, REFERENCE, LABEL_S, LABEL_T, TWO, EXCLUDE, EVEN, R, C,
+            coefficients_ptr + reference_logprob_at(label_count) * n + index,
+            FIRST, STUDENT, REFERENCE, LABEL_S, LABEL_T, EXCLUDE, EVEN, R, C,
         )  # fmt: skip
     else:
         if STUDENT:
@@ -211,9 +242,11 @@ def loss_kernel(
     temperature: tl.float32, reference_temperature: tl.float32, alpha: tl.float32, beta: tl.float32,
     FIRST: tl.constexpr, MASK: tl.constexpr, EXCLUDE: tl.constexpr, PER_TOKEN: tl.constexpr,
     ALIGNED: tl.constexpr, EVEN: tl.constexpr, SLICE: tl.constexpr, STUDENT: tl.constexpr, REFERENCE: tl.constexpr,
-    LABEL_S: tl.constexpr, LABEL_T: tl.constexpr, R: tl.constexpr, C: tl.constexpr, S_PAD: tl.constexpr,
+    LABEL_S: tl.constexpr, LABEL_T: tl.constexpr, MANY: tl.constexpr,
+    R: tl.constexpr, C: tl.constexpr, S_PAD: tl.constexpr,
 ):  # fmt: skip
     """A row's statistics and gradients: sweep, sums where a statistic has any, gradient, in one program."""
+    tl.static_assert((FIRST & TAIL) == 0 and not MANY)
     index = tl.program_id(0).to(tl.int64)
     if MASK:
         if tl.load(mask_ptr + index) == 0:
@@ -233,7 +266,8 @@ def loss_kernel(
     for i in range(slices):
         begin = i * SLICE
         end = tl.minimum(begin + SLICE, vocab)
-        states = put(states, i, lanes, slice_state(begin, end, s_side, t_side, exclude, FIRST, EXCLUDE, EVEN, R, C))
+        found = slice_state(begin, end, s_side, t_side, exclude, labels_ptr, FIRST, EXCLUDE, EVEN, SLICE, R, C)
+        states = put(states, i, lanes, found)
     state = merge(states, s_side[1], t_side[1], FIRST)
     m_and_z, first = take_row(state, s_side, t_side, FIRST)
     ms, zs, mt, zt = m_and_z
@@ -248,16 +282,17 @@ def loss_kernel(
             sums = put(sums, i, lanes, added)
     finished = finish_row(state, m_and_z, first, merge_sums(sums), s_side, t_side, alpha, beta, FIRST)
     write_row(
-        finished, state, m_and_z, s_side, t_side, exclude, vocab, values_ptr, index, n, labels_ptr, label_count, TWO
-    )
+        finished, state, m_and_z, 0.0, s_side, t_side, exclude, vocab, values_ptr, index, n, labels_ptr, label_count,
+        TWO,
+    )  # fmt: skip
     for j in range(slices):
         i = slices - 1 - j
         begin = i * SLICE
         end = tl.minimum(begin + SLICE, vocab)
         write_gradient(
-            j == 0, True, begin, end, vocab, s_side, t_side, row, exclude, alpha, beta, scale_s, scale_t,
-            finished, ds_ptr, dt_ptr, s_width, t_width, coefficients_ptr, labels_ptr, index, n, label_count,
-            STUDENT, REFERENCE, LABEL_S, LABEL_T, TWO, EXCLUDE, ALIGNED, EVEN, R, C,
+            j == 0, True, begin, end, vocab, s_side, t_side, m_and_z, (0.0, 0.0, 0.0, 0.0), exclude, alpha, beta,
+            scale_s, scale_t, finished, ds_ptr, dt_ptr, s_width, t_width, coefficients_ptr, labels_ptr, index, n,
+            label_count, FIRST, STUDENT, REFERENCE, LABEL_S, LABEL_T, MANY, EXCLUDE, ALIGNED, EVEN, R, C,
         )  # fmt: skip
 
 

@@ -15,7 +15,7 @@ from torch import Tensor
 from kldiv_kernels import registry
 from kldiv_kernels.backends import Call, value_rows
 from kldiv_kernels.backends.strides import leading
-from kldiv_kernels.backends.triton import kernels, slices, state, table
+from kldiv_kernels.backends.triton import kernels, state, table
 from kldiv_kernels.backends.triton.bind import Bound, bind, unspecialised
 
 # The slices of a row are merged by a warp.
@@ -54,6 +54,11 @@ class Shape:
     slices: int
     padded_slices: int
     warps: int
+
+    @property
+    def mark_words(self) -> int:
+        """32-bit words of a row's marks (labels.py): each lane's bits start a new one."""
+        return self.slices * self.lanes * -(-self.slice_columns // (32 * self.lanes))
 
     @staticmethod
     def of(vocab: int, element_bytes: int, interpreted: bool) -> Shape:
@@ -124,6 +129,9 @@ class Launch:
             "vocab": call.vocab_size, "SLICE": self.shape.slice_columns,
             "EVEN": call.vocab_size % self.shape.columns == 0, "R": self.shape.lanes, "C": self.shape.columns,
         }  # fmt: skip
+        self.many = call.labels_per_row > 1
+        # Whether a kernel of their own writes the gradient's columns of labels.
+        self.apart = self.bound.tail or self.many
 
     @property
     def fills_the_device(self) -> bool:
@@ -137,6 +145,10 @@ class Launch:
         # No contraction: every kernel gives a row the same bits, and the sums that want it are written as one.
         kernel[(programs,)](**arguments, num_warps=warps, **_options(self.interpreted))
 
+    def _run_for_labels(self, kernel: Any, warps: int, arguments: dict[str, Any]) -> None:
+        """A program a row, which takes some of the arguments that the other kernels take."""
+        self._run(kernel, self.rows, warps, {name: arguments[name] for name in kernel.arg_names})
+
     def statistics(self, with_state: bool) -> tuple[Tensor, Tensor]:
         call, shape, bound = self.call, self.shape, self.bound
         f32 = {"dtype": torch.float32, "device": self.device}
@@ -149,10 +161,22 @@ class Launch:
         if bound.sums:
             sums = torch.empty((self.rows, shape.slices, bound.sums), **f32)  # type: ignore[call-overload]
         programs = self.rows * shape.slices
+        marks, duplicates = call.logits, call.logits
+        if bound.tail:
+            marks = torch.zeros((self.rows, shape.mark_words), dtype=torch.int32, device=self.device)
+            duplicates = torch.empty(self.rows, dtype=torch.int32, device=self.device)
         with self._on_device():
+            if bound.tail:
+                self._run_for_labels(
+                    bound.mark_kernel, shape.warps,
+                    {
+                        "marks_ptr": marks, "duplicates_ptr": duplicates, "labels_ptr": call.labels,
+                        "label_count": call.labels_per_row, **self.row_arguments, **self.block_arguments,
+                    },
+                )  # fmt: skip
             self._run(
                 bound.sweep_kernel, programs, shape.warps,
-                {"partial_ptr": partial, **self.row_arguments, **self.block_arguments},
+                {"partial_ptr": partial, "marks_ptr": marks, **self.row_arguments, **self.block_arguments},
             )  # fmt: skip
             padded = {"S_PAD": shape.padded_slices}
             if bound.sums:
@@ -165,7 +189,8 @@ class Launch:
                 {
                     "values_ptr": values, "state_ptr": saved, "partial_ptr": partial, "sums_ptr": sums,
                     "labels_ptr": _or(call.labels, call.logits), "label_count": call.labels_per_row,
-                    "value_rows": self.value_rows, "SAVE": with_state, "vocab": call.vocab_size,
+                    "duplicates_ptr": duplicates, "value_rows": self.value_rows, "SAVE": with_state,
+                    "vocab": call.vocab_size,
                     **self.row_arguments, **padded,
                 },
             )  # fmt: skip
@@ -180,10 +205,15 @@ class Launch:
                 self.bound.gradient_kernel, self.rows * self.shape.slices, self.shape.warps,
                 {"state_ptr": state, **arguments},
             )  # fmt: skip
+            of_s = ds is not None and (self.bound.tail or self.bound.label_s)
+            of_t = dt is not None and self.bound.label_t
+            if self.apart and (of_s or of_t):
+                labelled = {"LABEL_S": self.bound.label_s, "LABEL_T": self.bound.label_t, "OF_S": of_s, "OF_T": of_t}
+                self._run_for_labels(self.bound.label_gradient_kernel, 1, {"state_ptr": state, **arguments, **labelled})
         return self._rounded(ds, dt)
 
     def loss(self, coefficients: Tensor, student: bool, reference: bool) -> tuple[Tensor, Tensor | None, Tensor | None]:
-        if not self.fills_the_device:
+        if not self.fills_the_device or self.apart:
             values, state = self.statistics(with_state=True)
             return values, *self.gradients(state, coefficients, student, reference)
         values = torch.empty((self.value_rows, self.rows), dtype=torch.float32, device=self.device)
@@ -218,14 +248,14 @@ class Launch:
         dt = torch.empty_like(call.reference, **options) if reference and call.reference is not None else None
         second = call.logits if call.reference is None else call.reference
         row = {**self.row_arguments, **self.block_arguments}
-        labels = slices.ONE_LABEL.value if call.labels_per_row == 1 else slices.MANY_LABELS.value
         row["ALIGNED"] = self.aligned and all(g is None or self._is_aligned(g) for g in (ds, dt))
         return ds, dt, {
             "ds_ptr": _or(ds, call.logits), "dt_ptr": _or(dt, second),
             "s_width": call.logits.shape[-1], "t_width": second.shape[-1],
             "coefficients_ptr": coefficients, "labels_ptr": _or(call.labels, call.logits),
             "label_count": call.labels_per_row, "STUDENT": student, "REFERENCE": reference,
-            "LABEL_S": self.bound.label_s * labels, "LABEL_T": self.bound.label_t * labels, **row,
+            "LABEL_S": self.bound.label_s and not self.apart, "LABEL_T": self.bound.label_t and not self.apart,
+            "MANY": self.many, **row,
         }  # fmt: skip
 
     def _is_aligned(self, tensor: Tensor) -> bool:

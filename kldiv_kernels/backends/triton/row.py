@@ -40,7 +40,7 @@ def open_row(
 def take_row(state, s_side, t_side, FIRST: tl.constexpr):
     """From the merged state of a row: (ms, zs, mt, zt), with z NaN where there is no softmax, and the values of the
     first sweep: entropies, forward KL, reverse KL, Hellinger."""
-    ms, zs, es, bs, mt, zt, et, bt, forward, reverse, hellinger, best, column = state
+    ms, zs, es, bs, mt, zt, et, bt, forward, reverse, hellinger, best, column, mr, zr = state
     nan = float("nan")
     zs = tl.where(no_mass(s_side, ms, zs), nan, zs)
     log_zs = tl.log(zs)
@@ -83,8 +83,8 @@ def finish_row(state, m_and_z, first, sums, s_side, t_side, alpha, beta, FIRST: 
 
 @triton.jit
 def write_row(
-    finished, state, m_and_z, s_side, t_side, exclude, vocab, values_ptr, index, n, labels_ptr, label_count,
-    TWO: tl.constexpr,
+    finished, state, m_and_z, tail_logprob, s_side, t_side, exclude, vocab, values_ptr, index, n,
+    labels_ptr, label_count, TWO: tl.constexpr,
 ):  # fmt: skip
     """A row's column of the table of values."""
     ms, zs, mt, zt = m_and_z
@@ -94,7 +94,7 @@ def write_row(
     max_logprob = tl.fma((state[11] - ms) * s_side[1], LN2, -log_zs)
     argmax = tl.where(zs != zs, -1.0, state[12].to(tl.float32))
     write_values(
-        finished, values_ptr + index, n, lse, max_logprob, argmax,
+        finished, values_ptr + index, n, lse, max_logprob, argmax, tail_logprob,
         s_side, ms, log_zs, t_side, mt, log_zt, exclude, vocab,
         labels_ptr + index * label_count, label_count,
     )  # fmt: skip

@@ -119,14 +119,14 @@ def normalised(s, t, s_side, t_side, row, TEACHER: tl.constexpr):
 
 
 @triton.jit
-def log_softmax_at(one_side, m, log_z, bad, label, exclude, vocab):
-    """log softmax at one column; 0 for label −1, −inf where the column has no mass, NaN beyond the vocabulary."""
+def log_softmax_at(one_side, m, log_z, label, exclude, vocab):
+    """log softmax at some columns; 0 for label −1, −inf where a column has no mass, NaN beyond the vocabulary."""
     pointer, c, floor = one_side
-    bad = bad | (label >= vocab)
+    nothing = tl.where(log_z != log_z, float("nan"), float("-inf"))
     x = tl.load(pointer + tl.where((label < 0) | (label >= vocab), 0, label)).to(tl.float32)
     value = tl.fma((x - m) * c, LN2, -log_z)
-    value = tl.where((x <= floor) | (label == exclude), float("-inf"), value)
-    return tl.where(label < 0, 0.0, tl.where(bad, float("nan"), value))
+    value = tl.where((x <= floor) | (label == exclude), nothing, value)
+    return tl.where(label < 0, 0.0, tl.where(label >= vocab, float("nan"), value))
 
 
 @triton.jit

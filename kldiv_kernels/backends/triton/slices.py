@@ -10,46 +10,57 @@ import triton
 import triton.language as tl
 
 from kldiv_kernels.backends.triton.hooks import add_terms, gradient_logp, gradient_logq, merge_sums, zero_sums
+from kldiv_kernels.backends.triton.labels import advanced, load_marks, unmarked
 from kldiv_kernels.backends.triton.rows import block_columns, block_limit, normalised, read
-from kldiv_kernels.backends.triton.state import TEACHER, add_blocks, empty, merge
+from kldiv_kernels.backends.triton.state import BOTH, TAIL, TEACHER, add_blocks, empty, merge
 
 # Blocks under way at a time in a loop, through shared memory: registers do not hold enough of them to hide the latency.
 STAGES = tl.constexpr(3)
-# Labels a row: LABEL_S and LABEL_T are 0 where there is none.
-ONE_LABEL = tl.constexpr(1)
-MANY_LABELS = tl.constexpr(2)
 
 
 @triton.jit
 def _add_state(
-    state, start, end, s_side, t_side, exclude, FIRST: tl.constexpr, EXCLUDE: tl.constexpr,
+    state, words, start, end, s_side, t_side, exclude, FIRST: tl.constexpr, EXCLUDE: tl.constexpr,
     MASKED: tl.constexpr, BLOCKS: tl.constexpr, R: tl.constexpr, C: tl.constexpr,
 ):  # fmt: skip
-    columns, s, t = (), (), ()
+    columns, s, t, r = (), (), (), ()
     for i in tl.static_range(BLOCKS):
         at = block_columns(start + i * (R * C), R, C)
         columns = columns + (at,)
-        s = s + (read(s_side, at, end, exclude, MASKED, EXCLUDE, "evict_last"),)
+        x = read(s_side, at, end, exclude, MASKED, EXCLUDE, "evict_last")
+        tail = x
+        if FIRST & TAIL:
+            tail = unmarked(x, words, i * C, s_side[2], C)
+        r = r + (tail,)
+        if FIRST & BOTH:
+            s = s + (x,)
+        else:
+            s = s + (tail,)
         if FIRST & TEACHER:
             t = t + (read(t_side, at, end, exclude, MASKED, EXCLUDE, "evict_last"),)
         else:
             t = t + (s[i],)
-    return add_blocks(state, s, t, s_side, t_side, columns, FIRST)
+    return add_blocks(state, s, t, r, s_side, t_side, columns, FIRST)
 
 
 @triton.jit
 def slice_state(
-    begin, end, s_side, t_side, exclude,
-    FIRST: tl.constexpr, EXCLUDE: tl.constexpr, EVEN: tl.constexpr, R: tl.constexpr, C: tl.constexpr,
+    begin, end, s_side, t_side, exclude, marks, FIRST: tl.constexpr,
+    EXCLUDE: tl.constexpr, EVEN: tl.constexpr, SLICE: tl.constexpr, R: tl.constexpr, C: tl.constexpr,
 ):  # fmt: skip
     """The state of columns [begin, end). Two blocks at a time: moving a lane's state costs as much as its 8 columns."""
     state = empty(R)
+    words = ()
+    if FIRST & TAIL:
+        words = load_marks(marks, SLICE, R)
     end = block_limit(end, C, EVEN)
     whole = begin + (end - begin) // (2 * R * C) * (2 * R * C)
     for start in tl.range(begin, whole, 2 * R * C, num_stages=STAGES):
-        state = _add_state(state, start, end, s_side, t_side, exclude, FIRST, EXCLUDE, False, 2, R, C)
+        state = _add_state(state, words, start, end, s_side, t_side, exclude, FIRST, EXCLUDE, False, 2, R, C)
+        words = advanced(words, 2 * C)
     for start in range(whole, end, R * C):
-        state = _add_state(state, start, end, s_side, t_side, exclude, FIRST, EXCLUDE, True, 1, R, C)
+        state = _add_state(state, words, start, end, s_side, t_side, exclude, FIRST, EXCLUDE, True, 1, R, C)
+        words = advanced(words, C)
     return merge(state, s_side[1], t_side[1], FIRST)
 
 
@@ -86,27 +97,14 @@ def slice_sums(
 
 
 @triton.jit
-def _add_labels(g, columns, start, labels, coefficients, n, label_count, R: tl.constexpr, C: tl.constexpr):
-    """g + the coefficient of each label at its column."""
-    for k in range(label_count):
-        label = tl.load(labels + k).to(tl.int32)
-        if (label >= start) & (label < start + R * C):
-            c = tl.load(coefficients + k * n)
-            g += tl.where(columns == label, c, 0.0)
-    return g
-
-
-@triton.jit
 def _write(
-    to, g, share, softmax, scale, columns, start, end, one_label, labels, coefficients, n, label_count, exclude,
-    LABEL: tl.constexpr, EXCLUDE: tl.constexpr, MASKED: tl.constexpr, R: tl.constexpr, C: tl.constexpr,
+    to, g, share, softmax, scale, columns, end, label, exclude,
+    LABEL: tl.constexpr, EXCLUDE: tl.constexpr, MASKED: tl.constexpr,
 ):  # fmt: skip
     # 0 * inf: a column without mass takes no share of an infinite sum.
     g += tl.where(softmax == 0.0, 0.0, share * softmax)
-    if LABEL == ONE_LABEL:
-        g += tl.where(columns == one_label[0], one_label[1], 0.0)
-    elif LABEL == MANY_LABELS:
-        g = _add_labels(g, columns, start, labels, coefficients, n, label_count, R, C)
+    if LABEL:
+        g += tl.where(columns == label[0], label[1], 0.0)
     g *= scale
     if EXCLUDE:
         g = tl.where(columns == exclude, 0.0, g)
@@ -119,60 +117,57 @@ def _write(
 
 @triton.jit
 def _block_gradient(
-    start, end, s_side, t_side, state, exclude, alpha, beta, scale_s, scale_t, c, finished, share_q, share_p,
-    ds, dt, one_s, one_t, labels, coefficients_s, coefficients_t, n, label_count,
-    STUDENT: tl.constexpr, REFERENCE: tl.constexpr, LABEL_S: tl.constexpr, LABEL_T: tl.constexpr,
-    TWO: tl.constexpr, EXCLUDE: tl.constexpr, MASKED: tl.constexpr, R: tl.constexpr, C: tl.constexpr,
+    start, end, s_side, t_side, row, exclude, alpha, beta, scale_s, scale_t, c, finished, share_q, share_p, tail,
+    ds, dt, label_s, label_t,
+    FIRST: tl.constexpr, STUDENT: tl.constexpr, REFERENCE: tl.constexpr, LABEL_S: tl.constexpr, LABEL_T: tl.constexpr,
+    EXCLUDE: tl.constexpr, MASKED: tl.constexpr, R: tl.constexpr, C: tl.constexpr,
 ):  # fmt: skip
     columns = block_columns(start, R, C)
     s = read(s_side, columns, end, exclude, MASKED, EXCLUDE, "evict_first")
     t = s
-    if TWO:
+    if FIRST & TEACHER:
         t = read(t_side, columns, end, exclude, MASKED, EXCLUDE, "evict_first")
-    p, q, lp, lq, u = normalised(s, t, s_side, t_side, state, TWO)
+    p, q, lp, lq, u = normalised(s, t, s_side, t_side, row, (FIRST & TEACHER) != 0)
     if STUDENT:
         g = gradient_logq(c, finished, p, q, lp, lq, u, alpha, beta)
-        _write(
-            ds, g, share_q, q, scale_s, columns, start, end, one_s, labels, coefficients_s, n, label_count,
-            exclude, LABEL_S, EXCLUDE, MASKED, R, C,
-        )  # fmt: skip
+        if FIRST & BOTH:
+            g += (tail[2] * tail[1]) * tl.exp2(tl.fma(s, s_side[1], -tail[0]))
+        _write(ds, g, share_q, q, scale_s, columns, end, label_s, exclude, LABEL_S, EXCLUDE, MASKED)
     if REFERENCE:
         g = gradient_logp(c, finished, p, q, lp, lq, u, alpha, beta)
-        _write(
-            dt, g, share_p, p, scale_t, columns, start, end, one_t, labels, coefficients_t, n, label_count,
-            exclude, LABEL_T, EXCLUDE, MASKED, R, C,
-        )  # fmt: skip
+        _write(dt, g, share_p, p, scale_t, columns, end, label_t, exclude, LABEL_T, EXCLUDE, MASKED)
 
 
 @triton.jit
 def slice_gradient(
-    begin, end, s_side, t_side, state, exclude, alpha, beta, scale_s, scale_t, c, finished, share_q, share_p,
-    ds, dt, labels, coefficients_s, coefficients_t, n, label_count,
-    STUDENT: tl.constexpr, REFERENCE: tl.constexpr, LABEL_S: tl.constexpr, LABEL_T: tl.constexpr,
-    TWO: tl.constexpr, EXCLUDE: tl.constexpr, EVEN: tl.constexpr, R: tl.constexpr, C: tl.constexpr,
+    begin, end, s_side, t_side, row, exclude, alpha, beta, scale_s, scale_t, c, finished, share_q, share_p, tail,
+    ds, dt, labels, coefficients_s, coefficients_t,
+    FIRST: tl.constexpr, STUDENT: tl.constexpr, REFERENCE: tl.constexpr, LABEL_S: tl.constexpr, LABEL_T: tl.constexpr,
+    EXCLUDE: tl.constexpr, EVEN: tl.constexpr, R: tl.constexpr, C: tl.constexpr,
 ):  # fmt: skip
-    """Gradients of columns [begin, end). Backwards: the last columns read are in cache."""
+    """Gradients of columns [begin, end). Backwards: the last columns read are in cache.
+
+    With LABEL_S, LABEL_T the row's only label is one of them; else label_kernels.py writes those of labels anew.
+    """
     end = block_limit(end, C, EVEN)
     blocks = (end - begin) // (R * C)
     whole = begin + blocks * (R * C)
     # (label, coefficient), read before the loop: a load inside keeps the compiler from pipelining it.
-    one_s, one_t = (-1, 0.0), (-1, 0.0)
-    if LABEL_S == ONE_LABEL:
-        one_s = (tl.load(labels).to(tl.int32), tl.load(coefficients_s))
-    if LABEL_T == ONE_LABEL:
-        one_t = (tl.load(labels).to(tl.int32), tl.load(coefficients_t))
+    label_s, label_t = (-1, 0.0), (-1, 0.0)
+    if LABEL_S:
+        label_s = (tl.load(labels).to(tl.int32), tl.load(coefficients_s))
+    if LABEL_T:
+        label_t = (tl.load(labels).to(tl.int32), tl.load(coefficients_t))
     if whole < end:
         _block_gradient(
-            whole, end, s_side, t_side, state, exclude, alpha, beta, scale_s, scale_t, c, finished, share_q, share_p,
-            ds, dt, one_s, one_t, labels, coefficients_s, coefficients_t, n, label_count,
-            STUDENT, REFERENCE, LABEL_S, LABEL_T, TWO, EXCLUDE, True, R, C,
+            whole, end, s_side, t_side, row, exclude, alpha, beta, scale_s, scale_t, c, finished, share_q, share_p,
+            tail, ds, dt, label_s, label_t, FIRST, STUDENT, REFERENCE, LABEL_S, LABEL_T, EXCLUDE, True, R, C,
         )  # fmt: skip
     for i in tl.range(blocks, num_stages=STAGES):
         start = whole - (i + 1) * (R * C)
         _block_gradient(
-            start, end, s_side, t_side, state, exclude, alpha, beta, scale_s, scale_t, c, finished, share_q, share_p,
-            ds, dt, one_s, one_t, labels, coefficients_s, coefficients_t, n, label_count,
-            STUDENT, REFERENCE, LABEL_S, LABEL_T, TWO, EXCLUDE, False, R, C,
+            start, end, s_side, t_side, row, exclude, alpha, beta, scale_s, scale_t, c, finished, share_q, share_p,
+            tail, ds, dt, label_s, label_t, FIRST, STUDENT, REFERENCE, LABEL_S, LABEL_T, EXCLUDE, False, R, C,
         )  # fmt: skip
 
 

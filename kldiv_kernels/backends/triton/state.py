@@ -16,6 +16,10 @@ other references (`move`), which is what merging is:
     z_s' = a z_s, z_t' = b z_t, a_s' = a (a_s + z_s (m_s' − m_s) c_s)
     KL:         g' = b (g + z_s (e^x − 1 − x) + (z_s − z_t) x) = b (g − z_t x) + (a − b) z_s
     Hellinger:  g' = √(ab) g + ½ (√b − √a) (√b z_t − √a z_s)
+
+The columns that are no label of the row have m_r and z_r of their own: a difference of sums over all columns would
+cancel. Where nothing else wants the sums over all, m_s and z_s are those of these columns instead, and the labels are
+added in the end (labels.py): one exponential a column.
 """
 
 from __future__ import annotations
@@ -37,21 +41,25 @@ HELLINGER = tl.constexpr(32)
 Q_IS_ZERO = tl.constexpr(64)
 P_IS_ZERO = tl.constexpr(128)
 ARGMAX = tl.constexpr(256)
+# The columns that are no label; with BOTH beside all columns, else instead of them.
+TAIL = tl.constexpr(512)
+BOTH = tl.constexpr(1024)
 
-# Numbers in a state: m, z, a and blocked logit of the student, of the teacher; three g; the largest logit and where.
-STATE_SIZE = tl.constexpr(13)
+# Numbers in a state: m, z, a and blocked logit of the student, of the teacher; three g; the largest logit and where;
+# m and z of the tail.
+STATE_SIZE = tl.constexpr(15)
 # Below every logit, and finite in units of c at any temperature above 1e-7.
-_NOTHING = tl.constexpr(-2e30)
+NOTHING = tl.constexpr(-2e30)
 _NO_COLUMN = tl.constexpr(2147483647)
 
 
 @triton.jit
 def empty(R: tl.constexpr):
     """The state of no columns, R times."""
-    low = tl.full([R], _NOTHING, tl.float32)
+    low = tl.full([R], NOTHING, tl.float32)
     zero = tl.zeros([R], tl.float32)
     column = tl.full([R], _NO_COLUMN, tl.int32)
-    return low, zero, zero, low, low, zero, zero, low, zero, zero, zero, low, column
+    return low, zero, zero, low, low, zero, zero, low, zero, zero, zero, low, column, low, zero
 
 
 @triton.jit
@@ -63,9 +71,9 @@ def _move_kl(g, z_first, z_second, a, b, x):
 
 
 @triton.jit
-def move(state, to_s, to_t, cs, ct, FIRST: tl.constexpr):
+def move(state, to_s, to_t, to_r, cs, ct, FIRST: tl.constexpr):
     """The state in exponents relative to other references."""
-    ms, zs, es, bs, mt, zt, et, bt, forward, reverse, hellinger, best, column = state
+    ms, zs, es, bs, mt, zt, et, bt, forward, reverse, hellinger, best, column, mr, zr = state
     ds, dt = (ms - to_s) * cs, (mt - to_t) * ct
     a = tl.exp2(ds)
     if FIRST & TEACHER:
@@ -82,7 +90,9 @@ def move(state, to_s, to_t, cs, ct, FIRST: tl.constexpr):
         zt = b * zt
     if FIRST & ENTROPY:
         es = a * (es - zs * ds)
-    return to_s, a * zs, es, bs, to_t, zt, et, bt, forward, reverse, hellinger, best, column
+    if FIRST & BOTH:
+        zr = tl.exp2((mr - to_r) * cs) * zr
+    return to_s, a * zs, es, bs, to_t, zt, et, bt, forward, reverse, hellinger, best, column, to_r, zr
 
 
 @triton.jit
@@ -95,20 +105,25 @@ def _largest(m, blocks):
 
 
 @triton.jit
-def add_blocks(state, s_blocks, t_blocks, s_side, t_side, columns, FIRST: tl.constexpr):
-    """The state [R] and some blocks of columns [R, C] of both rows, moved once for all of them."""
-    to_t = state[4]
+def add_blocks(state, s_blocks, t_blocks, r_blocks, s_side, t_side, columns, FIRST: tl.constexpr):
+    """The state [R] and some blocks of columns [R, C] of both rows, moved once for all of them.
+
+    `r_blocks` are those of the student without the labels.
+    """
+    to_t, to_r = state[4], state[13]
     if FIRST & TEACHER:
         to_t = _largest(state[4], t_blocks)
-    state = move(state, _largest(state[0], s_blocks), to_t, s_side[1], t_side[1], FIRST)
+    if FIRST & BOTH:
+        to_r = _largest(state[13], r_blocks)
+    state = move(state, _largest(state[0], s_blocks), to_t, to_r, s_side[1], t_side[1], FIRST)
     for i in tl.static_range(len(s_blocks)):
-        state = _add_block(state, s_blocks[i], t_blocks[i], s_side, t_side, columns[i], FIRST)
+        state = _add_block(state, s_blocks[i], t_blocks[i], r_blocks[i], s_side, t_side, columns[i], FIRST)
     return state
 
 
 @triton.jit
-def _add_block(state, s, t, s_side, t_side, columns, FIRST: tl.constexpr):
-    ms, zs, es, bs, mt, zt, et, bt, forward, reverse, hellinger, best, column = state
+def _add_block(state, s, t, r, s_side, t_side, columns, FIRST: tl.constexpr):
+    ms, zs, es, bs, mt, zt, et, bt, forward, reverse, hellinger, best, column, mr, zr = state
     ys = (s - ms[:, None]) * s_side[1]
     if FIRST & HELLINGER:
         root_q = tl.exp2(0.5 * ys)
@@ -136,19 +151,21 @@ def _add_block(state, s, t, s_side, t_side, columns, FIRST: tl.constexpr):
         if FIRST & REFERENCE_ENTROPY:
             et -= tl.sum(p * yt, axis=1)
         if FIRST & P_IS_ZERO:
-            bs = tl.maximum(bs, tl.max(tl.where(t <= t_side[2], s, _NOTHING), axis=1))
+            bs = tl.maximum(bs, tl.max(tl.where(t <= t_side[2], s, NOTHING), axis=1))
         if FIRST & Q_IS_ZERO:
-            bt = tl.maximum(bt, tl.max(tl.where(s <= s_side[2], t, _NOTHING), axis=1))
+            bt = tl.maximum(bt, tl.max(tl.where(s <= s_side[2], t, NOTHING), axis=1))
     if FIRST & ARGMAX:
         largest = tl.max(s, axis=1)
         where = tl.min(tl.where(s == largest[:, None], columns, _NO_COLUMN), axis=1)
         column = tl.where(largest > best, where, column)
         best = tl.maximum(best, largest)
-    return ms, zs, es, bs, mt, zt, et, bt, forward, reverse, hellinger, best, column
+    if FIRST & BOTH:
+        zr += tl.sum(tl.exp2((r - mr[:, None]) * s_side[1]), axis=1)
+    return ms, zs, es, bs, mt, zt, et, bt, forward, reverse, hellinger, best, column, mr, zr
 
 
 @triton.jit
-def _log_sum(m, z, c):
+def merged_reference(m, z, c):
     """The log-sum-exp of lanes [R], and their maximum where that has none."""
     top = tl.max(m, axis=0)
     total = tl.sum(z * tl.exp2((m - top) * c), axis=0)
@@ -160,12 +177,15 @@ def _log_sum(m, z, c):
 @triton.jit
 def merge(states, cs, ct, FIRST: tl.constexpr):
     """The states [R] of R sets of columns, merged into one (scalars)."""
-    to_s = _log_sum(states[0], states[1], cs)
+    to_s = merged_reference(states[0], states[1], cs)
     to_t = states[4]
     if FIRST & TEACHER:
-        to_t = _log_sum(states[4], states[5], ct)
-    moved = move(states, to_s, to_t, cs, ct, FIRST)
-    ms, zs, es, bs, mt, zt, et, bt, forward, reverse, hellinger, best, column = moved
+        to_t = merged_reference(states[4], states[5], ct)
+    to_r = states[13]
+    if FIRST & BOTH:
+        to_r = merged_reference(states[13], states[14], cs)
+    moved = move(states, to_s, to_t, to_r, cs, ct, FIRST)
+    ms, zs, es, bs, mt, zt, et, bt, forward, reverse, hellinger, best, column, mr, zr = moved
     zero = 0.0 * to_s
     zs = tl.sum(zs, axis=0)
     es = tl.sum(es, axis=0) if FIRST & ENTROPY else zero
@@ -185,7 +205,11 @@ def merge(states, cs, ct, FIRST: tl.constexpr):
         best = largest
     else:
         best, column = zero, zero.to(tl.int32)
-    return ms, zs, es, bs, mt, zt, et, bt, forward, reverse, hellinger, best, column
+    if FIRST & BOTH:
+        zr = tl.sum(zr, axis=0)
+    else:
+        mr, zr = zero, zero
+    return ms, zs, es, bs, mt, zt, et, bt, forward, reverse, hellinger, best, column, mr, zr
 
 
 @triton.jit

@@ -33,10 +33,11 @@ _TWO = state.TEACHER.value
 _Q_ZERO = _TWO | state.Q_IS_ZERO.value
 _P_ZERO = _TWO | state.P_IS_ZERO.value
 
-# Statistics that are no divergences have no functions: the kernels know log-probabilities, logsumexp and maxima.
+# Statistics that are no divergences have no functions: the kernels know log-probabilities, tails, logsumexp and maxima.
 TABLE: dict[str, TritonStatistic] = {
     "logprob": TritonStatistic(),
     "reference_logprob": TritonStatistic(takes=_TWO),
+    "tail_logprob": TritonStatistic(takes=state.TAIL.value),
     "logsumexp": TritonStatistic(),
     "max_logprob": TritonStatistic(takes=state.ARGMAX.value),
     "argmax": TritonStatistic(takes=state.ARGMAX.value),

@@ -1,0 +1,126 @@
+"""The kernels for labels: before the sweep their marks, after the gradient their columns.
+
+    mark_kernel             O(labels): a bit for each column that is a label
+    label_gradient_kernel   O(labels): the gradients of these columns, which gradient_kernel left as of no label
+
+The columns of a row are gathered, so that the loops over all columns are as fast with a thousand labels as with none.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from kldiv_kernels.backends.triton.hooks import (
+    gradient_logp,
+    gradient_logq,
+    logprob_at,
+    reference_logprob_at,
+    weights,
+)
+from kldiv_kernels.backends.triton.kernels import load_row
+from kldiv_kernels.backends.triton.labels import LABELS, mark_of, summed_coefficients, take_labels
+from kldiv_kernels.backends.triton.row import open_row
+from kldiv_kernels.backends.triton.rows import normalised, softmaxes
+from kldiv_kernels.backends.triton.state import TAIL, TEACHER
+
+
+@triton.jit
+def mark_kernel(
+    marks_ptr, duplicates_ptr, labels_ptr, mask_ptr, vocab: tl.int32, slices: tl.int32, label_count: tl.int32,
+    MASK: tl.constexpr, SLICE: tl.constexpr, R: tl.constexpr, C: tl.constexpr,
+):  # fmt: skip
+    """marks_ptr [n, slices, words, R], 0 before: see labels.py. duplicates_ptr [n]: whether a label occurs twice."""
+    index = tl.program_id(0).to(tl.int64)
+    duplicates = 0
+    keep = True
+    if MASK:
+        keep = tl.load(mask_ptr + index) != 0
+    if keep:
+        marks = marks_ptr + index * slices * ((SLICE // R + 31) // 32 * R)
+        for first in range(0, label_count, LABELS):
+            _, label, there = take_labels(labels_ptr + index * label_count, first, label_count, vocab)
+            word, bit = mark_of(tl.where(there, label, 0), SLICE, R, C)
+            # Whichever of two equal labels comes second finds the bit: that there are two does not depend on it.
+            before = tl.atomic_or(marks + word, bit, mask=there, sem="relaxed")
+            again = there & ((before & bit) != 0)
+            duplicates += tl.sum(again.to(tl.int32), axis=0)
+    tl.store(duplicates_ptr + index, duplicates)
+
+
+@triton.jit
+def label_gradient_kernel(
+    ds_ptr, dt_ptr, state_ptr, coefficients_ptr, s_ptr, t_ptr, labels_ptr, mask_ptr, exclude_ptr, token_ptr,
+    s_inner: tl.int64, s_outer: tl.int64, s_stride: tl.int64, t_inner: tl.int64, t_outer: tl.int64, t_stride: tl.int64,
+    s_width: tl.int64, t_width: tl.int64, n: tl.int64, vocab: tl.int32, label_count: tl.int32,
+    temperature: tl.float32, reference_temperature: tl.float32, alpha: tl.float32, beta: tl.float32,
+    FIRST: tl.constexpr, MASK: tl.constexpr, EXCLUDE: tl.constexpr, PER_TOKEN: tl.constexpr, ALIGNED: tl.constexpr,
+    LABEL_S: tl.constexpr, LABEL_T: tl.constexpr, OF_S: tl.constexpr, OF_T: tl.constexpr, MANY: tl.constexpr,
+):  # fmt: skip
+    """ds_ptr (with OF_S) and dt_ptr (with OF_T): the gradients at the labels. With LABEL_S, LABEL_T their
+    log-probabilities are among the statistics."""
+    index = tl.program_id(0).to(tl.int64)
+    if MASK:
+        if tl.load(mask_ptr + index) == 0:
+            return
+    TWO: tl.constexpr = (FIRST & TEACHER) != 0
+    s_side, t_side, exclude, scale_s, scale_t, alpha, beta = open_row(
+        index, s_ptr, s_inner, s_outer, s_stride, t_ptr, t_inner, t_outer, t_stride, exclude_ptr, token_ptr, n,
+        temperature, reference_temperature, alpha, beta, TWO, EXCLUDE, PER_TOKEN, ALIGNED,
+    )  # fmt: skip
+    m_and_z, tail, finished = load_row(state_ptr + index, n, FIRST)
+    ms, zs, mt, zt = m_and_z
+    row = softmaxes(ms, zs, mt, zt, s_side[1], t_side[1], TWO)
+    labels = labels_ptr + index * label_count
+    share_q, share_p, any_coefficient, c, c_tail = weights(
+        finished, coefficients_ptr + index, labels, n, label_count, MANY
+    )
+    duplicates = MANY
+    if FIRST & TAIL:
+        # A tail without mass has no gradient.
+        share_q -= tl.where(tail[1] == float("inf"), 0.0, c_tail)
+        duplicates = tail[3] != 0.0
+    if any_coefficient:
+        for first in range(0, label_count, LABELS):
+            numbers, label, there = take_labels(labels, first, label_count, vocab)
+            there = there & (label != exclude)
+            s = _gathered(s_side, label, there)
+            t = s
+            if TWO:
+                t = _gathered(t_side, label, there)
+            p, q, lp, lq, u = normalised(s, t, s_side, t_side, row, TWO)
+            if OF_S:
+                g = gradient_logq(c, finished, p, q, lp, lq, u, alpha, beta)
+                at = coefficients_ptr + logprob_at(label_count) * n + index
+                _write_labels(
+                    ds_ptr + index * s_width, g, share_q, q, scale_s, numbers, label, there, labels, at, n,
+                    label_count, duplicates, LABEL_S,
+                )  # fmt: skip
+            if OF_T:
+                g = gradient_logp(c, finished, p, q, lp, lq, u, alpha, beta)
+                at = coefficients_ptr + reference_logprob_at(label_count) * n + index
+                _write_labels(
+                    dt_ptr + index * t_width, g, share_p, p, scale_t, numbers, label, there, labels, at, n,
+                    label_count, duplicates, LABEL_T,
+                )  # fmt: skip
+
+
+@triton.jit
+def _gathered(one_side, label, there):
+    """The logits of some columns, as `rows.read` has them."""
+    pointer, c, floor = one_side
+    x = tl.load(pointer + label, mask=there, other=float("-inf")).to(tl.float32)
+    return tl.maximum(x, floor, propagate_nan=tl.PropagateNan.ALL)
+
+
+@triton.jit
+def _write_labels(
+    to, g, share, softmax, scale, numbers, label, there, labels, coefficients, n, label_count, duplicates,
+    LABEL: tl.constexpr,
+):  # fmt: skip
+    # 0 * inf: a column without mass takes no share of an infinite sum.
+    g += tl.where(softmax == 0.0, 0.0, share * softmax)
+    if LABEL:
+        g += summed_coefficients(numbers, label, labels, coefficients, n, label_count, duplicates)
+    # Equal labels write the same number.
+    tl.store(to + label, (g * scale).to(to.dtype.element_ty), mask=there)
