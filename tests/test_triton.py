@@ -85,6 +85,12 @@ def test_a_row_is_cut_by_its_length_alone() -> None:
             assert shape.lanes * shape.columns <= 8192
 
 
+def test_the_plan_of_top_k(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("KLDIV_BACKEND", "triton")
+    found = kk.plan(rows=8, vocab=1000, stats=("logprob", "tail_logprob"), device="sm_90")
+    assert (found.backend, found.sweeps, found.bytes) == ("triton", 2, 3 * 8 * 1000 * 2)
+
+
 @interpreted_only
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("kind", ["forward_kl", "hellinger", "js", "renyi"])

@@ -39,11 +39,14 @@ import kldiv_kernels as kk
 from kldiv_kernels import ops
 from kldiv_kernels.backends import triton as backend
 from kldiv_kernels.backends.triton import launch
+from kldiv_kernels.backends.triton import ops as traced
 from kldiv_kernels.registry import STATISTICS
 
+MARK = ("mark_kernel", {"marks_ptr", "duplicates_ptr"})
 SWEEP, SUMS, FINISH = ("sweep_kernel", {"partial_ptr"}), ("sums_kernel", {"sums_ptr"}), "finish_kernel"
 STATE = (FINISH, {"values_ptr", "state_ptr"})
 GRADIENT, GRADIENTS = ("gradient_kernel", {"ds_ptr"}), ("gradient_kernel", {"ds_ptr", "dt_ptr"})
+LABEL_GRADIENT = ("label_gradient_kernel", {"ds_ptr"})
 TARGET = GPUTarget("cuda", 90, 32)
 EVERY = list(STATISTICS)
 STEEPNESS = tl.constexpr(3.0)
@@ -167,6 +170,21 @@ def test_statistics_launch_forward_and_backward_kernels() -> None:
     assert graphs.launches() == [[SWEEP, STATE], [GRADIENT]]
 
 
+def test_top_k_launches_the_kernels_for_labels() -> None:
+    """Marks before the sweep, and the labels' columns of the gradient last, in the memory of the others."""
+    graphs = Graphs()
+
+    def loss(student: Tensor, ids: Tensor, logprobs: Tensor) -> Tensor:
+        return kk.topk_divergence_loss(student, ids, logprobs, backend="triton")
+
+    compiled = torch.compile(loss, backend=graphs.backend, fullgraph=True)
+    with FakeTensorMode(shape_env=ShapeEnv()):
+        student, _ = _pair()
+        compiled(student, torch.zeros(8, 5, dtype=torch.int64), torch.zeros(8, 5)).backward()
+        assert student.grad is not None
+    assert graphs.launches() == [[MARK, SWEEP, STATE], [GRADIENT, LABEL_GRADIENT]]
+
+
 def test_without_gradient_no_state_is_kept() -> None:
     graphs = Graphs()
     compiled = torch.compile(lambda x: kk.entropy(x, backend="triton"), backend=graphs.backend, fullgraph=True)
@@ -211,22 +229,27 @@ def test_kernels_write_what_they_are_said_to_and_no_logits() -> None:
         accesses = identify_accessed_tensors(kernel, dict(arguments), {})
         written[kernel.__name__] = {dependency.name for dependency in accesses.read_writes.writes}
 
-    call = ops.Call(
-        *_pair(), torch.zeros(8, 2, dtype=torch.int64), torch.ones(8, dtype=torch.bool), torch.zeros(8).long(),
-        torch.ones(4, 8), (1.0, 1.0, 0.5, 0.5), tuple(EVERY), 1000,
-    )  # fmt: skip
+    def call(names: list[str], labels: int) -> ops.Call:
+        return ops.Call(
+            *_pair(), torch.zeros(8, labels, dtype=torch.int64), torch.ones(8, dtype=torch.bool), torch.zeros(8).long(),
+            torch.ones(4, 8), (1.0, 1.0, 0.5, 0.5), tuple(names), 1000,
+        )  # fmt: skip
+
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(launch.Launch, "_run", run)
-        one = launch.Launch(call, interpreted=False)
-        values, state = one.statistics(with_state=True)
-        one.gradients(state, values, student=True, reference=True)
+        many = launch.Launch(call(EVERY, 2), interpreted=False)
+        values, state = many.statistics(with_state=True)
+        many.gradients(state, values, student=True, reference=True)
         patch.setattr(launch.Launch, "fills_the_device", True)
+        one = launch.Launch(call([name for name in EVERY if name != "tail_logprob"], 1), interpreted=False)
         one.loss(values, student=True, reference=False)
     assert written == {
+        "mark_kernel": {"marks_ptr", "duplicates_ptr"},
         "sweep_kernel": {"partial_ptr"},
         "sums_kernel": {"sums_ptr"},
         "finish_kernel": {"values_ptr", "state_ptr"},
         "gradient_kernel": {"ds_ptr", "dt_ptr"},
+        "label_gradient_kernel": {"ds_ptr", "dt_ptr"},
         "loss_kernel": {"values_ptr", "ds_ptr"},
     }
 
@@ -298,6 +321,16 @@ def _loss(kind: str) -> Callable[..., Tensor]:
     return lambda student, reference: kk.divergence_loss(student, reference, kind, temperature=2.0, backend="triton")
 
 
+def _label_gradient(student: Tensor, reference: Tensor) -> Tensor:
+    """The backward operator of top-k: what autograd calls, in a graph by itself."""
+    rows = student.shape[0]
+    state = torch.zeros(8, rows)
+    return traced.statistics_backward(
+        student.detach(), None, torch.zeros(rows, 3, dtype=torch.int64), None, None, torch.ones(4, rows),
+        "logprob,tail_logprob", 990, "", state, torch.ones(4, rows), True, False,
+    )[0]  # fmt: skip
+
+
 def _register(*functions: Any) -> None:
     def unused(logp: Tensor, logq: Tensor) -> Tensor:
         raise AssertionError
@@ -324,9 +357,21 @@ MANY = ["sweep_kernel", "finish_kernel", "gradient_kernel"]
         (_loss("js"), 1024, ["loss_kernel"]),
         (_loss("steep"), 1, ["sweep_kernel", "sums_kernel", *MANY[1:]]),
         (_loss("steep"), 1024, ["loss_kernel"]),
-        (_statistics(*EVERY), 8, ["sweep_kernel", "sums_kernel", "finish_kernel"]),
+        (_statistics("logprob", "tail_logprob"), 8, ["mark_kernel", *MANY[:2]]),
+        (_label_gradient, 8, [MANY[2], "label_gradient_kernel"]),
+        (_statistics(*EVERY), 8, ["mark_kernel", "sweep_kernel", "sums_kernel", "finish_kernel"]),
     ],
-    ids=["one tensor", "KL", "js", "js, many rows", "a user's, one row", "a user's, many rows", "everything"],
+    ids=[
+        "one tensor",
+        "KL",
+        "js",
+        "js, many rows",
+        "a user's, one row",
+        "a user's, many rows",
+        "top-k",
+        "its gradient",
+        "everything",
+    ],
 )
 @pytest.mark.usefixtures("_user_statistic")
 def test_what_inductor_prints_compiles(
@@ -345,10 +390,15 @@ def test_inductor_allocates_one_gradient_and_copies_no_logits() -> None:
     assert ".copy_(" not in code
 
 
+def test_inductor_writes_the_columns_of_labels_into_the_same_gradient() -> None:
+    code = _written_by_inductor(_label_gradient, *_pair(8))
+    assert code.count("empty_strided_cpu((8, 1000)") == 1
+    assert "clone(" not in code
+    assert ".copy_(" not in code
+
+
 def test_version_tells_users_kernels_apart() -> None:
     """Else a cache on disk would give the graph of kernels that have changed since."""
-    from kldiv_kernels.backends.triton import ops as traced
-
     versions = [traced.version(("js",))]
     for functions in ((log, kl_term, kl_term), (kl_term, kl_term, kl_term)):
         _register(*functions)

@@ -135,11 +135,13 @@ class _Recorded(launch.Launch):
 
 def _call(stats: tuple[str, ...], dtype: torch.dtype, everything: bool) -> Call:
     rows, statistics = 2, [STATISTICS[name] for name in stats]
+    labels = 2 if everything or "tail_logprob" in stats else 1
     logits = torch.empty(rows, VOCAB + everything, dtype=dtype)
     return Call(
         logits=logits,
         reference=torch.empty_like(logits) if any(s.reference for s in statistics) else None,
-        labels=torch.zeros(rows, 2, dtype=torch.int64) if any(s.needs_labels for s in statistics) else None,
+        # The only label of a row is one of its columns, several have a kernel of their own.
+        labels=torch.zeros(rows, labels, dtype=torch.int64) if any(s.needs_labels for s in statistics) else None,
         mask=torch.ones(rows, dtype=torch.bool) if everything else None,
         exclude=torch.zeros(rows, dtype=torch.int64) if everything else None,
         token_parameters=torch.ones(4, rows) if everything else None,

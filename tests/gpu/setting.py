@@ -26,7 +26,7 @@ if DEVICE == "cuda" and not torch.cuda.is_available():
 
 # The C++ backend serves CPU tensors, and the reference is no kernel: it is tested here in a few cases of its own.
 KERNELS = [name for name in BACKENDS if name not in ("cpu", "reference")]
-NAMES = [name for name in STATISTIC_NAMES if STATISTICS[name].on_gpu and (not QUICK or name in _QUICK_NAMES)]
+NAMES = [name for name in STATISTIC_NAMES if not QUICK or name in _QUICK_NAMES]
 LOSSES = [name for name in DIVERGENCES if name in NAMES]
 DTYPES = (torch.bfloat16,) if QUICK else (torch.bfloat16, torch.float32, torch.float16)
 

@@ -3,6 +3,7 @@
 hooks.py      what a set of statistics gives the kernels
 math.py, divergences.py, powers.py, table.py    the statistics
 rows.py, state.py, row.py, slices.py, kernels.py    the kernels, the same for every statistic
+labels.py, label_kernels.py    many labels a row, and the columns that are none
 bind.py, hook_text.py    bring the two together
 launch.py    sizes and launches
 """

@@ -137,7 +137,8 @@ class Hooks:
                 row_of = "s_side, ms, log_zs" if name == "logprob" else "t_side, mt, log_zt"
                 lines += [
                     "for first in range(0, label_count, LABELS):",
-                    "    numbers, label, _ = take_labels(labels, first, label_count, vocab)",
+                    "    numbers = first + tl.arange(0, LABELS)",
+                    "    label = tl.load(labels + numbers, mask=numbers < label_count, other=-1).to(tl.int32)",
                     f"    value = log_softmax_at({row_of}, label, exclude, vocab)",
                     f"    tl.store(out + ({row} + numbers) * n, value, mask=numbers < label_count)",
                 ]

@@ -4,6 +4,8 @@
     label_gradient_kernel   O(labels): the gradients of these columns, which gradient_kernel left as of no label
 
 The columns of a row are gathered, so that the loops over all columns are as fast with a thousand labels as with none.
+Labels are loaded where they are used as places: of what a function returns, torch.compile takes every argument for
+written to.
 """
 
 from __future__ import annotations
@@ -19,7 +21,7 @@ from kldiv_kernels.backends.triton.hooks import (
     weights,
 )
 from kldiv_kernels.backends.triton.kernels import load_row
-from kldiv_kernels.backends.triton.labels import LABELS, mark_of, summed_coefficients, take_labels
+from kldiv_kernels.backends.triton.labels import LABELS, mark_of, summed_coefficients
 from kldiv_kernels.backends.triton.row import open_row
 from kldiv_kernels.backends.triton.rows import normalised, softmaxes
 from kldiv_kernels.backends.triton.state import TAIL, TEACHER
@@ -37,9 +39,12 @@ def mark_kernel(
     if MASK:
         keep = tl.load(mask_ptr + index) != 0
     if keep:
+        labels = labels_ptr + index * label_count
         marks = marks_ptr + index * slices * ((SLICE // R + 31) // 32 * R)
         for first in range(0, label_count, LABELS):
-            _, label, there = take_labels(labels_ptr + index * label_count, first, label_count, vocab)
+            numbers = first + tl.arange(0, LABELS)
+            label = tl.load(labels + numbers, mask=numbers < label_count, other=-1).to(tl.int32)
+            there = (label >= 0) & (label < vocab)
             word, bit = mark_of(tl.where(there, label, 0), SLICE, R, C)
             # Whichever of two equal labels comes second finds the bit: that there are two does not depend on it.
             before = tl.atomic_or(marks + word, bit, mask=there, sem="relaxed")
@@ -82,8 +87,9 @@ def label_gradient_kernel(
         duplicates = tail[3] != 0.0
     if any_coefficient:
         for first in range(0, label_count, LABELS):
-            numbers, label, there = take_labels(labels, first, label_count, vocab)
-            there = there & (label != exclude)
+            numbers = first + tl.arange(0, LABELS)
+            label = tl.load(labels + numbers, mask=numbers < label_count, other=-1).to(tl.int32)
+            there = (label >= 0) & (label < vocab) & (label != exclude)
             s = _gathered(s_side, label, there)
             t = s
             if TWO:

@@ -64,14 +64,6 @@ def advanced(words, BITS: tl.constexpr):
 
 
 @triton.jit
-def take_labels(labels, first, label_count, vocab):
-    """(numbers, labels, whether they are columns) of the next labels."""
-    numbers = first + tl.arange(0, LABELS)
-    label = tl.load(labels + numbers, mask=numbers < label_count, other=-1).to(tl.int32)
-    return numbers, label, (label >= 0) & (label < vocab)
-
-
-@triton.jit
 def label_weight(coefficients, labels, n, label_count, MANY: tl.constexpr):
     """(sum of the labels' coefficients, how many are not 0)"""
     if MANY:
@@ -122,8 +114,9 @@ def take_tail(state, s_side, labels, label_count, exclude, vocab, duplicates, FI
     m = tl.full([LABELS], NOTHING, tl.float32)
     z = tl.zeros([LABELS], tl.float32)
     for first in range(0, label_count, LABELS):
-        numbers, label, there = take_labels(labels, first, label_count, vocab)
-        there = there & (label != exclude)
+        numbers = first + tl.arange(0, LABELS)
+        label = tl.load(labels + numbers, mask=numbers < label_count, other=-1).to(tl.int32)
+        there = (label >= 0) & (label < vocab) & (label != exclude)
         if duplicates:
             end = tl.minimum(first + LABELS, label_count)
             there = there & (occurs_before(numbers, label, labels, end) == 0)
