@@ -189,7 +189,9 @@ class Check:
         return int(max(1, min(most, cores - 1 if cores > 2 else cores, by_memory)))
 
     def statistics(self) -> Step:
-        files = [f"test_gpu_{name}.py" for name in ("statistics", "one_read", "policy", "contract", "determinism")]
+        files = [
+            f"test_gpu_{name}.py" for name in ("statistics", "topk", "one_read", "policy", "contract", "determinism")
+        ]
         return self.runner.tests("statistics", files, self.processes(MOST_PROCESSES), self.limit("statistics"))
 
     def graphs(self) -> Step:

@@ -233,8 +233,13 @@ def test_losses_and_backward_never_wait_for_the_device(
             exclude=options["exclude"], temperature=options["temperature"],
         )  # fmt: skip
         stats.js.sum().backward()
+        ids, logprobs = torch.zeros(3, 5, 4, dtype=torch.int64), torch.full((3, 5, 4), -3.0)
+        kk.topk_divergence_loss(
+            student, ids, logprobs, "js", backend="triton", normalizer=given, check=False
+        ).backward()
     assert launched.count("loss_kernel") == 1
-    assert launched.count("gradient_kernel") == 2
+    assert launched.count("gradient_kernel") == 3
+    assert (launched.count("mark_kernel"), launched.count("label_gradient_kernel")) == (1, 2)
 
 
 @compiled_only

@@ -77,11 +77,12 @@ def test_sizes(dtype: torch.dtype, columns: int, count: int) -> None:
 @pytest.mark.usefixtures("small_lanes")
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_borders_of_lanes_blocks_words_and_slices(dtype: torch.dtype) -> None:
-    """Slices of 256 or 512 columns in 16 blocks. A label that a mark were missing for would be most of the tail."""
-    c = 16 // dtype.itemsize
-    borders = [at + i for at in (0, c, 4 * c, 8 * c, 12 * c, 32 * c, 64 * c, 128 * c, 1095) for i in (-1, 0, 1)]
-    borders = [at for at in borders if 0 <= at < 1095]
-    logits = torch.randn(2, 1095).to(dtype)
+    """Slices of 256 or 512 columns in 16 blocks, and behind the last pair of whole ones a whole and a part. A label
+    that a mark were missing for would be most of the tail."""
+    c, columns = 16 // dtype.itemsize, 1143
+    borders = [at * c + i for at in (0, 1, 4, 8, 12, 32, 64, 128) for i in (-1, 0, 1)]
+    borders = [at for at in borders if at >= 0] + [1087, 1088, 1119, 1120, 1121, 1135, 1136, 1142]
+    logits = torch.randn(2, columns).to(dtype)
     logits[:, borders] += 12
     _check(logits, torch.tensor(borders).expand(2, -1))
     _check(logits, torch.tensor(borders).expand(2, -1), ("tail_logprob", "entropy"))

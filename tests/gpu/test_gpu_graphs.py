@@ -40,7 +40,13 @@ def _policy(student: Tensor, teacher: Tensor, labels: Tensor, backend: str) -> T
     return -stats.logprob.mean() - 0.01 * stats.entropy.mean()
 
 
-STEPS = [_distillation, _masked, _entropy, _policy]
+def _top_k(student: Tensor, teacher: Tensor, labels: Tensor, backend: str) -> Tensor:
+    ids = (labels[:, None] + torch.arange(64, device=labels.device)) % student.shape[-1]
+    logprobs = teacher.float().log_softmax(-1).gather(-1, ids)
+    return kk.topk_divergence_loss(student, ids, logprobs, check=False, backend=backend)
+
+
+STEPS = [_distillation, _masked, _entropy, _policy, _top_k]
 
 
 def _run(step: Step, inputs: tuple[Tensor, Tensor, Tensor], backend: str) -> tuple[Tensor, Tensor]:
