@@ -28,15 +28,18 @@ from kldiv_kernels.registry import STATISTICS
 OF_ONE_ROW = {"vocab", "slices", "label_count", "value_rows"}
 
 
+TOP_K = ("logprob", "tail_logprob")
+
+
 def _fast_jobs() -> list[aot.Job]:
-    """All kernels for one target; for others the loss kernel, which holds the code of all."""
+    """All kernels for one target; for others the loss kernel, which holds the code of all but those for labels."""
     jobs = [*aot.jobs(["sm_90"], ["bf16"])]
     others = [
         *aot.jobs(["sm_80"], ["fp32"]),
         *aot.jobs(["sm_120"], ["bf16"], everything=True),
         *aot.jobs(["gfx942"], ["bf16"]),
     ]
-    return jobs + [job for job in others if job.kernel == "loss_kernel"]
+    return jobs + [job for job in others if job.kernel == "loss_kernel" or job.stats in (TOP_K, TOP_K[1:])]
 
 
 @pytest.fixture(autouse=True)
@@ -59,6 +62,21 @@ def _check(kernels: list[aot.Compiled]) -> None:
 
 def test_kernels_fit_and_are_of_the_right_widths() -> None:
     _check(list(aot.compile_all(_fast_jobs())))
+
+
+@pytest.mark.parametrize("target", ["sm_80", "sm_90"])
+@pytest.mark.parametrize("stats", [("logprob",), TOP_K, (*TOP_K, "entropy")], ids="+".join)
+def test_loops_over_columns_are_pipelined(stats: tuple[str, ...], target: str) -> None:
+    """The logits come through shared memory, blocks ahead, with one label a row or many."""
+    processor = aot.PROCESSORS[target]
+    for name in ("sweep_kernel", "gradient_kernel"):
+        kernel, arguments, warps = aot.launches(stats, "bf16", False, True)[name]
+        binary, _ = aot.compile_for(processor.target, aot.source_of(kernel, arguments), warps)
+        loops = re.findall(r"\n( *)[^\n]*scf\.for(.*?)\n\1}", binary.asm["ttgir"], re.DOTALL)
+        pipelined = [body for _, body in loops if "async_copy_global_to_local" in body]
+        assert len(pipelined) == 1, name
+        # Nothing is loaded in it directly: a load that the compiler cannot pipeline is waited for in every block.
+        assert "tt.load" not in pipelined[0], name
 
 
 @pytest.mark.slow

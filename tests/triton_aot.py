@@ -133,14 +133,12 @@ class _Recorded(launch.Launch):
         self.noted[kernel.__name__] = kernel, arguments, warps
 
 
-def _call(stats: tuple[str, ...], dtype: torch.dtype, everything: bool) -> Call:
+def _call(stats: tuple[str, ...], dtype: torch.dtype, everything: bool, labels: int) -> Call:
     rows, statistics = 2, [STATISTICS[name] for name in stats]
-    labels = 2 if everything or "tail_logprob" in stats else 1
     logits = torch.empty(rows, VOCAB + everything, dtype=dtype)
     return Call(
         logits=logits,
         reference=torch.empty_like(logits) if any(s.reference for s in statistics) else None,
-        # The only label of a row is one of its columns, several have a kernel of their own.
         labels=torch.zeros(rows, labels, dtype=torch.int64) if any(s.needs_labels for s in statistics) else None,
         mask=torch.ones(rows, dtype=torch.bool) if everything else None,
         exclude=torch.zeros(rows, dtype=torch.int64) if everything else None,
@@ -156,7 +154,9 @@ def launches(
     stats: tuple[str, ...], dtype: str, everything: bool, nvidia: bool
 ) -> dict[str, tuple[Any, dict[str, Any], int]]:
     """kernel → (jit function, arguments, warps) of all launches that this set of statistics has."""
-    call = _call(stats, DTYPES[dtype], everything)
+    # The only label of a row is one of its columns, several have a kernel of their own.
+    tail = "tail_logprob" in stats
+    call = _call(stats, DTYPES[dtype], everything, 2 if everything or tail else 1)
     recorded = _Recorded(call, nvidia)
     _, state = recorded.statistics(with_state=True)
     statistics = [STATISTICS[name] for name in stats if STATISTICS[name].differentiable]
@@ -164,7 +164,10 @@ def launches(
         student = any(s.student for s in statistics)
         coefficients = torch.ones(recorded.value_rows, call.rows)
         recorded.gradients(state, coefficients, student or everything, everything or not student)
-        recorded.loss(coefficients, student or everything, everything or not student)
+        if not tail:
+            one = _Recorded(_call(stats, DTYPES[dtype], everything, 1), nvidia)
+            one.loss(coefficients, student or everything, everything or not student)
+            recorded.noted |= one.noted
         scaled = {"data_ptr": call.logits, "factor_ptr": coefficients, "size": 1, "BLOCK": 4096}
         recorded.noted["scale_kernel"] = kernels.scale_kernel, scaled, 4
     return recorded.noted
@@ -251,8 +254,10 @@ def jobs(targets: Iterable[str], dtypes: Iterable[str], everything: bool = False
 
 def identity(stats: tuple[str, ...], kernel: str) -> tuple[Any, ...]:
     """Equal for kernels that are the same."""
-    if kernel in ("scale_kernel", "mark_kernel"):
+    if kernel == "scale_kernel":
         return (kernel,)
+    if kernel == "mark_kernel":
+        return kernel, launch.bound_for(stats, False).tail
     return (kernel, launch.bound_for(stats, False).first) if kernel == "sweep_kernel" else (kernel, stats)
 
 
