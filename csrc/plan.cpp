@@ -62,6 +62,8 @@ int64_t slice_columns(int64_t columns) {
     return slice;
 }
 
+int64_t label_bytes(int64_t columns) { return kLabelHeadBytes + slice_columns(columns) / 8; }
+
 int64_t cluster_slice(int64_t columns, int cluster) { return divide_up(divide_up(columns, cluster), 64) * 64; }
 
 int64_t one_read_head_bytes(int cluster) { return kOneReadHead + kOneReadExchange * cluster; }
@@ -159,6 +161,7 @@ std::string must_be_two_sweep(const CudaShape& shape, const CudaTarget& target) 
     if (shape.columns % kOneReadColumns != 0)
         return grouped(shape.columns) + " columns are not a multiple of " + std::to_string(kOneReadColumns);
     if (!shape.aligned) return "rows of logits do not all start at multiples of 16 bytes";
+    if (contains(shape.stats, "tail_logprob")) return "tail_logprob has no one-read kernel";
     if (shape.labels_per_row != 1) return std::to_string(shape.labels_per_row) + " labels a row";
     int others = 0;
     for (const std::string& name : shape.stats) {
@@ -222,7 +225,8 @@ CudaPlan two_sweep(const CudaShape& shape, const std::string& why) {
     const bool gradient = shape.student_gradient || shape.teacher_gradient;
     plan.kernel = "two-sweep";
     plan.threads = kSweepThreads;
-    plan.shared_bytes = kSweepSharedBytes;
+    const bool labels = shape.labels_per_row > 1 || contains(shape.stats, "tail_logprob");
+    plan.shared_bytes = kSweepSharedBytes + (labels ? label_bytes(shape.columns) : 0);
     plan.sweeps = 1 + needs_normalised_sums(shape.stats) + gradient;
     const int64_t read = shape.student_bytes + shape.teacher_bytes;
     const int64_t written = shape.student_gradient * shape.student_bytes + shape.teacher_gradient * shape.teacher_bytes;

@@ -42,6 +42,9 @@ constexpr int64_t kSweepSharedBytes = 1024;  // what warps leave for each other
 constexpr int64_t kSliceColumns = 16384;
 constexpr int64_t kMostSlices = 32;
 int64_t slice_columns(int64_t columns);
+// Behind it, in kernels that look for a slice's labels: whether one occurs twice, and a bit a column.
+constexpr int64_t kLabelHeadBytes = 16;
+int64_t label_bytes(int64_t columns);
 
 // One-read kernel: warps that compute, one that moves data and one that merges what the others found.
 constexpr int kComputeThreads = 512;

@@ -207,7 +207,7 @@ def _cuda_refusal(wanted: _Wanted, target: str | torch.device) -> str | None:
     refusal = native.load() if isinstance(target, str) else get("cuda").unavailable()
     if refusal is None and wanted.dtype not in native.DTYPES:
         refusal = f"it serves float32, bfloat16 and float16, not {wanted.dtype}"
-    missing = [s.name for s in wanted.stats if not s.builtin or not s.on_gpu]
+    missing = [s.name for s in wanted.stats if not s.builtin]
     if refusal is None and missing:
         refusal = f"it has no {', '.join(missing)}"
     if refusal is None and len(wanted.stats) > cuda.MOST_STATISTICS:

@@ -24,7 +24,7 @@ BACKEND_DTYPES = [
     for dtype in (torch.float32, torch.bfloat16, torch.float16, torch.float64)
     if dtype != torch.float64 or backend == "reference"
 ]
-STATISTIC_NAMES = [name for name in STATISTICS if STATISTICS[name].on_gpu or not CUDA_ON_HOST]
+STATISTIC_NAMES = list(STATISTICS)
 DIVERGENCES = [name for name, statistic in STATISTICS.items() if statistic.is_divergence]
 
 ALPHAS = (0.5, 0.3, 0.0, 1.0, 1.7, -0.5)

@@ -29,6 +29,8 @@ SOURCES = ROOT / "csrc" / "cuda"
 TARGETS = (80, 86, 89, 90, 100, 120)
 # As csrc/plan.h has them: a block of each kind of kernel, and what it asks of shared memory when it is launched.
 ONE_READ_THREADS, SWEEP_THREADS, SWEEP_SHARED = 576, 256, 1024
+# A bit a column of a slice, and what stands in front of them.
+LABEL_BYTES = 16 + 16_384 // 8
 # The one-read kernel's shared memory is its plan's, here for the vocabulary of Qwen.
 ROWS, VOCAB = 8192, 151_936
 ELEMENTS = {0: ("float32", 4), 1: ("bfloat16", 2), 2: ("float16", 2)}
@@ -127,8 +129,9 @@ def _found(pattern: str) -> list[tuple[str, str]]:
 def _taken(first: int) -> list[str]:
     """What a first sweep takes beside the student's sums: csrc/cuda/state.cuh."""
     bits = re.findall(r"^\s*k(\w+) = (\d+),", (SOURCES / "state.cuh").read_text(), re.MULTILINE)
-    if first == sum(int(bit) for _, bit in bits):
-        return ["everything"]
+    tail = [int(bit) for name, bit in bits if name == "Tail"]
+    if first | sum(tail) == sum(int(bit) for _, bit in bits):
+        return ["everything", "tail"] if first & sum(tail) else ["everything"]
     words = [re.sub(r"(?<!^)(?=[A-Z])", "_", name).lower() for name, bit in bits if first & int(bit)]
     return [word for word in words if word != "teacher" or len(words) == 1]
 
@@ -145,7 +148,7 @@ def threads_of(kernel: str) -> int:
 def dynamic_shared(kernel: str, target: int) -> int:
     """Bytes that a block asks for when it is launched; 0 for a one-read kernel that no plan there chooses."""
     if not kernel.startswith("one_read"):
-        return SWEEP_SHARED
+        return SWEEP_SHARED + (LABEL_BYTES if kernel.endswith(" tail") else 0)
     from kldiv_kernels import _C  # type: ignore[attr-defined]
 
     _, name, dtype, *_ = kernel.split()

@@ -117,6 +117,7 @@ REFUSALS: dict[str, tuple[dict[str, Any], str]] = {
     "half a vector of float32": ({"columns": 32_004, **FP32}, "32,004 columns are not a multiple of 8"),
     "alignment": ({"aligned": False}, "rows of logits do not all start at multiples of 16 bytes"),
     "labels": ({"labels_per_row": 3, "stats": ["logprob"]}, "3 labels a row"),
+    "tail": ({"stats": ["tail_logprob"]}, "tail_logprob has no one-read kernel"),
     "two divergences": (
         {"stats": ["logprob", "forward_kl", "js"]},
         "2 statistics beside logprob and logsumexp; one-read takes one",
@@ -145,7 +146,7 @@ def test_the_reason_for_two_sweeps(case: str) -> None:
     assert (found.cluster, found.stages) == TWO_SWEEP
 
 
-@pytest.mark.parametrize("name", [s.name for s in STATISTICS.values() if s.builtin and s.on_gpu])
+@pytest.mark.parametrize("name", [s.name for s in STATISTICS.values() if s.builtin and s.kind != "tail"])
 def test_every_statistic_of_the_student_is_one_read(name: str) -> None:
     """Those with a gradient of the logits, beside logprob and logsumexp; a new one is among them by itself."""
     statistic = STATISTICS[name]

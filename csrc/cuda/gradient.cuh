@@ -8,9 +8,20 @@ namespace kldiv::gpu {
 // What a row's gradient is made of beside its statistics' own terms.
 struct Shares {
     float s = 0, t = 0;  // of the two softmaxes
-    bool any = false;    // some coefficient is not 0
+    float tail = 0;      // of the softmax of the columns that are no label
+    Softmax of_tail;
+    bool any = false;  // some coefficient is not 0
 };
 
+// Whether labels get their gradient after all other columns: a look for each of them at every eight columns would take
+// longer than the rest.
+KLDIV_HOST_DEVICE bool labels_apart(const Call& call) {
+    bool tail = false;
+    for (int i = 0; i < call.stat_count; ++i) tail |= call.stats[i] == kTailLogprob;
+    return call.labels && (tail || call.labels_per_row > 1);
+}
+
+// In every lane of every warp.
 KLDIV_DEVICE Shares shares_of(const Call& call, int64_t index) {
     Shares out;
     const int64_t n = call.rows;
@@ -18,63 +29,87 @@ KLDIV_DEVICE Shares shares_of(const Call& call, int64_t index) {
     for (int i = 0; i < call.stat_count; ++i) {
         const int code = call.stats[i];
         if (code == kLogprob || code == kReferenceLogprob) {
-            for (int64_t j = 0; j < call.labels_per_row; ++j, coefficient += n) {
-                out.any |= *coefficient != 0;
-                if (call.labels[index * call.labels_per_row + j] < 0) continue;
-                (code == kLogprob ? out.s : out.t) -= *coefficient;
+            float sum = 0;
+            bool any = false;
+            for (int64_t j = thread_index() % 32; j < call.labels_per_row; j += 32) {
+                const float c = coefficient[j * n];
+                any |= c != 0;
+                sum += call.labels[index * call.labels_per_row + j] < 0 ? 0 : c;
             }
+            (code == kLogprob ? out.s : out.t) -= warp_sum(sum);
+            out.any |= any_lane(any);
+            coefficient += call.labels_per_row * n;
             continue;
         }
         const float c = *coefficient;
         coefficient += n;
         out.any |= c != 0;
         if (code == kLogsumexp) out.s += c;
-        if (code < k_entropy) continue;
         const float* of = call.state + (kStateOfRow + i * kStateOfStatistic) * n + index;
+        // A tail without mass has no gradient.
+        if (code == kTailLogprob && of[3 * n] != 0) {
+            out.s -= c;
+            out.tail = c;
+            out.of_tail = {of[2 * n], of[3 * n]};
+        }
+        if (code < k_entropy) continue;
         out.s -= times(c, of[0]);
         out.t -= times(c, of[n]);
     }
     return out;
 }
 
-KLDIV_DEVICE void add_labels(const Call& call, int64_t index, int64_t start, bool student, Columns& g) {
+// The coefficients of a column that is a label, the j-th of its row; of all that name it where there are others.
+KLDIV_DEVICE float label_weight(const Call& call, int64_t index, int64_t j, bool others, bool student) {
     const float* coefficient = call.coefficients + index;
+    const int64_t* labels = call.labels + index * call.labels_per_row;
+    float weight = 0;
     for (int i = 0; i < call.stat_count; ++i) {
         const int code = call.stats[i];
         const int64_t values = code == kLogprob || code == kReferenceLogprob ? call.labels_per_row : 1;
         if (code == (student ? kLogprob : kReferenceLogprob)) {
-            for (int64_t j = 0; j < values; ++j) {
-                const int64_t at = call.labels[index * values + j] - start;
-                if (at < 0 || at >= kColumns) continue;
-                const float weight = coefficient[j * call.rows];
-#pragma unroll
-                for (int c = 0; c < kColumns; ++c) g.x[c] += at == c ? weight : 0.0f;
-            }
+            for (int64_t other = others ? 0 : j; other < (others ? values : j + 1); ++other)
+                weight += labels[other] == labels[j] ? coefficient[other * call.rows] : 0.0f;
         }
         coefficient += values * call.rows;
     }
+    return weight;
 }
 
-// One gradient, of the columns of a slice.
+// share q, q = 2^(x c - m) / z. Columns that are no label take a tail's gradient with it, in the tail's own units: a
+// tail with next to no mass has a gradient all the same.
+struct Dense {
+    float m, over_z, share;
+};
+KLDIV_DEVICE Dense with_tail(const Dense& row, const Shares& shares) {
+    if (shares.tail == 0) return row;
+    const float mass = exp2(shares.of_tail.m - row.m) * shares.of_tail.z * row.over_z;
+    // 0 * inf: as below.
+    return {shares.of_tail.m, 1 / shares.of_tail.z, shares.tail + (mass == 0 ? 0.0f : row.share * mass)};
+}
+
+// One gradient, of the columns of a slice: eight at a time, and then, where labels are apart, label by label.
 template <bool student>
 KLDIV_DEVICE void slice_gradient(const SweepArguments& a, const RowInput& row, const Normalised& n,
-                                 const Shares& shares, const Place& at) {
+                                 const Shares& shares, const Place& at, bool apart, const LabelBits& bits) {
     const Call& call = a.call;
     const int64_t index = at.index;
     const Gradient& to = student ? call.d_student : call.d_teacher;
     const int element = student ? call.student.element : call.teacher.element;
     char* out = row_at(to, element, index);
-    const float share = student ? shares.s : shares.t, over_temperature = (student ? n.cs : n.ct) / kLog2e;
-    const auto body = [&](int64_t start, Pair& pair) {
+    const float over_temperature = (student ? n.cs : n.ct) / kLog2e;
+    const int64_t* labels = call.labels + index * call.labels_per_row;
+    // `label`: which of the columns is alone written, the j-th label; -1: all of them.
+    const auto body = [&](int64_t start, Pair& pair, const Dense& dense, int label, int64_t j) {
         raise_to(n.floor_s, pair.s);
         raise_to(n.floor_t, pair.t);
         Columns g;
 #pragma unroll
         for (int i = 0; i < kColumns; ++i) {
-            const float y = student ? fma(pair.s.x[i], n.cs, -n.ms) : fma(pair.t.x[i], n.ct, -n.mt);
-            const float q = exp2(y) * (student ? n.over_zs : n.over_zt);
+            const float y = student ? fma(pair.s.x[i], n.cs, -dense.m) : fma(pair.t.x[i], n.ct, -dense.m);
+            const float q = exp2(y) * dense.over_z;
             // 0 * inf: a column without mass takes no share of an infinite sum.
-            g.x[i] = q == 0 ? 0.0f : share * q;
+            g.x[i] = q == 0 ? 0.0f : dense.share * q;
         }
         const float* coefficient = call.coefficients + index;
         for (int i = 0; i < call.stat_count; ++i) {
@@ -101,17 +136,53 @@ KLDIV_DEVICE void slice_gradient(const SweepArguments& a, const RowInput& row, c
                 }
             });
         }
-        if (call.labels) add_labels(call, index, start, student, g);
+        if (label < 0 && call.labels && !apart) {
+            j = 0;
+            label = static_cast<int>(*labels - start < 0 || *labels - start >= kColumns ? -1 : *labels - start);
+        }
+        if (label >= 0) {
+            const float weight = label_weight(call, index, j, apart && *bits.twice, student);
+#pragma unroll
+            for (int i = 0; i < kColumns; ++i) g.x[i] += label == i ? weight : 0.0f;
+        }
 #pragma unroll
         for (int i = 0; i < kColumns; ++i) g.x[i] *= over_temperature;
         const int64_t excluded = row.exclude - start;
         if (excluded >= 0 && excluded < kColumns) replace(static_cast<int>(excluded), 0.0f, g);
-        store_columns(out, element, start, at.limit, g);
+        if (label < 0 || !apart) return store_columns(out, element, start, at.limit, g);
+        float alone = g.x[0];
+#pragma unroll
+        for (int i = 1; i < kColumns; ++i) alone = label == i ? g.x[i] : alone;
+        store_column(out, element, start + label, alone);
+    };
+    const Dense plain = student ? Dense{n.ms, n.over_zs, shares.s} : Dense{n.mt, n.over_zt, shares.t};
+    const auto columns_and_labels = [&](auto two) {
+        Dense dense = student ? with_tail(plain, shares) : plain;
+        int64_t count = (at.limit - at.begin + kColumns - 1) / kColumns;
+        for (int pass = 0; pass <= apart; ++pass) {
+            if (pass == 1) {
+                // A label's column is written after its neighbours.
+                block_sync(0, block_threads());
+                dense = plain;
+                count = call.labels_per_row;
+            }
+            for (int64_t i = thread_index(); i < count; i += kSweepThreads) {
+                int64_t start = at.begin + i * kColumns;
+                int label = -1;
+                if (pass == 1) {
+                    if (labels[i] < at.begin || labels[i] >= at.limit) continue;
+                    label = static_cast<int>((labels[i] - at.begin) % kColumns);
+                    start = labels[i] - label;
+                }
+                Pair pair = load_pair<decltype(two)::value>(call, row, start, at.limit);
+                body(start, pair, dense, label, i);
+            }
+        }
     };
     if (call.teacher.data)
-        for_columns<true, false>(call, row, at.begin, at.limit, body);
+        columns_and_labels(std::true_type());
     else
-        for_columns<false, false>(call, row, at.begin, at.limit, body);
+        columns_and_labels(std::false_type());
 }
 
 KLDIV_KERNEL(kSweepThreads, 2) gradient(SweepArguments a) {
@@ -136,8 +207,11 @@ KLDIV_KERNEL(kSweepThreads, 2) gradient(SweepArguments a) {
     const RowInput row = open_row(call, index);
     const float* state = call.state + index;
     const Normalised n = normalise(row, state[0], state[call.rows], state[2 * call.rows], state[3 * call.rows]);
-    if (a.student) slice_gradient<true>(a, row, n, shares, at);
-    if (a.teacher) slice_gradient<false>(a, row, n, shares, at);
+    const bool apart = labels_apart(call);
+    const LabelBits bits(at.begin);
+    if (apart) bits.find(call, index, at.limit);
+    if (a.student) slice_gradient<true>(a, row, n, shares, at, apart, bits);
+    if (a.teacher) slice_gradient<false>(a, row, n, shares, at, apart, bits);
     if (last) zero(at.limit);
 }
 

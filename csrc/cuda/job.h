@@ -50,6 +50,7 @@ struct Job : Call {
 int statistic_code(const std::string& name);
 std::vector<std::string> statistic_names();
 bool needs_labels(int code);
+bool per_label(int code);
 bool needs_reference(int code);
 
 // Why nothing can be launched here, whatever the device; "" where it can.

@@ -15,9 +15,9 @@ struct Named {
     const char* name;
     int code;
 };
-constexpr Named kNames[] = {{"logprob", kLogprob},        {"reference_logprob", kReferenceLogprob},
-                            {"logsumexp", kLogsumexp},    {"max_logprob", kMaxLogprob},
-                            {"argmax", kArgmaxCode},
+constexpr Named kNames[] = {{"logprob", kLogprob},          {"reference_logprob", kReferenceLogprob},
+                            {"tail_logprob", kTailLogprob}, {"logsumexp", kLogsumexp},
+                            {"max_logprob", kMaxLogprob},   {"argmax", kArgmaxCode},
 #define KLDIV_NAME(name, D) {#name, k_##name},
                             KLDIV_DIVERGENCES(KLDIV_NAME)
 #undef KLDIV_NAME
@@ -34,6 +34,10 @@ int sums_count(const Job& job) {
         std::count_if(job.stats, job.stats + job.stat_count, [](int code) { return !finishes_first(code); }));
 }
 
+bool has_tail(const Job& job) {
+    return std::find(job.stats, job.stats + job.stat_count, kTailLogprob) != job.stats + job.stat_count;
+}
+
 int64_t slices_of(const Job& job) {
     const int64_t slice = slice_columns(job.columns);
     return (job.columns + slice - 1) / slice;
@@ -47,20 +51,22 @@ SweepArguments sweep_arguments(const Job& job) {
     a.sums_count = sums_count(job);
     a.states = job.workspace;
     a.sums = job.workspace ? job.workspace + job.rows * a.slices * kStateFloats : nullptr;
+    a.tails = a.sums && has_tail(job) ? a.sums + job.rows * a.slices * kSumsFloats * a.sums_count : nullptr;
     a.student = job.d_student.data != nullptr;
     a.teacher = job.d_teacher.data != nullptr;
     return a;
 }
 
+// `labels`: the kernel looks for those of its slices.
 void launch_sweep(Kernel<SweepArguments> kernel, int64_t blocks, const Job& job, const SweepArguments& arguments,
-                  const char* what) {
+                  const char* what, bool labels = false) {
     if (blocks > std::numeric_limits<int>::max())
         throw std::invalid_argument("kldiv_kernels: " + std::to_string(job.rows) + " rows of " +
                                     std::to_string(job.columns) + " columns are more than one launch can take");
     LaunchShape shape;
     shape.blocks = blocks;
     shape.threads = kSweepThreads;
-    shape.shared_bytes = kSweepSharedBytes;
+    shape.shared_bytes = kSweepSharedBytes + (labels ? label_bytes(job.columns) : 0);
     launch(kernel, shape, job.stream, arguments, [&] { return std::string("two-sweep kernel ") + what; });
 }
 
@@ -75,6 +81,7 @@ int first_of(const Job& job) {
         if (code == k_reverse_kl) first |= kReverseKl;
         if (code == k_hellinger) first |= kHellinger;
         if (code == kMaxLogprob || code == kArgmaxCode) first |= kArgmax;
+        if (code == kTailLogprob) first |= kTail;
     }
     return first;
 }
@@ -92,6 +99,9 @@ Kernel<SweepArguments> sweep_kernel(int first) {
         {kTeacher | kReverseKl, sweep<kTeacher | kReverseKl>},
         {kTeacher | kHellinger, sweep<kTeacher | kHellinger>},
         {kEverything, sweep<kEverything>},
+        {kTail, sweep<kTail>},
+        {kTail | kEntropy | kArgmax, sweep<kTail | kEntropy | kArgmax>},
+        {kTail | kEverything, sweep<kTail | kEverything>},
     };
     return std::find_if(std::begin(variants), std::end(variants),
                         [&](const Variant& v) { return (first & ~v.first) == 0 && !((v.first & ~first) & kTeacher); })
@@ -161,7 +171,8 @@ std::vector<std::string> statistic_names() {
     return names;
 }
 
-bool needs_labels(int code) { return code == kLogprob || code == kReferenceLogprob; }
+bool per_label(int code) { return code == kLogprob || code == kReferenceLogprob; }
+bool needs_labels(int code) { return per_label(code) || code == kTailLogprob; }
 
 bool needs_reference(int code) {
     switch (code) {
@@ -178,7 +189,7 @@ bool needs_reference(int code) {
 }
 
 int64_t value_rows(const Job& job, int stats) {
-    const int64_t labelled = std::count_if(job.stats, job.stats + stats, needs_labels);
+    const int64_t labelled = std::count_if(job.stats, job.stats + stats, per_label);
     return stats + labelled * (job.labels_per_row - 1);
 }
 
@@ -187,7 +198,7 @@ std::string refusal() { return driver_refusal(); }
 int64_t state_rows(const Job& job) { return kStateOfRow + kStateOfStatistic * job.stat_count; }
 
 int64_t workspace_floats(const Job& job) {
-    return job.rows * slices_of(job) * (kStateFloats + kSumsFloats * sums_count(job));
+    return job.rows * slices_of(job) * (kStateFloats + kSumsFloats * sums_count(job) + kTailFloats * has_tail(job));
 }
 
 CudaPlan plan(const Job& job) {
@@ -233,7 +244,7 @@ void run_forward(const Job& job, const CudaPlan& plan) {
     if (job.rows == 0) return;
     if (plan.one_read()) return run_one_read(job, plan);
     SweepArguments a = sweep_arguments(job);
-    launch_sweep(sweep_kernel(first_of(job)), job.rows * a.slices, job, a, "sweep");
+    launch_sweep(sweep_kernel(first_of(job)), job.rows * a.slices, job, a, "sweep", has_tail(job));
     if (a.sums_count > 0) {
         a.backwards = true;
         launch_sweep(sums, job.rows * a.slices, job, a, "sums");
@@ -250,7 +261,7 @@ void run_backward(const Job& job) {
     if (job.rows == 0) return;
     SweepArguments a = sweep_arguments(job);
     a.backwards = a.sums_count == 0;
-    if (a.student || a.teacher) launch_sweep(gradient, job.rows * a.slices, job, a, "gradient");
+    if (a.student || a.teacher) launch_sweep(gradient, job.rows * a.slices, job, a, "gradient", labels_apart(job));
 }
 
 }  // namespace kldiv::gpu

@@ -98,6 +98,12 @@ KLDIV_DEVICE bool any_lane(bool so) { return __any_sync(0xffffffffu, so) != 0; }
 KLDIV_DEVICE void block_sync(int id, int threads) {
     asm volatile("bar.sync %0, %1;" ::"r"(id), "r"(threads) : "memory");
 }
+// Sets bits of a word in shared memory that other threads set bits of, too; what it was before.
+KLDIV_DEVICE uint32_t shared_or(uint32_t* word, uint32_t bits) {
+    uint32_t before;
+    asm volatile("atom.shared.or.b32 %0, [%1], %2;" : "=r"(before) : "r"(shared_address(word)), "r"(bits) : "memory");
+    return before;
+}
 
 // --- global memory ---------------------------------------------------------------------------------------------------
 struct alignas(16) Words {

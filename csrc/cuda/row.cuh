@@ -8,10 +8,11 @@
 
 namespace kldiv::gpu {
 
-// The statistics by number, in the order of this list; the first five are no divergences.
+// The statistics by number, in the order of this list; the first six are no divergences.
 enum Code {
     kLogprob,
     kReferenceLogprob,
+    kTailLogprob,
     kLogsumexp,
     kMaxLogprob,
     kArgmaxCode,
@@ -22,7 +23,7 @@ enum Code {
 };
 
 // Saved state of a row: references and sums of both softmaxes, then for each statistic the sums of its gradients and
-// its constants, as [state rows, N].
+// its constants, as [state rows, N]. The constants of tail_logprob are the tail's reference and sum.
 constexpr int kStateOfRow = 4, kStateOfStatistic = 2 + kRowConstants;
 
 // Below this exponent a float64 softmax underflows: log2(e^-745).
@@ -260,6 +261,13 @@ KLDIV_DEVICE float log_softmax(float x, const Scale& scale, float m, float z, fl
     if (is_nan(z)) return z;
     if (x <= scale.floor || left_out) return -std::numeric_limits<float>::infinity();
     return fma(fma(x, scale.c, -m), kLn2, -log_z);
+}
+
+// log of the sum of q over some columns, from their own sum.
+KLDIV_DEVICE float log_mass(const Softmax& some, const Normalised& n) {
+    if (is_nan(n.zs)) return n.zs;
+    if (some.z == 0) return -std::numeric_limits<float>::infinity();
+    return fma(some.m - n.ms, kLn2, ::logf(some.z) - n.log_zs);
 }
 
 KLDIV_DEVICE float logsumexp_of(const Normalised& n) { return fma(n.ms, kExponentToLog, n.log_zs); }

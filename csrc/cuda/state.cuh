@@ -21,7 +21,7 @@
 
 namespace kldiv::gpu {
 
-// What the first sweep takes: bits of FIRST.
+// What the first sweep takes: bits of FIRST. kTail: the labels' columns last, after a look at the sum without them.
 enum First {
     kTeacher = 1,
     kEntropy = 2,
@@ -30,6 +30,7 @@ enum First {
     kReverseKl = 16,
     kHellinger = 32,
     kArgmax = 64,
+    kTail = 128,
 };
 
 // The reference of no columns. Below the exponents of columns with mass and far above those of the others, so that a
@@ -135,7 +136,8 @@ KLDIV_DEVICE void add_columns(State& state, const Columns& s, const Columns& t, 
             if constexpr (FIRST & kReferenceEntropy) at = fma(-p, yt, at);
         }
         if constexpr (FIRST & kArgmax) {
-            if (s.x[i] > state.best) {
+            const bool before = FIRST & kTail && s.x[i] == state.best && column + i < state.column;
+            if (s.x[i] > state.best || before) {
                 state.best = s.x[i];
                 state.column = column + i;
             }

@@ -13,6 +13,7 @@
 // cache.
 #pragma once
 
+#include "labels.cuh"
 #include "row.cuh"
 
 namespace kldiv::gpu {
@@ -21,13 +22,14 @@ struct SweepArguments {
     Call call;
     float* states;          // [N, slices, kStateFloats]
     float* sums;            // [N, sums_count, slices, kSumsFloats]
+    float* tails;           // [N, slices, kTailFloats], or null
     int64_t slices, slice;  // of a row; columns of one
     int sums_count;         // statistics that take normalised sums
     bool backwards;         // the order of the slices
     bool student, teacher;  // gradients wanted
 };
 
-constexpr int kStateFloats = 13;
+constexpr int kStateFloats = 13, kTailFloats = 2;
 constexpr int kEverything = kTeacher | kEntropy | kReferenceEntropy | kForwardKl | kReverseKl | kHellinger | kArgmax;
 
 KLDIV_DEVICE void save(const State& x, float* to) {
@@ -57,6 +59,16 @@ KLDIV_DEVICE State saved_state(const float* from) {
     x.best = from[11];
     x.column = static_cast<int>(float_bits(from[12]));
     return x;
+}
+KLDIV_DEVICE void save(const Softmax& x, float* to) {
+    to[0] = x.m;
+    to[1] = x.z;
+}
+KLDIV_DEVICE void merge_lanes(Softmax& x) {
+    State alone;
+    alone.s = x;
+    merge_lanes<0>(alone);
+    x = alone.s;
 }
 // What the block's threads have, merged, in its first warp. What `save` and `load` exchange goes through shared memory,
 // `floats` a warp.
@@ -123,19 +135,46 @@ KLDIV_DEVICE void for_columns(const Call& call, const RowInput& row, int64_t beg
 }
 
 template <int FIRST>
-KLDIV_DEVICE State sweep_slice(const Call& call, const RowInput& row, int64_t begin, int64_t limit) {
+KLDIV_DEVICE void add_pair(State& state, const RowInput& row, int64_t start, Pair& pair) {
+    Range s = range_of(pair.s), t = FIRST & kTeacher ? range_of(pair.t) : s;
+    if (s.smallest <= row.s.floor || t.smallest <= row.t.floor) {
+        raise_to(row.s.floor, pair.s);
+        raise_to(row.t.floor, pair.t);
+        s.largest = ::fmaxf(s.largest, row.s.floor);
+        t.largest = ::fmaxf(t.largest, row.t.floor);
+        if constexpr (FIRST & kTeacher) note_blocked(state, pair.s, pair.t, row.s.floor, row.t.floor);
+    }
+    add_columns<FIRST>(state, pair.s, pair.t, s.largest, t.largest, row.s.c, row.t.c, static_cast<int>(start));
+}
+
+// The state of a slice, and of it `tail` without the labels. These come last, a second look at few columns: so both
+// sums are sums, not a difference.
+template <int FIRST>
+KLDIV_DEVICE State sweep_slice(const Call& call, const RowInput& row, const Place& at, Softmax* tail) {
+    constexpr bool two = (FIRST & kTeacher) != 0;
     State state;
-    for_columns<(FIRST & kTeacher) != 0, true>(call, row, begin, limit, [&](int64_t start, Pair& pair) {
-        Range s = range_of(pair.s), t = FIRST & kTeacher ? range_of(pair.t) : s;
-        if (s.smallest <= row.s.floor || t.smallest <= row.t.floor) {
-            raise_to(row.s.floor, pair.s);
-            raise_to(row.t.floor, pair.t);
-            s.largest = ::fmaxf(s.largest, row.s.floor);
-            t.largest = ::fmaxf(t.largest, row.t.floor);
-            if constexpr (FIRST & kTeacher) note_blocked(state, pair.s, pair.t, row.s.floor, row.t.floor);
+    if constexpr (FIRST & kTail) {
+        const LabelBits labels(at.begin);
+        labels.find(call, at.index, at.limit);
+        const auto add = [&](uint32_t without, int64_t start, Pair& pair) {
+            leave_out(without, pair.s);
+            if constexpr (two) leave_out(without, pair.t);
+            add_pair<FIRST>(state, row, start, pair);
+        };
+        for_columns<two, true>(call, row, at.begin, at.limit,
+                               [&](int64_t start, Pair& pair) { add(labels.of(start), start, pair); });
+        *tail = state.s;
+        int64_t start = at.begin + thread_index() * kColumns;
+        for (; start < at.limit; start += kSweepThreads * kColumns) {
+            const uint32_t here = labels.of(start);
+            if (here == 0) continue;
+            Pair pair = load_pair<two>(call, row, start, at.limit);
+            add(~here, start, pair);
         }
-        add_columns<FIRST>(state, pair.s, pair.t, s.largest, t.largest, row.s.c, row.t.c, static_cast<int>(start));
-    });
+    } else {
+        for_columns<two, true>(call, row, at.begin, at.limit,
+                               [&](int64_t start, Pair& pair) { add_pair<FIRST>(state, row, start, pair); });
+    }
     return state;
 }
 
@@ -144,10 +183,16 @@ KLDIV_KERNEL(kSweepThreads, 2)
 sweep(SweepArguments a) {
     const Place at = place_of(a);
     if (a.call.mask && !a.call.mask[at.index]) return;
-    State state = sweep_slice<FIRST>(a.call, open_row(a.call, at.index), at.begin, at.limit);
+    Softmax tail;
+    State state = sweep_slice<FIRST>(a.call, open_row(a.call, at.index), at, &tail);
     state = merge_block(
         state, kStateFloats, [](State& x) { merge_lanes<FIRST>(x); }, [](const float* x) { return saved_state(x); });
     if (thread_index() == 0) save(state, a.states + slice_of(a) * kStateFloats);
+    if constexpr (FIRST & kTail) {
+        tail = merge_block(
+            tail, kTailFloats, [](Softmax& x) { merge_lanes(x); }, [](const float* x) { return Softmax{x[0], x[1]}; });
+        if (thread_index() == 0) save(tail, a.tails + slice_of(a) * kTailFloats);
+    }
 }
 
 // The merged state of a row, in every lane of every warp that asks.
@@ -157,6 +202,17 @@ KLDIV_DEVICE State row_state(const SweepArguments& a, int64_t index) {
     if (lane < a.slices) state = saved_state(a.states + (index * a.slices + lane) * kStateFloats);
     merge_lanes<kEverything>(state);
     return state;
+}
+
+KLDIV_DEVICE Softmax row_tail(const SweepArguments& a, int64_t index) {
+    const int lane = thread_index() % 32;
+    Softmax tail;
+    if (lane < a.slices) {
+        const float* from = a.tails + (index * a.slices + lane) * kTailFloats;
+        tail = {from[0], from[1]};
+    }
+    merge_lanes(tail);
+    return tail;
 }
 
 // function(D{}) for the divergence of that code.
@@ -270,6 +326,12 @@ KLDIV_KERNEL(kSweepThreads, 1) finish(SweepArguments a) {
                 ++at;
             }
             done = finish_statistic(code, row, state, normal, sums);
+            if (code == kTailLogprob && active) {
+                const Softmax tail = row_tail(a, index);
+                done.value = log_mass(tail, normal);
+                done.k[0] = tail.m;
+                done.k[1] = tail.z;
+            }
             if (lane == 0) *value = active ? done.value : 0;
             if (call.completed && lane == 0) complete(value, false, 0);
             value += n;

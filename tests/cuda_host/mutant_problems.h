@@ -29,8 +29,8 @@ struct Problem {
     int64_t padding = 0, gap = 0, offset = 0;
     int64_t beyond = 0;  // columns that are claimed and are not there
     bool teacher = true, teacher_gradient = false, mask = false, exclude = false, saved = false;
-    int64_t labels_per_row = 1;
-    const char* clusters = "2";  // KLDIV_HOST_CLUSTERS
+    int64_t labels_per_row = 1, repeated = 1;  // each label so many times
+    const char* clusters = "2";                // KLDIV_HOST_CLUSTERS
 };
 
 // Numbers that depend on nothing but where they stand.
@@ -126,7 +126,7 @@ inline std::string solve(const Problem& p) {
     Memory labels(p.rows * p.labels_per_row * 8), mask(p.rows), exclude(p.rows * 8);
     Memory out(values * p.rows * 4), coefficients(values * p.rows * 4);
     for (int64_t i = 0; i < p.rows * p.labels_per_row; ++i)
-        labels.as<int64_t>()[i] = i % 4 == 3 ? -1 : (i * 7919 + 5) % p.columns;
+        labels.as<int64_t>()[i] = i % 4 == 3 ? -1 : (i / p.repeated * 7919 + 5) % p.columns;
     for (int64_t i = 0; i < p.rows; ++i) {
         mask.as<bool>()[i] = i % 3 != 2;
         exclude.as<int64_t>()[i] = i % 4 == 2 ? -1 : (i * 811) % p.columns;

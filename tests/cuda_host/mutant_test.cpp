@@ -49,10 +49,12 @@ std::vector<Problem> problems_of(const std::string& group) {
     const Problem sums = {"sums", {"js", "tvd", "jeffreys", "triangular", "cross_entropy"}, "two-sweep"};
     const Problem many = {
         "two sweeps", {"js", "forward_kl", "tvd", "entropy", "logprob", "reference_logprob"}, "two-sweep"};
+    const Problem labels = {"labels", {"logprob", "tail_logprob", "entropy"}, "two-sweep"};
     const auto alone = [](Problem& p) { p.teacher = false, p.element = kFloat32; };
     if (group == "orders") {
         add(many, [](Problem& p) { p.rows = 2, p.columns = 16400, p.teacher_gradient = true; });
         add(sums, [](Problem& p) { p.rows = 12, p.columns = 504; });
+        add(labels, [](Problem& p) { p.teacher = false, p.columns = 3000, p.labels_per_row = 300, p.repeated = 2; });
         add(js, [](Problem& p) { p.rows = 7; });
         add(kl, [](Problem& p) { p.rows = 9, p.mask = p.exclude = true; });
         add(kl, [](Problem& p) { p.name = "forward_kl, one stage", p.plan = "cluster=2,stages=1"; });
@@ -73,6 +75,8 @@ std::vector<Problem> problems_of(const std::string& group) {
     add(many, [](Problem& p) { p.columns = 4099, p.gap = 3, p.offset = 1, p.teacher_gradient = p.exclude = true; });
     add(many, [](Problem& p) { p.columns = 2048, p.padding = 5, p.offset = 3, p.mask = p.saved = true; });
     add(many, [](Problem& p) { p.columns = 16392, p.gap = 8, p.labels_per_row = 3, p.saved = true; });
+    add(labels, [](Problem& p) { p.columns = 16403, p.offset = 1, p.labels_per_row = 77, p.mask = p.exclude = true; });
+    add(labels, [](Problem& p) { p.columns = 13, p.labels_per_row = 13, p.teacher_gradient = p.saved = true; });
     for (const int64_t columns : {1, 7, 8, 9})
         for (const int element : {kFloat32, kBfloat16, kFloat16})
             add(many, [=](Problem& p) {

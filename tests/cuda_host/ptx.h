@@ -130,6 +130,12 @@ KLDIV_DEVICE bool any_lane(bool so) {
 }
 void warp_sync();
 void block_sync(int id, int threads);
+KLDIV_DEVICE uint32_t shared_or(uint32_t* word, uint32_t bits) {
+    host::perhaps_pause(1);
+    const uint32_t before = *word;
+    *word |= bits;
+    return before;
+}
 
 // --- global memory ---------------------------------------------------------------------------------------------------
 struct Words {
