@@ -41,7 +41,20 @@ struct Call : Tokens {
     Gradient d_student, d_teacher;
 };
 
+// A divergence on a row's labels, and on its tail as one more outcome. Its gradients by their log-probabilities are the
+// coefficients of a loss, found when a row's values are.
+struct TopK {
+    const float* teacher = nullptr;  // [N, outcomes] log-probabilities; null: no such loss
+    int64_t outcomes = 0;            // labels a row, and one more with the tail
+    int kind = 0;                    // a statistic's code
+    float alpha = 0.5f, beta = 0.5f;
+    const float* scale = nullptr;   // [N]: what each row counts
+    float* divergences = nullptr;   // [N]
+    float* coefficients = nullptr;  // [value rows, N], between two sweeps
+};
+
 struct Job : Call {
+    TopK topk;
     float* workspace = nullptr;  // `workspace_floats` of them
     void* stream = nullptr;
 };
@@ -52,6 +65,7 @@ std::vector<std::string> statistic_names();
 bool needs_labels(int code);
 bool per_label(int code);
 bool needs_reference(int code);
+bool compares_two(int code);
 
 // Why nothing can be launched here, whatever the device; "" where it can.
 std::string refusal();
@@ -65,7 +79,7 @@ int64_t workspace_floats(const Job& job);
 // kernel.
 CudaPlan plan(const Job& job);
 
-// Values; the state where the plan is not the one-read form; gradients when `coefficients` are given.
+// Values; the state where the plan is not the one-read form; gradients when `coefficients` are given, or a top-k loss.
 void run_forward(const Job& job, const CudaPlan& plan);
 // Gradients from a saved state.
 void run_backward(const Job& job);

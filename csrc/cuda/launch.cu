@@ -6,6 +6,7 @@
 #include "kernels.h"
 #include "runtime.cuh"
 #include "gradient.cuh"
+#include "outcomes.cuh"
 
 namespace kldiv::gpu {
 
@@ -58,7 +59,8 @@ SweepArguments sweep_arguments(const Job& job) {
 }
 
 // `labels`: the kernel looks for those of its slices.
-void launch_sweep(Kernel<SweepArguments> kernel, int64_t blocks, const Job& job, const SweepArguments& arguments,
+template <class Arguments>
+void launch_sweep(Kernel<Arguments> kernel, int64_t blocks, const Job& job, const Arguments& arguments,
                   const char* what, bool labels = false) {
     if (blocks > std::numeric_limits<int>::max())
         throw std::invalid_argument("kldiv_kernels: " + std::to_string(job.rows) + " rows of " +
@@ -188,6 +190,8 @@ bool needs_reference(int code) {
     }
 }
 
+bool compares_two(int code) { return code > k_entropy && code != k_reference_entropy && needs_reference(code); }
+
 int64_t value_rows(const Job& job, int stats) {
     const int64_t labelled = std::count_if(job.stats, job.stats + stats, per_label);
     return stats + labelled * (job.labels_per_row - 1);
@@ -223,7 +227,7 @@ CudaPlan plan(const Job& job) {
                     multiple(job.d_student.width, job.student.element);
     shape.student_gradient = job.d_student.data != nullptr;
     shape.teacher_gradient = job.d_teacher.data != nullptr;
-    shape.known_coefficients = job.coefficients != nullptr;
+    shape.known_coefficients = job.coefficients || job.topk.teacher;
     shape.token_parameters = job.token_parameters != nullptr;
     shape.labels_per_row = job.labels_per_row;
     for (int i = 0; i < job.stat_count; ++i) shape.stats.emplace_back(name_of(job.stats[i]));
@@ -250,10 +254,15 @@ void run_forward(const Job& job, const CudaPlan& plan) {
         launch_sweep(sums, job.rows * a.slices, job, a, "sums");
     }
     constexpr int64_t rows_a_block = kSweepThreads / 32;
-    launch_sweep(finish, (job.rows + rows_a_block - 1) / rows_a_block, job, a, "finish");
-    if (!job.coefficients) return;
+    const int64_t blocks = (job.rows + rows_a_block - 1) / rows_a_block;
+    launch_sweep(finish, blocks, job, a, "finish");
     Job known = job;
     if (job.completed) known.coefficients = job.completed;
+    if (job.topk.teacher) {
+        launch_sweep(outcomes, blocks, job, OutcomeArguments{job, job.topk}, "outcomes");
+        known.coefficients = job.topk.coefficients;
+    }
+    if (!known.coefficients) return;
     run_backward(known);
 }
 

@@ -129,7 +129,7 @@ Outputs run(Job& job, const OnDevice& device, const Tensor& logits, const std::o
     job.stream = device.stream();
     const kldiv::CudaPlan plan = kldiv::gpu::plan(job);
     // Two sweeps hand their state on through memory, asked for or not.
-    const bool keep_state = with_state || (job.coefficients && !plan.one_read());
+    const bool keep_state = with_state || ((job.coefficients || job.topk.teacher) && !plan.one_read());
     const Tensor saved =
         keep_state && !with_state ? kldiv::new_floats(logits, kldiv::gpu::state_rows(job), job.rows) : state;
     if (keep_state) job.state = static_cast<float*>(saved.data_ptr());
@@ -141,6 +141,9 @@ Outputs run(Job& job, const OnDevice& device, const Tensor& logits, const std::o
     const bool complete = job.policy.tokens && !plan.one_read();
     const Tensor completed = kldiv::new_floats(logits, complete ? values.size(0) : 0, job.rows);
     if (complete) job.completed = static_cast<float*>(completed.data_ptr());
+    const bool find = job.topk.teacher && !plan.one_read();
+    const Tensor found = kldiv::new_floats(logits, find ? values.size(0) : 0, job.rows);
+    if (find) job.topk.coefficients = static_cast<float*>(found.data_ptr());
     kldiv::gpu::run_forward(job, plan);
     return {values, state, dlogits, dreference};
 }
@@ -165,6 +168,32 @@ std::tuple<Tensor, Tensor> policy(const Tensor& logits, std::optional<Tensor> re
     kldiv::take_policy(job, logits, policy_tokens, policy_term, policy_kl, policy_bounds);
     const Outputs out = run(job, device, logits, reference, coefficients, false, true, false);
     return {std::get<0>(out), std::get<2>(out)};
+}
+
+std::tuple<Tensor, Tensor, Tensor> topk(const Tensor& logits, std::optional<Tensor> reference,
+                                        std::optional<Tensor> labels, std::optional<Tensor> mask,
+                                        std::optional<Tensor> exclude, std::optional<Tensor> token_parameters,
+                                        std::vector<double> parameters, std::vector<std::string> stats,
+                                        int64_t vocab_size, const Tensor& teacher, const Tensor& scale,
+                                        std::string kind, double alpha, double beta) {
+    const OnDevice device(logits);
+    Job job = make_job(logits, reference, labels, mask, exclude, token_parameters, parameters, stats, vocab_size);
+    const bool tail = stats.size() == 2 && stats[1] == "tail_logprob";
+    STD_TORCH_CHECK(job.labels && !stats.empty() && stats[0] == "logprob" && (stats.size() == 1 || tail),
+                    "topk takes logprob, and tail_logprob after it");
+    const int code = kldiv::gpu::statistic_code(kind);
+    STD_TORCH_CHECK(code >= 0 && kldiv::gpu::compares_two(code), "kind must be a divergence, not ", kind);
+    job.topk.outcomes = job.labels_per_row + tail;
+    job.topk.teacher =
+        kldiv::per_token<float>(teacher, logits, job.topk.outcomes * job.rows, ScalarType::Float, "teacher");
+    job.topk.scale = kldiv::per_token<float>(scale, logits, job.rows, ScalarType::Float, "scale");
+    job.topk.kind = code;
+    job.topk.alpha = static_cast<float>(alpha);
+    job.topk.beta = static_cast<float>(beta);
+    const Tensor divergences = kldiv::new_floats(logits, 1, job.rows);
+    job.topk.divergences = static_cast<float*>(divergences.data_ptr());
+    const Outputs out = run(job, device, logits, reference, std::nullopt, false, true, false);
+    return {std::get<0>(out), divergences, std::get<2>(out)};
 }
 
 std::tuple<Tensor, Tensor> backward(const Tensor& logits, std::optional<Tensor> reference, std::optional<Tensor> labels,
@@ -201,6 +230,7 @@ STABLE_TORCH_LIBRARY(kldiv_cuda_host, m) {
     m.def(KLDIV_FORWARD);
     m.def(KLDIV_BACKWARD);
     m.def(KLDIV_POLICY);
+    m.def(KLDIV_TOPK);
 #else
 STABLE_TORCH_LIBRARY_FRAGMENT(kldiv_kernels_native, m) {
 #endif
@@ -213,6 +243,7 @@ STABLE_TORCH_LIBRARY_IMPL(KLDIV_LIBRARY, KLDIV_DEVICE_KEY, m) {
     m.impl("forward", TORCH_BOX(&forward));
     m.impl("backward", TORCH_BOX(&backward));
     m.impl("policy", TORCH_BOX(&policy));
+    m.impl("topk", TORCH_BOX(&topk));
 }
 
 STABLE_TORCH_LIBRARY_IMPL(KLDIV_LIBRARY, CompositeExplicitAutograd, m) {

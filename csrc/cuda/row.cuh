@@ -90,6 +90,19 @@ KLDIV_HOST_DEVICE Resolved resolve(int code, float alpha, float beta) {
     return {code, alpha};
 }
 
+// function(D{}) for the divergence of that code.
+template <class Function>
+KLDIV_DEVICE void with_divergence(int code, Function function) {
+    switch (code) {
+#define KLDIV_CASE(name, ...)    \
+    case k_##name:               \
+        function(__VA_ARGS__{}); \
+        break;
+        KLDIV_DIVERGENCES(KLDIV_CASE)
+#undef KLDIV_CASE
+    }
+}
+
 // What the first sweep finds, and everything else takes from a sweep of its own: the CPU's split (plan.cpp).
 KLDIV_HOST_DEVICE bool finishes_first(int code) {
     return code == k_entropy || code == k_reference_entropy || code == k_forward_kl || code == k_reverse_kl ||

@@ -215,19 +215,6 @@ KLDIV_DEVICE Softmax row_tail(const SweepArguments& a, int64_t index) {
     return tail;
 }
 
-// function(D{}) for the divergence of that code.
-template <class Function>
-KLDIV_DEVICE void with_divergence(int code, Function function) {
-    switch (code) {
-#define KLDIV_CASE(name, ...)    \
-    case k_##name:               \
-        function(__VA_ARGS__{}); \
-        break;
-        KLDIV_DIVERGENCES(KLDIV_CASE)
-#undef KLDIV_CASE
-    }
-}
-
 KLDIV_KERNEL(kSweepThreads, 2) sums(SweepArguments a) {
     const Place at = place_of(a);
     if (a.call.mask && !a.call.mask[at.index]) return;

@@ -97,6 +97,14 @@ class Compiled:
         )
         return values, dlogits
 
+    def topk(
+        self, call: Call, teacher: Tensor, scale: Tensor, kind: str, alpha: float, beta: float
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        values, divergences, dlogits = self._operators().topk(
+            *_arguments(call), teacher.contiguous(), scale.contiguous(), kind, alpha, beta
+        )
+        return values, divergences[0], dlogits
+
 
 class NativeCpuBackend(Compiled):
     name = "cpu"
@@ -115,14 +123,6 @@ class NativeCpuBackend(Compiled):
         if missing:
             return f"it has no {', '.join(missing)}"
         return None
-
-    def topk(
-        self, call: Call, teacher: Tensor, scale: Tensor, kind: str, alpha: float, beta: float
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        values, divergences, dlogits = self._operators().topk(
-            *_arguments(call), teacher.contiguous(), scale.contiguous(), kind, alpha, beta
-        )
-        return values, divergences[0], dlogits
 
     def state_rows(self, stats: tuple[str, ...]) -> int:
         return _STATE_OF_ROW + _STATE_OF_STATISTIC * len(stats)
