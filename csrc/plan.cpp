@@ -161,6 +161,12 @@ std::string must_be_two_sweep(const CudaShape& shape, const CudaTarget& target) 
     if (shape.columns % kOneReadColumns != 0)
         return grouped(shape.columns) + " columns are not a multiple of " + std::to_string(kOneReadColumns);
     if (!shape.aligned) return "rows of logits do not all start at multiples of 16 bytes";
+    if (shape.topk_outcomes > 0) {
+        if (shape.float16) return "top-k losses have no one-read kernel for float16";
+        if (shape.labels_per_row > kMostLabels)
+            return grouped(shape.labels_per_row) + " labels a row; one-read takes " + grouped(kMostLabels);
+        return "";
+    }
     if (contains(shape.stats, "tail_logprob")) return "tail_logprob has no one-read kernel";
     if (shape.labels_per_row != 1) return std::to_string(shape.labels_per_row) + " labels a row";
     int others = 0;
@@ -178,9 +184,16 @@ int64_t slot_bytes(const CudaShape& shape, int cluster) {
     return cluster_slice(shape.columns, cluster) * (shape.student_bytes + shape.teacher_bytes);
 }
 
+// Of a CTA beside its slots.
+int64_t other_bytes(const CudaShape& shape, int cluster) {
+    const int64_t topk =
+        topk_outcome_bytes(shape.topk_outcomes) + 2 * topk_gradient_bytes(shape.labels_per_row, shape.student_bytes);
+    return one_read_head_bytes(cluster) + (shape.topk_outcomes > 0 ? topk : 0);
+}
+
 // Rows (pairs of rows) that a cluster holds at a time.
 int stages_of(const CudaShape& shape, const CudaTarget& target, int cluster) {
-    const int64_t room = std::max<int64_t>(0, target.shared_bytes - one_read_head_bytes(cluster));
+    const int64_t room = std::max<int64_t>(0, target.shared_bytes - other_bytes(shape, cluster));
     return static_cast<int>(std::min<int64_t>(kMostStages, room / slot_bytes(shape, cluster)));
 }
 
@@ -255,7 +268,7 @@ CudaPlan plan_cuda(const CudaShape& shape, const CudaTarget& target) {
     plan.cluster = choice.cluster;
     plan.stages = choice.stages;
     plan.threads = kOneReadThreads;
-    plan.shared_bytes = one_read_head_bytes(choice.cluster) + choice.stages * slot_bytes(shape, choice.cluster);
+    plan.shared_bytes = other_bytes(shape, choice.cluster) + choice.stages * slot_bytes(shape, choice.cluster);
     plan.sweeps = 2 + needs_normalised_sums(shape.stats);
     plan.bytes = shape.rows * shape.columns * (2 * shape.student_bytes + shape.teacher_bytes);
     plan.reason = (choice.cluster == 1 ? "1 CTA holds " : std::to_string(choice.cluster) + " CTAs hold ") +

@@ -57,6 +57,14 @@ int64_t cluster_slice(int64_t columns, int cluster);
 // (cuda/one_read_parts.cuh, Shared), and two exchanges of 32 bytes a CTA, double-buffered.
 constexpr int64_t kOneReadHead = 2688, kOneReadExchange = 2 * 2 * 32;
 int64_t one_read_head_bytes(int cluster);
+// Behind the slots, in the kernel of top-k losses (cuda/one_read_topk.cuh): a number an outcome, and the labels'
+// gradients of two rows. A thread has two labels.
+constexpr int64_t kMostLabels = 2 * kComputeThreads;
+constexpr int64_t multiple_of_16(int64_t bytes) { return (bytes + 15) / 16 * 16; }
+constexpr int64_t topk_outcome_bytes(int64_t outcomes) { return multiple_of_16(4 * outcomes); }
+constexpr int64_t topk_gradient_bytes(int64_t labels, int64_t element_bytes) {
+    return multiple_of_16(labels * element_bytes);
+}
 
 struct CudaShape {
     int64_t rows = 0, columns = 0;                 // columns: without padding
@@ -67,6 +75,8 @@ struct CudaShape {
     bool known_coefficients = false;  // the gradient can come out of the forward pass
     bool token_parameters = false;
     int64_t labels_per_row = 1;
+    int64_t topk_outcomes = 0;  // of a top-k loss; 0: another call
+    bool float16 = false;       // what a student's 2 bytes are
     std::vector<std::string> stats;
 };
 

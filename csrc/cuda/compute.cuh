@@ -9,6 +9,7 @@ template <class D, int element>
 struct Compute : Cta<D, element> {
     using Base = Cta<D, element>;
     using Base::a, Base::begin, Base::bytes, Base::call, Base::count, Base::shared, Base::two;
+    using Base::holds, Base::raw_at;
     using T = Traits<D>;
     // Where the sums' sweep leaves grad_logq / q for the gradient, in the teacher's place: as float16, rounded by up to
     // 2^-11 of it where a bfloat16 result is by up to 2^-8, and exactly where the logits are float32.
@@ -20,10 +21,6 @@ struct Compute : Cta<D, element> {
 
     KLDIV_DEVICE explicit Compute(const OneReadArguments& arguments) : Base(arguments) {}
 
-    KLDIV_DEVICE static Raw<element> raw_at(const char* slot, int column) {
-        return *reinterpret_cast<const Raw<element>*>(slot + column * bytes);
-    }
-    KLDIV_DEVICE static bool holds(int column, int wanted) { return static_cast<unsigned>(wanted - column) < kColumns; }
     // The columns that a sweep takes as having no mass, in both rows.
     KLDIV_DEVICE static void leave_out(const StageRow& row, int column, Columns& s, Columns& t) {
         replace(row.excluded - column, row.s.floor, s);
@@ -55,7 +52,7 @@ struct Compute : Cta<D, element> {
             }
             add_columns<T::first>(state, s, t, range_s.largest, range_t.largest, row.s.c, row.t.c, 0);
         }
-        merge_lanes<T::first>(state);
+        T::merge(state);
         if (thread_index() % 32 == 0) {
             shared->left[k % 2][thread_index() / 32] = T::exchange(state);
             mbarrier_arrive(&shared->swept[k % 2]);

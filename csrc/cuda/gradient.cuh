@@ -220,10 +220,11 @@ KLDIV_KERNEL(kSweepThreads, 2) zero_masked(SweepArguments a) {
     const Call& call = a.call;
     const int64_t index = block_index();
     if (call.mask[index]) return;
-    if (thread_index() == 0) {
-        float* value = call.values + index;
-        for (int i = 0; i < call.stat_count; ++i, value += call.rows) *value = 0;
-    }
+    int64_t values = 0;
+    for (int i = 0; i < call.stat_count; ++i)
+        values += call.stats[i] == kLogprob || call.stats[i] == kReferenceLogprob ? call.labels_per_row : 1;
+    for (int64_t i = thread_index(); i < values; i += kSweepThreads) call.values[i * call.rows + index] = 0;
+    if (a.divergences && thread_index() == 0) a.divergences[index] = 0;
     zero_columns(call.d_student, call.student.element, index, 0, call.d_student.width, kSweepThreads);
 }
 

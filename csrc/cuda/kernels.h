@@ -11,6 +11,11 @@ OneReadKernel one_read_float32(int code);
 OneReadKernel one_read_bfloat16(int code);
 OneReadKernel one_read_float16(int code);
 
+struct TopKArguments;
+using TopKKernel = void (*)(TopKArguments);
+// Of float32 and bfloat16.
+TopKKernel one_read_topk_kernel(int element);
+
 // Of a statistic's code after `resolve`; null for one without a student's gradient.
 template <int element>
 OneReadKernel one_read_kernel(int code) {

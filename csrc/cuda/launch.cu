@@ -5,8 +5,9 @@
 
 #include "kernels.h"
 #include "runtime.cuh"
+#include "coefficients.cuh"
 #include "gradient.cuh"
-#include "outcomes.cuh"
+#include "one_read_topk.cuh"
 
 namespace kldiv::gpu {
 
@@ -55,6 +56,7 @@ SweepArguments sweep_arguments(const Job& job) {
     a.tails = a.sums && has_tail(job) ? a.sums + job.rows * a.slices * kSumsFloats * a.sums_count : nullptr;
     a.student = job.d_student.data != nullptr;
     a.teacher = job.d_teacher.data != nullptr;
+    a.divergences = job.topk.divergences;
     return a;
 }
 
@@ -130,6 +132,11 @@ OneReadKernel kernel_of(const Job& job) {
     }
 }
 
+int64_t clusters_of(const Job& job, const LaunchShape& shape) {
+    return job.topk.teacher ? active_clusters(one_read_topk_kernel(job.student.element), shape)
+                            : active_clusters(kernel_of(job), shape);
+}
+
 LaunchShape shape_of(const CudaPlan& plan) {
     LaunchShape shape;
     shape.threads = plan.threads;
@@ -139,23 +146,29 @@ LaunchShape shape_of(const CudaPlan& plan) {
 }
 
 void run_one_read(const Job& job, const CudaPlan& plan) {
-    const OneReadKernel kernel = kernel_of(job);
     LaunchShape shape = shape_of(plan);
-    const int64_t clusters = active_clusters(kernel, shape);
-    shape.blocks = plan.cluster * std::min(job.rows, clusters);
-    OneReadArguments a{};
+    shape.blocks = plan.cluster * std::min(job.rows, clusters_of(job, shape));
+    TopKArguments a{};
     a.call = job;
-    a.divergence_row = a.logprob_row = a.logsumexp_row = -1;
+    a.topk = job.topk;
+    a.divergence_row = a.logprob_row = a.logsumexp_row = a.tail_row = -1;
     for (int i = 0; i < job.stat_count; ++i) {
         const int code = job.stats[i], row = static_cast<int>(value_rows(job, i));
-        (code == kLogprob ? a.logprob_row : (code == kLogsumexp ? a.logsumexp_row : a.divergence_row)) = row;
+        (code == kLogprob       ? a.logprob_row
+         : code == kTailLogprob ? a.tail_row
+         : code == kLogsumexp   ? a.logsumexp_row
+                                : a.divergence_row) = row;
     }
     a.alpha = one_read_statistic(job).alpha;
     a.cluster = plan.cluster;
     a.stages = plan.stages;
     a.slice = cluster_slice(job.columns, plan.cluster);
     if (job.mask) launch_sweep(zero_masked, job.rows, job, sweep_arguments(job), "zero_masked");
-    launch(kernel, shape, job.stream, a, [&] { return "one-read kernel (" + plan.reason + ")"; });
+    const auto what = [&] { return "one-read kernel (" + plan.reason + ")"; };
+    if (job.topk.teacher)
+        launch(one_read_topk_kernel(job.student.element), shape, job.stream, a, what);
+    else
+        launch<OneReadArguments>(kernel_of(job), shape, job.stream, a, what);
 }
 
 }  // namespace
@@ -230,11 +243,13 @@ CudaPlan plan(const Job& job) {
     shape.known_coefficients = job.coefficients || job.topk.teacher;
     shape.token_parameters = job.token_parameters != nullptr;
     shape.labels_per_row = job.labels_per_row;
+    shape.topk_outcomes = job.topk.teacher ? job.topk.outcomes : 0;
+    shape.float16 = job.student.element == kFloat16;
     for (int i = 0; i < job.stat_count; ++i) shape.stats.emplace_back(name_of(job.stats[i]));
     CudaPlan plan = plan_cuda(shape, target);
     // Clusters of 16 may be refused, and any shape by a device that is shared.
     std::string refused;
-    while (plan.one_read() && active_clusters(kernel_of(job), shape_of(plan)) == 0) {
+    while (plan.one_read() && clusters_of(job, shape_of(plan)) == 0) {
         refused = "this device refuses clusters of " + std::to_string(plan.cluster) + " CTAs; ";
         target.largest_cluster = plan.cluster / 2;
         if (target.largest_cluster == 0) target.capability = std::min(target.capability, 89);

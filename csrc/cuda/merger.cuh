@@ -39,11 +39,11 @@ struct Merger : Cta<D, element> {
         mbarrier_wait(&shared->swept[k % 2], parity_of(k));
         State state;
         if (lane < kComputeWarps) state = T::state_of(shared->left[k % 2][lane]);
-        merge_lanes<T::first>(state);
+        T::merge(state);
         Exchanged* to = received + k % 2 * a.cluster;
         share(T::exchange(state), to, &shared->exchanged[k % 2], parity_of(k));
         state = lane < a.cluster ? T::state_of(to[lane]) : State{};
-        merge_lanes<T::first>(state);
+        T::merge(state);
         return state;
     }
 

@@ -11,25 +11,19 @@ struct Mover : Cta<D, element> {
     using Base = Cta<D, element>;
     using Base::a, Base::begin, Base::bytes, Base::call, Base::count, Base::shared, Base::two;
 
-    int64_t next, clusters;  // the row that comes next for this cluster, if the mask lets it
+    RowsOfCluster rows;
 
-    KLDIV_DEVICE explicit Mover(const OneReadArguments& arguments) : Base(arguments) {
-        clusters = grid_blocks() / a.cluster;
-        next = block_index() / a.cluster;
-    }
+    KLDIV_DEVICE explicit Mover(const OneReadArguments& arguments) : Base(arguments), rows(a.cluster) {}
 
     KLDIV_DEVICE uint32_t size() const { return static_cast<uint32_t>(count * bytes); }
 
     // Asked for before the stage is free: what it reads of global memory has arrived by then.
     KLDIV_DEVICE StageRow following() {
-        while (next < call.rows && call.mask && !call.mask[next]) next += clusters;
         StageRow out{};
-        out.index = -1;
-        if (next >= call.rows) return out;
-        const RowInput row = open_row(call, next);
-        out = {next, row.s, row.t, row.alpha, row.beta, this->in_slice(row.exclude)};
-        next += clusters;
-        return out;
+        out.index = rows.following(call);
+        if (out.index < 0) return out;
+        const RowInput row = open_row(call, out.index);
+        return {out.index, row.s, row.t, row.alpha, row.beta, this->in_slice(row.exclude)};
     }
 
     // The bytes that a stage waits for, and the teacher's on their way.

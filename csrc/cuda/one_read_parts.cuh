@@ -60,6 +60,21 @@ struct Stage {
         parity ^= 1;
     }
 };
+// The rows of a cluster, one after the other: every so many, those apart that the mask leaves out.
+struct RowsOfCluster {
+    int64_t next, clusters;
+
+    KLDIV_DEVICE explicit RowsOfCluster(int cluster)
+        : next(block_index() / cluster), clusters(grid_blocks() / cluster) {}
+
+    // -1: there are no more.
+    KLDIV_DEVICE int64_t following(const Call& call) {
+        while (next < call.rows && call.mask && !call.mask[next]) next += clusters;
+        if (next >= call.rows) return -1;
+        next += clusters;
+        return next - clusters;
+    }
+};
 // Of the barriers that rows use in turns.
 KLDIV_DEVICE uint32_t parity_of(int row) { return row / 2 % 2; }
 
@@ -75,6 +90,7 @@ struct Traits {
                                 : hellinger ? k_hellinger
                                             : k_entropy;  // of first_value
 
+    KLDIV_DEVICE static void merge(State& x) { merge_lanes<first>(x); }
     KLDIV_DEVICE static Exchanged exchange(const State& x) {
         const float g = forward ? x.forward_kl : (reverse ? x.reverse_kl : x.hellinger);
         return {{x.s.m, x.s.z, x.s.a, x.s.blocked, x.t.m, x.t.z, g, x.t.blocked}};
@@ -121,6 +137,11 @@ struct Cta {
     KLDIV_DEVICE char* teacher_slot(int stage) const { return student_slot(stage) + a.slice * bytes; }
     // A column of the row as one of this CTA's slice; outside of it, and for -1, no column of the slice.
     KLDIV_DEVICE int in_slice(int64_t column) const { return column < begin ? -1 : static_cast<int>(column - begin); }
+    KLDIV_DEVICE static Raw<element> raw_at(const char* slot, int column) {
+        return *reinterpret_cast<const Raw<element>*>(slot + column * bytes);
+    }
+    // Whether `wanted` is one of the eight columns from `column` on.
+    KLDIV_DEVICE static bool holds(int column, int wanted) { return static_cast<unsigned>(wanted - column) < kColumns; }
     // alpha as D takes it, of this row.
     KLDIV_DEVICE float alpha_of(float alpha) const { return call.token_parameters ? alpha : a.alpha; }
 

@@ -75,31 +75,4 @@ KLDIV_DEVICE float compare_outcomes(const TopK& topk, float scale, X x, T t, Put
     return value;
 }
 
-struct OutcomeArguments {
-    Call call;
-    TopK topk;
-};
-
-// The coefficients of a top-k loss from the values of its rows, between the sweeps. A warp a row.
-KLDIV_KERNEL(kSweepThreads, 1) outcomes(OutcomeArguments a) {
-    const Call& call = a.call;
-    const int64_t index = block_index() * (block_threads() / 32) + thread_index() / 32, n = call.rows;
-    if (index >= n) return;
-    const bool writes = thread_index() % 32 == 0;
-    if (call.mask && !call.mask[index]) {
-        if (writes) a.topk.divergences[index] = 0;
-        return;
-    }
-    const int64_t* labels = call.labels + index * call.labels_per_row;
-    const float value = compare_outcomes(
-        a.topk, a.topk.scale[index],
-        [&](int j) {
-            const bool none = j < call.labels_per_row && labels[j] < 0;
-            return none ? -std::numeric_limits<float>::infinity() : call.values[j * n + index];
-        },
-        [&](int j) { return a.topk.teacher[index * a.topk.outcomes + j]; },
-        [&](int j, float coefficient) { a.topk.coefficients[j * n + index] = coefficient; });
-    if (writes) a.topk.divergences[index] = value;
-}
-
 }  // namespace kldiv::gpu

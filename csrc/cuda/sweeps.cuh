@@ -27,6 +27,7 @@ struct SweepArguments {
     int sums_count;         // statistics that take normalised sums
     bool backwards;         // the order of the slices
     bool student, teacher;  // gradients wanted
+    float* divergences;     // [N], of a top-k loss, or null
 };
 
 constexpr int kStateFloats = 13, kTailFloats = 2;

@@ -12,6 +12,7 @@
 #include <stdexcept>
 
 #include "cuda/kernels.h"
+#include "cuda/one_read_topk.cuh"
 #include "mutant.h"
 #include "mutant_problems.h"
 
@@ -31,6 +32,7 @@ OneReadKernel one_read_bfloat16(int code) {
                                 : nullptr;
 }
 OneReadKernel one_read_float16(int) { return nullptr; }
+TopKKernel one_read_topk_kernel(int) { return one_read_topk<kBfloat16>; }
 
 namespace {
 
