@@ -97,6 +97,9 @@ namespace {
 constexpr int64_t kShortestOneRead = 8192;
 // One row is computed, one loads, one is stored; more stages only even out the delays.
 constexpr int kEnoughStages = 3;
+// What is done once a row takes a CTA longer there, and no less in a larger cluster: smaller ones leave it more time.
+// Unmeasured.
+constexpr int kEnoughStagesOfTopK = 2;
 constexpr int kClusters[] = {1, 2, 4, 8, 16};
 
 // What KLDIV_CUDA_PLAN asks for; 0: not said.
@@ -186,8 +189,8 @@ int64_t slot_bytes(const CudaShape& shape, int cluster) {
 
 // Of a CTA beside its slots.
 int64_t other_bytes(const CudaShape& shape, int cluster) {
-    const int64_t topk =
-        topk_outcome_bytes(shape.topk_outcomes) + 2 * topk_gradient_bytes(shape.labels_per_row, shape.student_bytes);
+    const int64_t topk = 2 * topk_outcome_bytes(shape.topk_outcomes) +
+                         2 * topk_gradient_bytes(shape.labels_per_row, shape.student_bytes);
     return one_read_head_bytes(cluster) + (shape.topk_outcomes > 0 ? topk : 0);
 }
 
@@ -217,7 +220,8 @@ Choice choose(const CudaShape& shape, const CudaTarget& target, const Request& r
     if (request.cluster && !fills_cluster(shape, request.cluster))
         request.refuse(grouped(shape.columns) + " columns leave a CTA of the cluster without any");
     Choice best;
-    const int enough = request.stages ? request.stages : kEnoughStages;
+    const int own = shape.topk_outcomes > 0 ? kEnoughStagesOfTopK : kEnoughStages;
+    const int enough = request.stages ? request.stages : own;
     for (const int cluster : kClusters) {
         if (request.cluster ? cluster != request.cluster : cluster > target.largest_cluster) continue;
         if (!fills_cluster(shape, cluster)) continue;

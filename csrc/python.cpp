@@ -25,7 +25,7 @@ kldiv::CpuPlan plan_cpu(int64_t rows, int64_t columns, const std::vector<std::st
 kldiv::CudaPlan plan_cuda(int capability, int64_t rows, int64_t columns, const std::vector<std::string>& stats,
                           int64_t student_bytes, int64_t teacher_bytes, bool student_gradient, bool teacher_gradient,
                           bool known_coefficients, bool same_dtype, bool aligned, bool token_parameters,
-                          int64_t labels_per_row) {
+                          int64_t labels_per_row, int64_t topk_outcomes, bool float16) {
     kldiv::CudaShape shape;
     shape.rows = rows;
     shape.columns = columns;
@@ -38,6 +38,8 @@ kldiv::CudaPlan plan_cuda(int capability, int64_t rows, int64_t columns, const s
     shape.known_coefficients = known_coefficients;
     shape.token_parameters = token_parameters;
     shape.labels_per_row = labels_per_row;
+    shape.topk_outcomes = topk_outcomes;
+    shape.float16 = float16;
     shape.stats = stats;
     return kldiv::plan_cuda(shape, kldiv::cuda_target(capability));
 }
@@ -68,7 +70,8 @@ PYBIND11_MODULE(_C, m) {
     m.def("plan_cuda", &plan_cuda, py::kw_only(), py::arg("capability"), py::arg("rows"), py::arg("columns"),
           py::arg("stats"), py::arg("student_bytes"), py::arg("teacher_bytes") = 0, py::arg("student_gradient") = true,
           py::arg("teacher_gradient") = false, py::arg("known_coefficients") = true, py::arg("same_dtype") = true,
-          py::arg("aligned") = true, py::arg("token_parameters") = false, py::arg("labels_per_row") = 1);
+          py::arg("aligned") = true, py::arg("token_parameters") = false, py::arg("labels_per_row") = 1,
+          py::arg("topk_outcomes") = 0, py::arg("float16") = false);
     m.def("cuda_target", &kldiv::cuda_target);
     m.def("build_info", &build_info);
 }

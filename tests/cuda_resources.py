@@ -29,6 +29,7 @@ SOURCES = ROOT / "csrc" / "cuda"
 TARGETS = (80, 86, 89, 90, 100, 120)
 # As csrc/plan.h has them: a block of each kind of kernel, and what it asks of shared memory when it is launched.
 ONE_READ_THREADS, SWEEP_THREADS, SWEEP_SHARED = 576, 256, 1024
+TOPK = 64
 # A bit a column of a slice, and what stands in front of them.
 LABEL_BYTES = 16 + 16_384 // 8
 # The one-read kernel's shared memory is its plan's, here for the vocabulary of Qwen.
@@ -151,13 +152,16 @@ def dynamic_shared(kernel: str, target: int) -> int:
         return SWEEP_SHARED + (LABEL_BYTES if kernel.endswith(" tail") else 0)
     from kldiv_kernels import _C  # type: ignore[attr-defined]
 
-    _, name, dtype, *_ = kernel.split()
+    family, *names, dtype = kernel.split()
     size = {dtype: size for dtype, size in ELEMENTS.values()}[dtype]
-    name = "alpha" if name == "alpha_below_half" else name
+    if family == "one_read_topk":
+        asked = {"stats": ["logprob", "tail_logprob"], "labels_per_row": TOPK, "topk_outcomes": TOPK + 1}
+    else:
+        name = "alpha" if names == ["alpha_below_half"] else names[0]
+        asked = {"stats": [name], "teacher_bytes": 0 if name in ("entropy", "collision") else size}
     plan = _C.plan_cuda(
-        capability=target, rows=ROWS, columns=VOCAB, stats=[name], student_bytes=size,
-        teacher_bytes=0 if name in ("entropy", "collision") else size,
-        student_gradient=True, known_coefficients=True,
+        capability=target, rows=ROWS, columns=VOCAB, student_bytes=size, student_gradient=True,
+        known_coefficients=True, **asked,
     )  # fmt: skip
     return int(plan.shared_bytes) if plan.kernel == "one-read" else 0
 

@@ -117,6 +117,14 @@ REFUSALS: dict[str, tuple[dict[str, Any], str]] = {
     "half a vector of float32": ({"columns": 32_004, **FP32}, "32,004 columns are not a multiple of 8"),
     "alignment": ({"aligned": False}, "rows of logits do not all start at multiples of 16 bytes"),
     "labels": ({"labels_per_row": 3, "stats": ["logprob"]}, "3 labels a row"),
+    "many labels of a top-k loss": (
+        {"stats": ["logprob"], "labels_per_row": 1_025, "topk_outcomes": 1_025},
+        "1,025 labels a row; one-read takes 1,024",
+    ),
+    "float16 of a top-k loss": (
+        {"stats": ["logprob"], "labels_per_row": 8, "topk_outcomes": 8, "float16": True},
+        "top-k losses have no one-read kernel for float16",
+    ),
     "tail": ({"stats": ["tail_logprob"]}, "tail_logprob has no one-read kernel"),
     "two divergences": (
         {"stats": ["logprob", "forward_kl", "js"]},
@@ -144,6 +152,30 @@ def test_the_reason_for_two_sweeps(case: str) -> None:
     found = plan(**{"capability": 90, "columns": 151_936, **options})
     assert (found.kernel, found.reason) == ("two-sweep", f"two-sweep: {reason}")
     assert (found.cluster, found.stages) == TWO_SWEEP
+
+
+@pytest.mark.parametrize(
+    ("capability", "columns", "dtype", "labels", "cluster", "stages"),
+    [
+        (90, 151_936, BF16, 1, 4, 3), (90, 151_936, BF16, 64, 4, 3), (90, 151_936, BF16, 128, 4, 2),
+        (90, 151_936, BF16, 1_024, 4, 2), (90, 151_936, FP32, 64, 8, 2), (90, 32_000, BF16, 64, 1, 3),
+        (90, 262_144, BF16, 1_024, 8, 3), (120, 151_936, BF16, 64, 8, 2), (80, 151_936, BF16, 64, *TWO_SWEEP),
+    ],
+)  # fmt: skip
+def test_cluster_and_stages_of_top_k_losses(
+    capability: int, columns: int, dtype: dict[str, int], labels: int, cluster: int, stages: int
+) -> None:
+    """The outcomes have room beside the rows."""
+    sizes = {**dtype, "teacher_bytes": 0}
+    asked = {"stats": ["logprob", "tail_logprob"], "labels_per_row": labels, "topk_outcomes": labels + 1}
+    found = plan(capability, columns, **sizes, **asked)
+    assert (found.cluster, found.stages) == (cluster, stages), found.reason
+    if stages:
+        plain = plan(capability, columns, **sizes, stats=["entropy"])
+        rows = found.stages * -(-columns // found.cluster // 64) * 64 * dtype["student_bytes"]
+        assert found.shared_bytes >= rows + (8 + 2 * dtype["student_bytes"]) * labels
+        assert found.shared_bytes <= compiled.cuda_target(capability).shared_bytes
+        assert found.bytes == plain.bytes
 
 
 @pytest.mark.parametrize("name", [s.name for s in STATISTICS.values() if s.builtin and s.kind != "tail"])

@@ -30,6 +30,7 @@ struct Problem {
     int64_t beyond = 0;  // columns that are claimed and are not there
     bool teacher = true, teacher_gradient = false, mask = false, exclude = false, saved = false;
     int64_t labels_per_row = 1, repeated = 1;  // each label so many times
+    const char* topk = nullptr;                // the divergence of a top-k loss on the statistics
     const char* clusters = "2";                // KLDIV_HOST_CLUSTERS
 };
 
@@ -144,7 +145,18 @@ inline std::string solve(const Problem& p) {
     Memory d_student(gradient_bytes), d_teacher(p.teacher_gradient ? gradient_bytes : 16);
     job.d_student = {d_student.data(), width};
     if (p.teacher_gradient) job.d_teacher = {d_teacher.data(), width};
-    if (!p.saved) job.coefficients = coefficients.as<float>();
+    Memory theirs(values * p.rows * 4), scale(p.rows * 4), divergences(p.rows * 4), found(values * p.rows * 4);
+    for (int64_t i = 0; i < values * p.rows; ++i) theirs.as<float>()[i] = 3 * noise(2 * i) - 3;
+    for (int64_t i = 0; i < p.rows; ++i) scale.as<float>()[i] = noise(i) + 2;
+    if (p.topk) {
+        job.topk.teacher = theirs.as<float>();
+        job.topk.outcomes = values;
+        job.topk.kind = statistic_code(p.topk);
+        job.topk.scale = scale.as<float>();
+        job.topk.divergences = divergences.as<float>();
+        job.topk.coefficients = found.as<float>();
+    }
+    if (!p.saved && !p.topk) job.coefficients = coefficients.as<float>();
     const CudaPlan chosen = plan(job);
     if (chosen.one_read() != (p.plan[0] == 'c')) throw std::runtime_error("another plan: " + chosen.reason);
     Memory state(chosen.one_read() ? 16 : state_rows(job) * p.rows * 4);
@@ -158,6 +170,7 @@ inline std::string solve(const Problem& p) {
     }
     std::string all;
     out.append_to(&all);
+    divergences.append_to(&all);
     d_student.append_to(&all);
     d_teacher.append_to(&all);
     return all;

@@ -52,6 +52,7 @@ std::vector<Problem> problems_of(const std::string& group) {
     const Problem many = {
         "two sweeps", {"js", "forward_kl", "tvd", "entropy", "logprob", "reference_logprob"}, "two-sweep"};
     const Problem labels = {"labels", {"logprob", "tail_logprob", "entropy"}, "two-sweep"};
+    const Problem topk = {"top-k", {"logprob", "tail_logprob"}, "cluster=2,stages=2"};
     const auto alone = [](Problem& p) { p.teacher = false, p.element = kFloat32; };
     if (group == "orders") {
         add(many, [](Problem& p) { p.rows = 2, p.columns = 16400, p.teacher_gradient = true; });
@@ -61,6 +62,11 @@ std::vector<Problem> problems_of(const std::string& group) {
         add(kl, [](Problem& p) { p.rows = 9, p.mask = p.exclude = true; });
         add(kl, [](Problem& p) { p.name = "forward_kl, one stage", p.plan = "cluster=2,stages=1"; });
         add(student, alone);
+        add(topk, [](Problem& p) { p.teacher = false, p.topk = "js", p.rows = 7, p.labels_per_row = 90; });
+        add(topk, [](Problem& p) {
+            p.name = "top-k, labels twice", p.plan = "cluster=4,stages=3", p.teacher = false, p.topk = "forward_kl";
+            p.rows = 9, p.mask = true, p.labels_per_row = 600, p.repeated = 2;
+        });
         add(js, [](Problem& p) { p.name = "js, float32", p.element = kFloat32, p.plan = "cluster=2,stages=1"; });
         return all;
     }
@@ -79,6 +85,12 @@ std::vector<Problem> problems_of(const std::string& group) {
     add(many, [](Problem& p) { p.columns = 16392, p.gap = 8, p.labels_per_row = 3, p.saved = true; });
     add(labels, [](Problem& p) { p.columns = 16403, p.offset = 1, p.labels_per_row = 77, p.mask = p.exclude = true; });
     add(labels, [](Problem& p) { p.columns = 13, p.labels_per_row = 13, p.teacher_gradient = p.saved = true; });
+    const auto few = [](Problem& p) { p.teacher = false, p.topk = "renyi", p.labels_per_row = 17; };
+    add(topk,
+        [&](Problem& p) { few(p), p.columns = 64 + 8, p.gap = 8, p.offset = 16, p.padding = 24, p.exclude = true; });
+    add(topk,
+        [&](Problem& p) { few(p), p.stats = {"logprob"}, p.columns = 15 * 64 + 8, p.plan = "cluster=16,stages=4"; });
+    add(topk, [&](Problem& p) { few(p), p.columns = 4099, p.gap = 3, p.offset = 1, p.plan = "two-sweep"; });
     for (const int64_t columns : {1, 7, 8, 9})
         for (const int element : {kFloat32, kBfloat16, kFloat16})
             add(many, [=](Problem& p) {
