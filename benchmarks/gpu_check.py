@@ -190,7 +190,8 @@ class Check:
 
     def statistics(self) -> Step:
         files = [
-            f"test_gpu_{name}.py" for name in ("statistics", "topk", "one_read", "policy", "contract", "determinism")
+            f"test_gpu_{name}.py"
+            for name in ("statistics", "labels", "topk", "one_read", "policy", "contract", "determinism")
         ]
         return self.runner.tests("statistics", files, self.processes(MOST_PROCESSES), self.limit("statistics"))
 

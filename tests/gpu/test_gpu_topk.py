@@ -1,143 +1,149 @@
-"""Many labels a token, the mass of all other columns, and the top-k losses made of them, against float64."""
+"""Top-k divergences and the statistics of many labels on the device: the one-read kernel in its plans, and two sweeps,
+against float64."""
 
 from __future__ import annotations
 
-from typing import Any
-
-import oracle
 import pytest
 import torch
-from checks import check_gradient, check_value, on
-from setting import DEVICE, DTYPES, KERNELS, QUICK, rows
+from checks import on
+from setting import DEVICE, KERNELS, LOSSES, QUICK, rows
 from torch import Tensor
 
 import kldiv_kernels as kk
 
-TOP_K = ("logprob", "tail_logprob")
-# Whole vectors or not; one, a few and ten slices of Triton's.
-WIDTHS = (300, 301) if QUICK else (1000, 50_257, 151_936)
-COUNTS = (1, 64) if QUICK else (1, 64, 1000)
-# Where threads, blocks, words of marks and slices of Triton's kernels begin in bfloat16 or float32.
-BORDERS = [at + i for at in (4, 8, 32, 512, 1024, 2048, 4096, 8192, 16_384, 32_768) for i in (-1, 0)]
+CUDA = [name for name in KERNELS if name == "cuda"]
+# Below 8192 columns the cuda backend chooses two sweeps.
+WIDTHS = (136,) if QUICK else (3000, 8200, 151_936, 262_144)
+DTYPES = (torch.bfloat16,) if QUICK else (torch.bfloat16, torch.float32)
+# With a sum of its own, with sums of normalised terms, with a log-sum-exp.
+KINDS = [name for name in ("forward_kl", "reverse_kl", "js", "tvd", "renyi", "forward_chi2") if name in LOSSES]
+TAILS = ("bucket", "renormalize", "renormalize_teacher")
+PLANS = (
+    "two-sweep", "cluster=1,stages=3", "cluster=2,stages=1", "cluster=4,stages=2", "cluster=8,stages=4",
+    "cluster=16,stages=2",
+)  # fmt: skip
 
 
-def _labels(count: int, columns: int, tokens: int = 2) -> Tensor:
-    """Different ones, in no order; the first token has those at borders."""
-    labels = torch.stack([torch.randperm(columns)[:count] for _ in range(tokens)])
-    borders = torch.tensor([at for at in [0, *BORDERS, columns - 1] if at < columns])
-    if len(borders) <= count:
-        others = torch.randperm(columns)
-        others = others[~torch.isin(others, borders)]
-        labels[0] = torch.cat([borders, others])[:count]
-    return labels
+def some_ids(count: int, columns: int, k: int) -> Tensor:
+    """Different ones in each row, the row's ends among them, and no id in the last place of every other row."""
+    ids = torch.stack([torch.randperm(columns - 2)[:k] + 1 for _ in range(count)])
+    ids[:, 0], ids[::2, -1] = 0, -1
+    ids[1::2, -1] = columns - 1
+    return ids
 
 
-def _check(logits: Tensor, labels: Tensor, backend: str, stats: tuple[str, ...] = TOP_K, **options: Any) -> None:
-    """Values, and the gradient of their sum with random coefficients."""
-    student = on(DEVICE, logits.clone()).requires_grad_()
-    values = kk.token_stats(student, labels=on(DEVICE, labels), stats=stats, backend=backend, **options)
-    total, wanted, floor = torch.zeros((), device=DEVICE), torch.zeros(()), torch.zeros(())
-    for name, value in values.items():
-        cotangent = torch.randn(value.shape)
-        expected = oracle.evaluate(name, logits, None, labels, cotangent=cotangent, **options)
-        check_value(value.cpu(), expected.value)
-        total = total + (cotangent.to(DEVICE) * value).sum()
-        wanted = wanted + expected.student
-        floor = floor + expected.student_floor + expected.student.abs().amax(-1, keepdim=True)
-    total.backward()
-    assert student.grad is not None
-    check_gradient(student.grad.cpu(), wanted, floor)
+def teacher_of(ids: Tensor) -> Tensor:
+    logits = torch.where(ids < 0, -torch.inf, torch.randn(ids.shape))
+    return logits.log_softmax(-1) + torch.tensor(0.8).log()
 
 
-@pytest.mark.parametrize("count", COUNTS)
+def gradient(
+    leaf: Tensor, ids: Tensor, theirs: Tensor, kind: str, backend: str, **options: object
+) -> tuple[Tensor, Tensor]:
+    there = {key: on(str(leaf.device), x) if isinstance(x, Tensor) else x for key, x in options.items()}
+    loss = kk.topk_divergence_loss(
+        leaf, on(str(leaf.device), ids), on(str(leaf.device), theirs), kind, reduction="sum", backend=backend, **there
+    )  # fmt: skip
+    return loss.detach().cpu(), torch.autograd.grad(loss, leaf)[0].cpu()
+
+
+def check(
+    logits: Tensor, ids: Tensor, theirs: Tensor, kind: str, backend: str, **options: object
+) -> tuple[Tensor, Tensor]:
+    """Loss and gradient, after comparing both with float64."""
+    loss, got = gradient(on(DEVICE, logits).requires_grad_(), ids, theirs, kind, backend, **options)
+    expected, wanted = gradient(logits.double().requires_grad_(), ids, theirs, kind, "reference", **options)
+    assert loss.item() == pytest.approx(expected.item(), rel=3e-5, abs=1e-5)
+    largest = wanted.abs().amax(-1, keepdim=True)
+    rounding = 0 if logits.dtype == torch.float32 else torch.finfo(logits.dtype).eps
+    assert (largest > 0).any()
+    assert ((got.double() - wanted).abs() <= 3e-5 * largest + 2e-6 + rounding * wanted.abs()).all()
+    return loss, got
+
+
+@pytest.mark.parametrize("k", [1, 64, 1024])
 @pytest.mark.parametrize("columns", WIDTHS)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("backend", KERNELS)
-def test_sizes(backend: str, dtype: torch.dtype, columns: int, count: int) -> None:
-    logits, labels = rows(2, columns, dtype=dtype), _labels(min(count, columns - 1), columns)
-    # A label taken for one of the rest, or the other way round, is most of either.
-    logits[0, labels[0]] += 12
-    _check(logits, labels, backend, temperature=0.9)
+@pytest.mark.parametrize("backend", CUDA)
+def test_divergences(backend: str, dtype: torch.dtype, columns: int, k: int) -> None:
+    k = min(k, columns // 3)
+    for i, kind in enumerate(KINDS):
+        tail = TAILS[i % 2]
+        ids = some_ids(9, columns, k) if k > 1 else torch.randint(columns, (9, 1))
+        if k == 1 and tail == "renormalize":
+            continue
+        options = {"weight": torch.rand(9) + 0.5, "mask": torch.arange(9) != 4, "temperature": 1.3, "alpha": 0.3}
+        _, got = check(rows(9, columns, dtype=dtype), ids, teacher_of(ids), kind, backend, tail=tail, **options)
+        assert not got[4].any()
 
 
-@pytest.mark.parametrize("stats", [("logprob",), TOP_K, (*TOP_K, "entropy")], ids="+".join)
-@pytest.mark.parametrize("backend", KERNELS)
-def test_equal_labels(backend: str, stats: tuple[str, ...]) -> None:
-    columns, count = (200, 150) if QUICK else (20_011, 700)
-    labels = torch.randint(columns // 40, (3, count))
-    labels[0, 100:], labels[1, 3::5] = -100, -100
-    labels[0, :100] = torch.randperm(columns)[:100]
-    _check(rows(3, columns), labels, backend, stats, temperature=1.2)
+@pytest.mark.parametrize("tail", TAILS)
+@pytest.mark.parametrize("plan", PLANS)
+@pytest.mark.parametrize("backend", CUDA)
+def test_plans(backend: str, plan: str, tail: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """More rows than all clusters hold at a time, and labels in every slice."""
+    if "stages" in plan and torch.cuda.get_device_capability() < (9, 0):
+        pytest.skip("needs clusters")
+    if plan.startswith("cluster=16") and torch.cuda.get_device_capability()[0] == 12:
+        pytest.skip("has clusters of at most 8")
+    monkeypatch.setenv("KLDIV_CUDA_PLAN", plan)
+    ids = some_ids(701, 3000, 200)
+    for dtype in DTYPES:
+        check(rows(701, 3000, dtype=dtype), ids, teacher_of(ids), "js", backend, tail=tail)
 
 
-@pytest.mark.parametrize("above", [28.0, 60.0, 118.0])
-@pytest.mark.parametrize("stats", [TOP_K, (*TOP_K, "entropy")], ids="+".join)
-@pytest.mark.parametrize("backend", KERNELS)
-def test_next_to_nothing_is_left(backend: str, stats: tuple[str, ...], above: float) -> None:
-    columns = WIDTHS[-1]
-    logits, labels = torch.randn(2, columns), _labels(5, columns)
-    inside = torch.zeros(2, columns, dtype=torch.bool).scatter_(1, labels, True)
-    logits += above * inside
-    leaf, there = logits.double().requires_grad_(), on(DEVICE, logits).requires_grad_()
-    got = kk.token_stats(there, labels=on(DEVICE, labels), stats=stats, backend=backend).tail_logprob
-    expected = torch.where(inside, -torch.inf, leaf.log_softmax(-1)).logsumexp(-1)
-    assert torch.allclose(got.cpu().double(), expected, rtol=2e-6)
-    (mine,), (wanted,) = torch.autograd.grad(got.sum(), there), torch.autograd.grad(expected.sum(), leaf)
-    assert torch.allclose(mine.cpu().double(), wanted, rtol=3e-5, atol=1e-30)
+@pytest.mark.parametrize("captured", [1 - 1e-7, 1 - 1e-12], ids=str)
+@pytest.mark.parametrize("columns", WIDTHS)
+@pytest.mark.parametrize("backend", CUDA)
+def test_next_to_all_captured(backend: str, columns: int, captured: float) -> None:
+    """The tail has its digits, and its gradient."""
+    ids = some_ids(5, columns, 32).clamp_min(1)
+    ids[::2, -1] = -1
+    here = torch.zeros(5, columns + 1, dtype=torch.bool).scatter_(1, ids.where(ids >= 0, columns), True)[:, :columns]
+    shift = torch.tensor(-captured, dtype=torch.float64).log1p().float()
+    logits = rows(5, columns) + torch.where(here, 0.0, shift - torch.tensor(float(columns)).log())
+    _, got = check(logits, ids, teacher_of(ids), "forward_kl", backend)
+    assert (got.masked_fill(here, 0.0).abs().amax(-1) > 1e-6).all()
+    stats = kk.topk_token_stats(on(DEVICE, logits), on(DEVICE, ids), check=False, backend=backend)
+    wanted = kk.topk_token_stats(logits.double(), ids, backend="reference")
+    assert torch.allclose(stats.tail_logprob.cpu().double(), wanted.tail_logprob, rtol=1e-5, atol=1e-5)
 
 
-@pytest.mark.parametrize("stats", [("logprob",), TOP_K, (*TOP_K, "entropy")], ids="+".join)
-@pytest.mark.parametrize("backend", KERNELS)
-def test_the_same_bits_twice_and_in_any_batch(backend: str, stats: tuple[str, ...]) -> None:
-    """Equal labels too: whichever of them is marked or written first."""
-    columns, batch = (300, 14) if QUICK else (20_008, 4096)
-    logits, labels = rows(7, columns, dtype=torch.bfloat16), torch.randint(columns // 50, (7, 70))
-    weight = torch.randn(7, 70)
-    each = [x.to(DEVICE) for x in (logits, labels, weight)]
+@pytest.mark.parametrize("columns", WIDTHS)
+@pytest.mark.parametrize("backend", CUDA)
+def test_many_labels(backend: str, columns: int) -> None:
+    """Statistics and their gradient from coefficients that come later."""
+    ids = some_ids(4, columns, min(1024, columns // 3))
+    logits, weights = rows(4, columns), [torch.randn(4, ids.shape[1]), torch.randn(4), torch.randn(4)]
 
-    def bits(index: Tensor) -> list[Tensor]:
-        mine, ids, scale = (x[index] for x in each)
-        values = kk.token_stats(mine.requires_grad_(), labels=ids, stats=stats, backend=backend)
-        total = (scale * values.logprob).sum() + sum((scale[:, 0] * values[name]).sum() for name in stats[1:])
-        return [*values.values(), *torch.autograd.grad(total, mine)]
-
-    alone = [
-        torch.cat(parts) for parts in zip(*(bits(torch.tensor([i], device=DEVICE)) for i in range(7)), strict=True)
-    ]
-    for size in (3, batch, batch):
-        index = (torch.arange(size, device=DEVICE) * 3 + 1) % 7
-        for got, wanted in zip(bits(index), alone, strict=True):
-            assert torch.equal(got, wanted[index]), f"in a batch of {size} a row's bits differ from those of it alone"
-
-
-@pytest.mark.parametrize(
-    ("kind", "tail"),
-    [
-        ("forward_kl", "bucket"), ("reverse_kl", "bucket"), ("js", "bucket"), ("hellinger", "bucket"),
-        ("forward_kl", "renormalize"), ("forward_kl", "renormalize_teacher"), ("forward_kl", "none"),
-    ],
-)  # fmt: skip
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("backend", KERNELS)
-def test_top_k_losses(backend: str, dtype: torch.dtype, kind: str, tail: str) -> None:
-    """Against the same formula on the reference backend in float64."""
-    columns = WIDTHS[-1]
-    logits, reference = rows(2, 3, columns, dtype=dtype), rows(2, 3, columns)
-    teacher = reference.log_softmax(-1).topk(64, dim=-1)
-    mask = torch.tensor([[1, 1, 0], [1, 1, 1]])
-
-    def run(leaf: Tensor, device: str, chosen: str) -> tuple[Tensor, Tensor]:
-        loss = kk.topk_divergence_loss(
-            leaf, on(device, teacher.indices), on(device, teacher.values), kind, tail=tail, mask=on(device, mask),
-            temperature=1.3, backend=chosen,
+    def both(leaf: Tensor, device: str, name: str) -> tuple[list[Tensor], Tensor]:
+        out = kk.topk_token_stats(
+            leaf, on(device, ids), stats=("topk_logprobs", "tail_logprob", "entropy"), check=False, backend=name
         )  # fmt: skip
-        return loss.detach().cpu().double(), torch.autograd.grad(loss, leaf)[0].cpu()
+        values = [torch.where(x == -torch.inf, 0.0, x) for x in out.values()]
+        total = sum((on(device, w).to(x.dtype) * x).sum() for w, x in zip(weights, values, strict=True))
+        assert isinstance(total, Tensor)
+        return [x.detach().cpu() for x in values], torch.autograd.grad(total, leaf)[0].cpu()
 
-    got, mine = run(on(DEVICE, logits).requires_grad_(), DEVICE, backend)
-    expected, wanted = run(logits.double().requires_grad_(), "cpu", "reference")
-    assert torch.allclose(got, expected, rtol=2e-5, atol=1e-6)
-    largest = wanted.abs().amax(-1, keepdim=True)
-    rounding = 0 if dtype == torch.float32 else torch.finfo(dtype).eps
-    assert ((mine.double() - wanted).abs() <= 3e-5 * largest + 1e-7 + rounding * wanted.abs()).all()
-    assert not mine[mask == 0].any()
-    assert mine[mask != 0].any(-1).all()
+    got, dlogits = both(on(DEVICE, logits).requires_grad_(), DEVICE, backend)
+    expected, wanted = both(logits.double().requires_grad_(), "cpu", "reference")
+    for one, other in zip(got, expected, strict=True):
+        assert torch.allclose(one.double(), other, rtol=1e-5, atol=1e-5)
+    assert ((dlogits.double() - wanted).abs() <= 3e-5 * wanted.abs().amax(-1, keepdim=True)).all()
+
+
+@pytest.mark.parametrize("columns", WIDTHS)
+@pytest.mark.parametrize("backend", CUDA)
+def test_same_bits(backend: str, columns: int) -> None:
+    """Twice, alone, and among many."""
+    ids = some_ids(7, columns, 40)
+    theirs, logits = teacher_of(ids), rows(7, columns, dtype=torch.bfloat16)
+    _, first = gradient(on(DEVICE, logits).requires_grad_(), ids, theirs, "js", backend)
+    for count in (1, 300):
+        many, more, most = (x.repeat(count, *(1,) * (x.dim() - 1)) for x in (logits, ids, theirs))
+        _, again = gradient(on(DEVICE, many).requires_grad_(), more, most, "js", backend)
+        assert torch.equal(again, first.repeat(count, 1))
+    for row in range(7):
+        one = slice(row, row + 1)
+        _, alone = gradient(on(DEVICE, logits[one]).requires_grad_(), ids[one], theirs[one], "js", backend)
+        assert torch.equal(alone, first[one])
