@@ -32,9 +32,10 @@
     "float[] policy_bounds) -> (Tensor, Tensor)"
 
 // Values, the divergences of the outcomes from `teacher`, and dlogits of Σ scale · divergence (cpu/rows.h, TopK).
-#define KLDIV_TOPK                                                                                               \
-    "topk(" KLDIV_CALL ", Tensor teacher, Tensor scale, str kind, float alpha, float beta) -> (Tensor, Tensor, " \
-                       "Tensor)"
+#define KLDIV_TOPK                                                                            \
+    "topk(" KLDIV_CALL                                                                        \
+    ", Tensor teacher, Tensor scale, str kind, float alpha, float beta) -> (Tensor, Tensor, " \
+    "Tensor)"
 
 namespace kldiv {
 

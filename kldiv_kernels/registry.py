@@ -53,11 +53,6 @@ class Statistic:
         return self.kind not in ("argmax", "max_logprob")
 
     @property
-    def on_gpu(self) -> bool:
-        """Whether the kernels of GPUs are written for its kind."""
-        return self.kind != "tail"
-
-    @property
     def per_label(self) -> bool:
         """Has a value for each label of a token, not one for the token."""
         return self.kind == "label"
