@@ -76,40 +76,40 @@ KLDIV_DEVICE float label_weight(const Call& call, int64_t index, int64_t j, bool
     return weight;
 }
 
-// share q, q = 2^(x c - m) / z. Columns that are no label take a tail's gradient with it, in the tail's own units: a
+// share q, as factor 2^(x c - m). Columns that are no label take a tail's gradient with it, in the tail's own units: a
 // tail with next to no mass has a gradient all the same.
 struct Dense {
-    float m, over_z, share;
+    float m, factor;
 };
-KLDIV_DEVICE Dense with_tail(const Dense& row, const Shares& shares) {
-    if (shares.tail == 0) return row;
-    const float mass = exp2(shares.of_tail.m - row.m) * shares.of_tail.z * row.over_z;
+KLDIV_DEVICE Dense with_tail(const Normalised& n, const Shares& shares) {
+    if (shares.tail == 0) return {n.ms, shares.s * n.over_zs};
+    const float mass = exp2(shares.of_tail.m - n.ms) * shares.of_tail.z * n.over_zs;
     // 0 * inf: as below.
-    return {shares.of_tail.m, 1 / shares.of_tail.z, shares.tail + (mass == 0 ? 0.0f : row.share * mass)};
+    return {shares.of_tail.m, (shares.tail + (mass == 0 ? 0.0f : shares.s * mass)) / shares.of_tail.z};
 }
 
 // One gradient, of the columns of a slice: eight at a time, and then, where labels are apart, label by label.
 template <bool student>
 KLDIV_DEVICE void slice_gradient(const SweepArguments& a, const RowInput& row, const Normalised& n,
-                                 const Shares& shares, const Place& at, bool apart, const LabelBits& bits) {
+                                 const Shares& shares, const Place& at, bool apart) {
     const Call& call = a.call;
     const int64_t index = at.index;
     const Gradient& to = student ? call.d_student : call.d_teacher;
     const int element = student ? call.student.element : call.teacher.element;
     char* out = row_at(to, element, index);
-    const float over_temperature = (student ? n.cs : n.ct) / kLog2e;
-    const int64_t* labels = call.labels + index * call.labels_per_row;
-    // `label`: which of the columns is alone written, the j-th label; -1: all of them.
-    const auto body = [&](int64_t start, Pair& pair, const Dense& dense, int label, int64_t j) {
+    const int begin = static_cast<int>(at.begin), limit = static_cast<int>(at.limit);
+    const auto label_at = [&](int64_t j) { return call.labels[index * call.labels_per_row + j]; };
+    // `alone`: of these columns only the one that is the j-th label. Asked for again at the end, not kept in registers.
+    const auto body = [&](int start, Pair& pair, const Dense& dense, bool alone, int j) {
         raise_to(n.floor_s, pair.s);
         raise_to(n.floor_t, pair.t);
         Columns g;
 #pragma unroll
         for (int i = 0; i < kColumns; ++i) {
             const float y = student ? fma(pair.s.x[i], n.cs, -dense.m) : fma(pair.t.x[i], n.ct, -dense.m);
-            const float q = exp2(y) * dense.over_z;
+            const float q = exp2(y);
             // 0 * inf: a column without mass takes no share of an infinite sum.
-            g.x[i] = q == 0 ? 0.0f : dense.share * q;
+            g.x[i] = q == 0 ? 0.0f : dense.factor * q;
         }
         const float* coefficient = call.coefficients + index;
         for (int i = 0; i < call.stat_count; ++i) {
@@ -136,46 +136,45 @@ KLDIV_DEVICE void slice_gradient(const SweepArguments& a, const RowInput& row, c
                 }
             });
         }
-        if (label < 0 && call.labels && !apart) {
-            j = 0;
-            label = static_cast<int>(*labels - start < 0 || *labels - start >= kColumns ? -1 : *labels - start);
-        }
-        if (label >= 0) {
-            const float weight = label_weight(call, index, j, apart && *bits.twice, student);
+        int64_t label = -1;
+        if (alone || (call.labels && !apart)) label = label_at(alone ? j : 0) - start;
+        if (label >= 0 && label < kColumns) {
+            const float weight = label_weight(call, index, alone ? j : 0, alone && LabelBits::some_twice(), student);
 #pragma unroll
             for (int i = 0; i < kColumns; ++i) g.x[i] += label == i ? weight : 0.0f;
         }
+        // Computed here: a register less in all that comes before.
+        const float over_temperature = opaque(student ? n.cs : n.ct) / kLog2e;
 #pragma unroll
         for (int i = 0; i < kColumns; ++i) g.x[i] *= over_temperature;
         const int64_t excluded = row.exclude - start;
         if (excluded >= 0 && excluded < kColumns) replace(static_cast<int>(excluded), 0.0f, g);
-        if (label < 0 || !apart) return store_columns(out, element, start, at.limit, g);
-        float alone = g.x[0];
+        if (!alone) return store_columns(out, element, start, limit, g);
+        float only = g.x[0];
 #pragma unroll
-        for (int i = 1; i < kColumns; ++i) alone = label == i ? g.x[i] : alone;
-        store_column(out, element, start + label, alone);
+        for (int i = 1; i < kColumns; ++i) only = label == i ? g.x[i] : only;
+        store_column(out, element, start + label, only);
     };
-    const Dense plain = student ? Dense{n.ms, n.over_zs, shares.s} : Dense{n.mt, n.over_zt, shares.t};
+    const Dense plain = student ? Dense{n.ms, shares.s * n.over_zs} : Dense{n.mt, shares.t * n.over_zt};
     const auto columns_and_labels = [&](auto two) {
-        Dense dense = student ? with_tail(plain, shares) : plain;
-        int64_t count = (at.limit - at.begin + kColumns - 1) / kColumns;
+        Dense dense = student ? with_tail(n, shares) : plain;
+        int count = (limit - begin + kColumns - 1) / kColumns;
         for (int pass = 0; pass <= apart; ++pass) {
             if (pass == 1) {
                 // A label's column is written after its neighbours.
                 block_sync(0, block_threads());
                 dense = plain;
-                count = call.labels_per_row;
+                count = static_cast<int>(call.labels_per_row);
             }
-            for (int64_t i = thread_index(); i < count; i += kSweepThreads) {
-                int64_t start = at.begin + i * kColumns;
-                int label = -1;
+            for (int i = thread_index(); i < count; i += kSweepThreads) {
+                int start = begin + i * kColumns;
                 if (pass == 1) {
-                    if (labels[i] < at.begin || labels[i] >= at.limit) continue;
-                    label = static_cast<int>((labels[i] - at.begin) % kColumns);
-                    start = labels[i] - label;
+                    const int64_t label = label_at(i);
+                    if (label < begin || label >= limit) continue;
+                    start = static_cast<int>(label) - (static_cast<int>(label) - begin) % kColumns;
                 }
-                Pair pair = load_pair<decltype(two)::value>(call, row, start, at.limit);
-                body(start, pair, dense, label, i);
+                Pair pair = load_pair<decltype(two)::value>(call, row, start, limit);
+                body(start, pair, dense, pass == 1, i);
             }
         }
     };
@@ -204,15 +203,14 @@ KLDIV_KERNEL(kSweepThreads, 2) gradient(SweepArguments a) {
         zero(at.begin);
         return;
     }
+    if (last) zero(call.columns);
     const RowInput row = open_row(call, index);
     const float* state = call.state + index;
     const Normalised n = normalise(row, state[0], state[call.rows], state[2 * call.rows], state[3 * call.rows]);
     const bool apart = labels_apart(call);
-    const LabelBits bits(at.begin);
-    if (apart) bits.find(call, index, at.limit);
-    if (a.student) slice_gradient<true>(a, row, n, shares, at, apart, bits);
-    if (a.teacher) slice_gradient<false>(a, row, n, shares, at, apart, bits);
-    if (last) zero(at.limit);
+    if (apart) LabelBits(at.begin).find(call, index, at.limit);
+    if (a.student) slice_gradient<true>(a, row, n, shares, at, apart);
+    if (a.teacher) slice_gradient<false>(a, row, n, shares, at, apart);
 }
 
 // The rows that the mask leaves out, for kernels that do not visit them: values and gradient are 0.

@@ -30,6 +30,8 @@ struct LabelBits {
         block_sync(0, block_threads());
     }
 
+    // Of the slice whose labels were found.
+    KLDIV_DEVICE static bool some_twice() { return *LabelBits(0).twice != 0; }
     // Of columns [start, start + 8), the first in the lowest bit.
     KLDIV_DEVICE uint32_t of(int64_t start) const {
         const uint32_t at = static_cast<uint32_t>(start - begin);
