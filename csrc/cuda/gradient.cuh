@@ -107,9 +107,9 @@ KLDIV_DEVICE void slice_gradient(const SweepArguments& a, const RowInput& row, c
 #pragma unroll
         for (int i = 0; i < kColumns; ++i) {
             const float y = student ? fma(pair.s.x[i], n.cs, -dense.m) : fma(pair.t.x[i], n.ct, -dense.m);
-            const float q = exp2(y);
-            // 0 * inf: a column without mass takes no share of an infinite sum.
-            g.x[i] = q == 0 ? 0.0f : dense.factor * q;
+            const float e = exp2(y), q = e * (student ? n.over_zs : n.over_zt);
+            // 0 * inf: a column without mass takes no share of an infinite sum. In a row without a softmax q is NaN.
+            g.x[i] = q == 0 ? 0.0f : dense.factor * e;
         }
         const float* coefficient = call.coefficients + index;
         for (int i = 0; i < call.stat_count; ++i) {
