@@ -19,6 +19,7 @@ from kldiv_kernels.registry import Statistic
 POLICY_LOSS = "policy_loss"
 TOPK_LOSS = "topk_loss"
 # What the losses that are no divergence of two rows take of a row.
+_K = 64
 _STATISTICS = {POLICY_LOSS: ("logprob", "entropy"), TOPK_LOSS: ("logprob", "tail_logprob")}
 
 
@@ -49,6 +50,8 @@ class _Wanted:
     stats: tuple[Statistic, ...]
     gradient: bool
     one_read: bool
+    labels: int = 1
+    topk: bool = False
 
     @property
     def tensors(self) -> int:
@@ -78,7 +81,8 @@ def plan(
     Args:
         rows, vocab: N tokens and V columns.
         dtype: of the logits. stats or kind: one of them; default kind="forward_kl". kind="policy_loss" is a
-            `policy_loss` whose gradient depends on each token alone, "topk_loss" a `topk_divergence_loss`.
+            `policy_loss` whose gradient depends on each token alone, "topk_loss" a `topk_divergence_loss` on 64
+            tokens.
         device: "cpu", a CUDA device of this machine such as "cuda:0", or an architecture such as "sm_90", which need
             not be here.
         gradient: count the gradient of the logits too.
@@ -101,7 +105,9 @@ def plan(
         chosen = [registry.get(kind or "forward_kl", "plan: kind", [*registry.divergence_names(), *_STATISTICS])]
     else:
         chosen = inputs.statistics(stats, "plan")
-    wanted = _Wanted(rows, vocab, dtype, tuple(chosen), gradient, stats is None and gradient)
+    topk = kind == TOPK_LOSS
+    labels = min(_K, vocab) if topk else 1
+    wanted = _Wanted(rows, vocab, dtype, tuple(chosen), gradient, stats is None and gradient, labels, topk)
     return _on_cpu(wanted) if target == "cpu" else _on_gpu(wanted, target)
 
 
@@ -174,7 +180,8 @@ def _of_cuda(wanted: _Wanted, capability: int, device: str) -> Plan:
         chosen = _compiled().plan_cuda(
             capability=capability, rows=wanted.rows, columns=wanted.vocab, stats=wanted.names, student_bytes=element,
             teacher_bytes=element if wanted.tensors == 2 else 0, student_gradient=wanted.gradient,
-            known_coefficients=wanted.one_read,
+            known_coefficients=wanted.one_read, labels_per_row=wanted.labels,
+            topk_outcomes=wanted.labels + 1 if wanted.topk else 0, float16=wanted.dtype == torch.float16,
         )  # fmt: skip
     except ValueError as error:
         argument = "" if str(error).startswith("KLDIV_CUDA_PLAN") else f"device is {device!r}; "

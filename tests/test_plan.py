@@ -104,6 +104,16 @@ def test_longer_rows_never_take_smaller_clusters_until_nothing_has_three_stages(
     assert set(clusters) == {1, 2, 4, 8, 16}
 
 
+def test_a_top_k_loss_by_name() -> None:
+    shape = {"rows": 8192, "vocab": 151_936, "kind": "topk_loss"}
+    found = kk.plan(**shape, device="sm_90")
+    assert (found.kernel, found.cluster, found.stages) == ("one-read", 4, 3)
+    assert found.bytes == 2 * 8192 * 151_936 * 2
+    assert kk.plan(**shape, device="sm_86").kernel == "two-sweep"
+    assert "float16" in kk.plan(**shape, device="sm_90", dtype=torch.float16).reason
+    assert kk.plan(**shape).bytes == found.bytes
+
+
 REFUSALS: dict[str, tuple[dict[str, Any], str]] = {
     "no gradient": ({"student_gradient": False}, "no gradient is asked for"),
     "token_stats": ({"known_coefficients": False}, "the gradient's coefficients are known after the statistics only"),
