@@ -26,6 +26,7 @@ from kldiv_kernels.losses import divergence_loss
 from kldiv_kernels.stats import selective_log_softmax, token_stats
 from kldiv_kernels.topk import topk_token_stats
 from kldiv_kernels.topk_divergences import topk_divergence_loss
+from kldiv_kernels.topk_inputs import tail_of
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -131,6 +132,7 @@ def topk_distillation_loss(
     tail: Any = options.tail
     rows: dict[str, Any] = {
         "tail": tail,
+        "tail_logprob": tail_of(topk_logprobs, topk_ids, vocab_size) if tail == "bucket" else None,
         "mask": rows_with_ids(topk_ids) & target,
         "normalizer": normalizer,
         "backend": options.backend,

@@ -215,7 +215,7 @@ def _labels(
     table = labels.reshape(-1, per_row).to(torch.int64)
     ignored = table == ignore_index
     _in_range(where, "labels", table, ignored, 0, columns, labels.shape, f"or ignore_index = {ignore_index}")
-    return torch.where(ignored, -1, table)
+    return torch.where(ignored, -1, table).contiguous()
 
 
 def _exclude(where: str, exclude: Tensor | None, logits: Tensor, leading: torch.Size, columns: int) -> Tensor | None:
@@ -271,11 +271,7 @@ def _parameters(
     for name in ("temperature", "reference_temperature"):
         _bounded(where, name, given[name], _POSITIVE, "")
     for statistic in stats:
-        for name, bound in (("alpha", statistic.alpha), ("beta", statistic.beta)):
-            if bound is not None:
-                _bounded(where, name, given[name], bound, f" for {statistic.name}")
-        if statistic.name == "alpha_beta":
-            _bounded_sum(where, given["alpha"], given["beta"])
+        _of_statistic(where, statistic, alpha, beta)
     floats = [1.0 if isinstance(value, Tensor) else float(value) for value in given.values()]
     if not any(isinstance(value, Tensor) for value in given.values()):
         return (floats[0], floats[1], floats[2], floats[3]), None
@@ -290,6 +286,20 @@ def _parameters(
         ]
     )
     return (floats[0], floats[1], floats[2], floats[3]), table
+
+
+def alpha_and_beta_checked(where: str, statistic: Statistic, alpha: Parameter, beta: Parameter, logits: Tensor) -> None:
+    for name, value in (("alpha", alpha), ("beta", beta)):
+        _parameter_type(where, name, value, logits, logits.shape[:-1])
+    _of_statistic(where, statistic, alpha, beta)
+
+
+def _of_statistic(where: str, statistic: Statistic, alpha: Parameter, beta: Parameter) -> None:
+    for name, value, bound in (("alpha", alpha, statistic.alpha), ("beta", beta, statistic.beta)):
+        if bound is not None:
+            _bounded(where, name, value, bound, f" for {statistic.name}")
+    if statistic.name == "alpha_beta":
+        _bounded_sum(where, alpha, beta)
 
 
 def _parameter_type(where: str, name: str, value: Parameter, logits: Tensor, leading: torch.Size) -> None:

@@ -121,7 +121,8 @@ def topk_token_stats(
             none = none if mask is None else none & (mask != 0)[..., None]
             out[name] = torch.where(none, -torch.inf, found["logprob"][..., :count])
         elif name == "logprob" and labels is not None:
-            among = torch.where(ids == labels[..., None], found["logprob"][..., :count], 0.0).sum(-1)
+            same = (ids == labels[..., None]) & (labels != ignore_index)[..., None]
+            among = torch.where(same, found["logprob"][..., :count], 0.0).sum(-1)
             out[name] = among + found["logprob"][..., count]
         elif name == "tail_logprob" and joined is not ids:
             extra = torch.where(joined[..., count] < 0, -torch.inf, found["logprob"][..., count])
@@ -133,7 +134,7 @@ def topk_token_stats(
 
 def largest(where: str, logits: Tensor, k: int, vocab_size: int | None, mask: Tensor | None, backend: str) -> Tensor:
     inputs.logits_checked(where, logits, "logits")
-    columns = topk_inputs.columns_of(logits, vocab_size)
+    columns = inputs.shared_columns(where, logits, None, vocab_size)
     if not isinstance(k, int) or not 1 <= k <= columns:
         raise ValueError(f"{where}: k is {k!r}; expected 1 to {columns}, the vocabulary size")
     if backend in ("auto", "cpu") and native.selects(logits):

@@ -92,7 +92,7 @@ def topk_divergence_loss(
     (0.023705, [0.0481, -0.0221, -0.007, -0.0191])
     """
     where = "topk_divergence_loss"
-    registry.get(kind, f"{where}: kind", registry.divergence_names())
+    statistic = registry.get(kind, f"{where}: kind", registry.divergence_names())
     if tail not in _TAILS:
         raise ValueError(f"{where}: tail is {tail!r}; expected {', '.join(_TAILS[:-1])} or {_TAILS[-1]}")
     if tail == "none" and kind not in _RAW:
@@ -102,6 +102,7 @@ def topk_divergence_loss(
     reduction_checked(where, reduction)
     inputs.logits_checked(where, logits, "logits")
     inputs.weight_checked(where, weight, logits)
+    inputs.alpha_and_beta_checked(where, statistic, alpha, beta, logits)
     looks = topk_inputs.looks_at(logits, check)
     valid = topk_inputs.masked(mask, labels, ignore_index, logits, where)
     ids = topk_inputs.ids_checked(where, "topk_ids", topk_ids, logits, vocab_size, looks)
@@ -114,6 +115,7 @@ def topk_divergence_loss(
     )  # fmt: skip
     leading, columns = logits.shape[:-1], topk_inputs.columns_of(logits, vocab_size)
     theirs = teacher if tail in ("renormalize", "none") else _with_rest(teacher, ids, columns, tail, tail_logprob)
+    theirs = theirs.to(scale.dtype)
     # float16 waits for the loss scale, as in `policy_loss`.
     wanted = torch.is_grad_enabled() and logits.requires_grad and logits.dtype != torch.float16
     if wanted and reduction != "none" and not scale.requires_grad:
@@ -124,12 +126,11 @@ def topk_divergence_loss(
         )  # fmt: skip
         chosen = inputs.select(call, backend, where)
         if tail == "none" and kind in _LINEAR:
-            return _linear(kind, call, chosen, teacher.reshape(call.rows, -1), scale)
+            return _linear(kind, call, chosen, theirs.reshape(call.rows, theirs.shape[-1]), scale)
         numbers = not isinstance(alpha, Tensor) and not isinstance(beta, Tensor)
-        if tail != "none" and numbers and registry.STATISTICS[kind].builtin and _has_one_read(chosen):
-            divergences, dlogits = ops.topk_loss(
-                call, chosen, theirs.reshape(call.rows, -1), scale, kind, float(alpha), float(beta)
-            )
+        if tail != "none" and numbers and statistic.builtin and _has_one_read(chosen):
+            table = theirs.reshape(call.rows, theirs.shape[-1])
+            divergences, dlogits = ops.topk_loss(call, chosen, table, scale, kind, float(alpha), float(beta))
             return ops.with_gradient(reduced(divergences, scale, reduction, leading), logits, dlogits)
 
     stats = tuple("topk_logprobs" if name == "logprob" else name for name in _statistics(tail))
@@ -139,7 +140,7 @@ def topk_divergence_loss(
     )  # fmt: skip
     ours = student["topk_logprobs"]
     if tail == "none":
-        values = _raw_sum(kind, ours, teacher)
+        values = _raw_sum(kind, ours, theirs)
     else:
         if "tail_logprob" in student:
             ours = torch.cat([ours, student["tail_logprob"][..., None]], dim=-1)
@@ -188,6 +189,7 @@ def topk_divergence_from_logits(
     ids = largest(where, logits if support == "student" else reference, k, vocab_size, mask, backend)
     if support == "union":
         ids = _union(ids, largest(where, logits, k, vocab_size, mask, backend))
+        ids = ids[..., : topk_inputs.columns_of(logits, vocab_size)]
     shared = inputs.shared_columns(where, logits, reference, vocab_size)
     teacher = topk_token_stats(
         reference, ids, temperature=temperature if reference_temperature is None else reference_temperature,
@@ -211,8 +213,7 @@ def _with_rest(teacher: Tensor, ids: Tensor, columns: int, tail: Tail, tail_logp
     elif tail_logprob is not None:
         rest = tail_logprob.detach().to(teacher.dtype)
     else:
-        # Of a whole vocabulary 1 − Σ is rounding, on an outcome that the student does not have.
-        rest = topk_inputs.tail_of(teacher).masked_fill((ids >= 0).sum(-1) >= columns, -torch.inf)
+        rest = topk_inputs.tail_of(teacher, ids, columns)
     return torch.cat([teacher, rest[..., None]], dim=-1)
 
 
@@ -225,9 +226,9 @@ _has_one_read: Callable[[str], bool] = torch.compiler.assume_constant_result(_se
 
 
 def _union(first: Tensor, second: Tensor) -> Tensor:
-    """[*, 2k]: -1 in place of those of the second that the first has."""
+    """[*, 2k]: each once, and -1 behind them."""
     both = torch.cat([first, second], dim=-1)
-    return both.masked_fill(topk_inputs.occur_before(both), -1)
+    return both.masked_fill(topk_inputs.occur_before(both), -1).sort(dim=-1, descending=True).values
 
 
 def _linear(kind: str, call: Call, backend: str, logp: Tensor, scale: Tensor) -> Tensor:

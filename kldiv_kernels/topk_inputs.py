@@ -64,10 +64,15 @@ def occur_before(ids: Tensor) -> Tensor:
     return torch.zeros_like(again).scatter_(-1, order, again)
 
 
-def tail_of(logprobs: Tensor) -> Tensor:
-    """log(1 − Σ exp(logprobs)) [*], -inf where nothing is left."""
-    captured = logprobs.double().exp().sum(-1)
-    return torch.log1p(-captured.clamp(max=1)).to(logprobs.dtype)
+def tail_of(logprobs: Tensor, ids: Tensor, columns: int) -> Tensor:
+    """log(1 − Σ exp(logprobs)) [*], float32 or float64, -inf where nothing is left.
+
+    Of a whole vocabulary 1 − Σ is rounding, on an outcome that the student does not have.
+    """
+    dtype = torch.promote_types(logprobs.dtype, torch.float32)
+    captured = torch.where(ids >= 0, logprobs.double(), -torch.inf).exp().sum(-1)
+    rest = torch.log1p(-captured.clamp(max=1)).to(dtype)
+    return rest.masked_fill((ids >= 0).sum(-1) >= columns, -torch.inf)
 
 
 def looks_at(values: Tensor, check: bool | None) -> bool:

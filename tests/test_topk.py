@@ -272,6 +272,66 @@ def test_a_label_beyond_the_vocabulary(backend: str) -> None:
         kk.topk_token_stats(logits, ids, torch.full((N,), V), stats=("logprob",), backend=backend)
 
 
+@pytest.mark.parametrize("gradient", [True, False])
+@pytest.mark.parametrize(
+    ("kind", "options", "message"),
+    [
+        ("js", {"beta": 2.0}, "beta is 2.0; expected between 0 and 1 for js"),
+        ("renyi", {"alpha": 1.0}, "alpha is 1.0; expected above 0, finite and not 1"),
+        ("alpha_beta", {"alpha": -0.5, "beta": 0.5}, "alpha + beta is 0.0; expected not 0"),
+        ("skew_kl", {"alpha": torch.tensor([0.5, 1.5])}, "alpha is 1.5; expected between 0 and 1"),
+    ],
+)
+def test_alpha_and_beta_are_those_of_the_kind(kind: str, options: dict[str, Any], message: str, gradient: bool) -> None:
+    logits = torch.zeros(2, 8, requires_grad=gradient)
+    with pytest.raises(ValueError, match="topk_divergence_loss: ") as caught:
+        kk.topk_divergence_loss(logits, IDS, LOGPROBS, kind, **options)
+    assert message in str(caught.value)
+
+
+@pytest.mark.parametrize("tail", TAILS)
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_no_tokens(backend: str, tail: str) -> None:
+    logits = torch.zeros(2, 0, 8, requires_grad=True)
+    loss = kk.topk_divergence_loss(
+        logits, torch.zeros(2, 0, 3, dtype=torch.int64), torch.zeros(2, 0, 3), tail=tail, backend=backend
+    )
+    loss.backward()
+    assert loss.item() == 0
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_whatever_the_teacher_came_in(backend: str) -> None:
+    """Dtypes, and ids that lie in memory in another order."""
+    logits, ids, logprobs = _case()
+    logits.requires_grad_()
+    plain = kk.topk_divergence_loss(logits, ids, logprobs, backend=backend)
+    for other in (logprobs.double(), logprobs.T.contiguous().T):
+        assert torch.equal(kk.topk_divergence_loss(logits, ids.T.contiguous().T, other, backend=backend), plain)
+    half = kk.topk_divergence_loss(logits, ids, logprobs.half(), backend=backend)
+    assert torch.allclose(half, plain, rtol=1e-2)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_an_ignored_label_among_the_tokens(backend: str) -> None:
+    logits, ids, _ = _case()
+    out = kk.topk_token_stats(logits, ids, ids[:, 1], stats=("logprob",), ignore_index=int(ids[2, 1]), backend=backend)
+    ignored = ids[:, 1] == ids[2, 1]
+    assert not out.logprob[ignored].any()
+    assert (out.logprob[~ignored] < 0).all()
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_a_union_of_more_tokens_than_there_are(backend: str) -> None:
+    logits, reference = torch.randn(3, 6), torch.randn(3, 6)
+    got = kk.topk_divergence_from_logits(
+        logits, reference, k=5, support="union", vocab_size=6, reduction="none", backend=backend
+    )
+    wanted = kk.forward_kl(logits, reference, reduction="none")
+    # One token is left at most: an outcome by itself.
+    assert torch.allclose(got, wanted, rtol=1e-4, atol=1e-6)
+
+
 IDS, LOGPROBS = torch.tensor([[0, 1], [2, 3]]), torch.full((2, 2), 0.25).log()
 BAD: dict[str, tuple[dict[str, Any], type[Exception], str]] = {
     "id": ({"topk_ids": torch.tensor([[0, 1], [2, 8]])}, ValueError, "topk_ids[1, 1] is 8; expected 0 to 7, or -1"),
@@ -327,6 +387,7 @@ def test_unchecked_values_are_not_looked_at() -> None:
     ("call", "message"),
     [
         (lambda x: kk.topk(x, 9), "topk: k is 9; expected 1 to 8"),
+        (lambda x: kk.topk(x, 2, vocab_size=9), "topk: vocab_size is 9; expected 1 to 8"),
         (lambda x: kk.topk_divergence_from_logits(x, x, k=0), "topk_divergence_from_logits: k is 0; expected 1 to 8"),
         (lambda x: kk.topk_divergence_from_logits(x, x, k=1, support="both"), "support is 'both'; expected teacher,"),
         (lambda x: kk.topk_token_stats(x, IDS, stats=("argmax",)), "stats has 'argmax'; expected topk_logprobs,"),

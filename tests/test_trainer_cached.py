@@ -244,3 +244,18 @@ def test_a_student_narrower_than_the_teacher_learns_where_the_ids_are_its_own(tm
     _, before = trained(tmp_path, None, rows, learning_rate=0.0)
     _, after = trained(tmp_path, None, rows, max_steps=20, learning_rate=0.1)
     assert after["eval_topk_kl"] < 0.8 * before["eval_topk_kl"]
+
+
+@pytest.mark.parametrize("weight", [0.0, 0.5])
+def test_a_whole_vocabulary_has_no_rest(weight: float) -> None:
+    """1 − Σ is rounding there, of an outcome that the student does not have."""
+    columns, generator = 7, torch.Generator().manual_seed(3)
+    logits, teacher = torch.randn(2, 1, 20, columns, generator=generator)
+    ids, targets = torch.arange(columns).expand(1, 20, columns), torch.zeros(1, 20, dtype=torch.int64)
+    logprobs = teacher.log_softmax(-1) - 1e-6
+    loss = topk_distillation_loss(
+        logits, ids, logprobs, targets, LossOptions(ce_weight=weight), vocab_size=columns, normalizer=torch.tensor(20)
+    )
+    full = kk.forward_kl(logits, teacher)
+    expected = (1 - weight) * full - weight * logits.log_softmax(-1)[..., 0].mean()
+    assert torch.allclose(loss, expected, rtol=1e-4)
