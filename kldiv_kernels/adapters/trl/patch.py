@@ -56,10 +56,10 @@ def patch_trl(backend: str = "auto") -> list[str]:
     GKDTrainer, GOLDTrainer and IWOPDTrainer compute their generalised Jensen-Shannon divergence, SDFTTrainer and
     SDPOTrainer their self-distillation divergences, and every trainer that has logits its log-probabilities and entropy
     from one read of the logits. Signatures, shapes, dtypes and reductions are TRL's; what the kernels do not serve
-    (elementwise reduction "none", probabilities for logits, IW-OPD's top_k, rows without unit stride) TRL's own
-    functions do. `divergences`, `topk` and `logprobs` beside this module say where a result differs: rows with −inf,
-    and the tail of a top-k. Trainers with TRL's fused LM head (GRPO, RLOO, SFT, DPO, KTO, Distillation from 1.15 on)
-    never have logits and are not reached.
+    (elementwise reduction "none", probabilities for logits, the "mean" over IW-OPD's top_k, rows without unit stride)
+    TRL's own functions do. `divergences`, `topk` and `logprobs` beside this module say where a result differs: rows
+    with −inf, and the tail of a top-k. Trainers with TRL's fused LM head (GRPO, RLOO, SFT, DPO, KTO, Distillation from
+    1.15 on) never have logits and are not reached.
 
     Args:
         backend: of the calls that follow; "auto" or a name from `kldiv_kernels.backends()`. float64 logits go to
