@@ -94,7 +94,11 @@ def topk_token_stats(
     shared: dict[str, Any] = {
         "temperature": temperature, "mask": mask, "vocab_size": vocab_size, "backend": backend,
     }  # fmt: skip
-    if labels is not None and "logprob" in stats and ids.shape[-1] == topk_inputs.columns_of(logits, vocab_size):
+    if (
+        labels is not None
+        and "logprob" in stats
+        and ids.shape[-1] == inputs.shared_columns(where, logits, None, vocab_size)
+    ):
         # One table has no place for a label beside the whole vocabulary.
         rest = tuple(name for name in stats if name != "logprob") or ("topk_logprobs",)
         found = topk_token_stats(logits, ids, stats=rest, check=False, **shared)

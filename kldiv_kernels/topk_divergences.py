@@ -113,7 +113,7 @@ def topk_divergence_loss(
         where, logits, weight, None if valid is None else valid.reshape(-1), normalizer, reduction,
         temperature if temperature_squared else None,
     )  # fmt: skip
-    leading, columns = logits.shape[:-1], topk_inputs.columns_of(logits, vocab_size)
+    leading, columns = logits.shape[:-1], inputs.shared_columns(where, logits, None, vocab_size)
     theirs = teacher if tail in ("renormalize", "none") else _with_rest(teacher, ids, columns, tail, tail_logprob)
     theirs = theirs.to(scale.dtype)
     # float16 waits for the loss scale, as in `policy_loss`.
@@ -189,7 +189,7 @@ def topk_divergence_from_logits(
     ids = largest(where, logits if support == "student" else reference, k, vocab_size, mask, backend)
     if support == "union":
         ids = _union(ids, largest(where, logits, k, vocab_size, mask, backend))
-        ids = ids[..., : topk_inputs.columns_of(logits, vocab_size)]
+        ids = ids[..., : inputs.shared_columns(where, logits, None, vocab_size)]
     shared = inputs.shared_columns(where, logits, reference, vocab_size)
     teacher = topk_token_stats(
         reference, ids, temperature=temperature if reference_temperature is None else reference_temperature,

@@ -11,14 +11,9 @@ from kldiv_kernels import inputs
 _ABOVE = {torch.float64: 1e-6, torch.float32: 1e-4, torch.bfloat16: 5e-2, torch.float16: 2e-2}
 
 
-def columns_of(logits: Tensor, vocab_size: int | None) -> int:
-    """Those that are no padding."""
-    return logits.shape[-1] if vocab_size is None else vocab_size
-
-
 def ids_checked(where: str, name: str, ids: Tensor, logits: Tensor, vocab_size: int | None, check: bool) -> Tensor:
     """[*, K] int64, -1 where there is none. With `check` the values are looked at, which waits for the device."""
-    leading, columns = logits.shape[:-1], columns_of(logits, vocab_size)
+    leading, columns = logits.shape[:-1], inputs.shared_columns(where, logits, None, vocab_size)
     if not isinstance(ids, Tensor):
         raise TypeError(f"{where}: {name} is {type(ids).__name__}; expected a torch.Tensor")
     if ids.dtype not in (torch.int64, torch.int32):

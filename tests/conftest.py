@@ -9,6 +9,7 @@ import pytest
 import torch
 from checks import CUDA_ON_HOST, INTERPRETED
 
+from kldiv_kernels import ops
 from kldiv_kernels.registry import STATISTICS
 
 if INTERPRETED:
@@ -88,3 +89,27 @@ def _same_start(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("KLDIV_BACKEND", raising=False)
     torch.manual_seed(0)
     torch.set_num_threads(1)
+
+
+# On the model of a GPU: both forms of its kernels, whatever the plan would be.
+PLANS = ["cluster=2,stages=2", "two-sweep"] if CUDA_ON_HOST else [""]
+
+
+@pytest.fixture(params=PLANS, ids=lambda plan: plan or "plan")
+def plan(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of the cuda backend, as its calls are to run."""
+    if request.param:
+        monkeypatch.setenv("KLDIV_CUDA_PLAN", request.param)
+
+
+@pytest.fixture
+def passes(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """What read logits, in order: how the losses that know, or find, their gradient in one pass are seen to."""
+    seen: list[str] = []
+
+    def noted(name: str, form: Any) -> Any:
+        return lambda *arguments: (seen.append(name), form(*arguments))[1]
+
+    for name in ("statistics", "loss", "policy_loss", "topk_loss"):
+        monkeypatch.setattr(ops, name, noted(name, getattr(ops, name)))
+    return seen

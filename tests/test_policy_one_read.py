@@ -17,12 +17,10 @@ from policy_oracle import TERMS
 from torch import Tensor
 
 import kldiv_kernels as kk
-from kldiv_kernels import ops, policy_one_read
+from kldiv_kernels import policy_one_read
 from kldiv_kernels.policy_options import CLIPPED
 
 ONE_READ_BACKENDS = [name for name in BACKENDS if name in ("cpu", "cuda")]
-# On the model of a GPU: both forms of its kernels, whatever the plan would be.
-PLANS = ["cluster=2,stages=2", "two-sweep"] if CUDA_ON_HOST else [""]
 pytestmark = pytest.mark.skipif(not ONE_READ_BACKENDS, reason="no backend here has the one-read form")
 VOCAB = 136
 OF_A_TOKEN = (*CLIPPED, "cispo", "sapo", "reinforce", "topr", "dppo_tv", "dppo_kl")
@@ -66,25 +64,6 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "verl": {"preset": "verl", "kl": True, "loss_type": "cispo"},
     "trl": {"preset": "trl", "kl": True, "delta": 1.3, "entropy_coef": 0.1},
 }  # fmt: skip
-
-
-@pytest.fixture(params=PLANS, ids=lambda plan: plan or "plan")
-def plan(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
-    if request.param:
-        monkeypatch.setenv("KLDIV_CUDA_PLAN", request.param)
-
-
-@pytest.fixture
-def passes(monkeypatch: pytest.MonkeyPatch) -> list[str]:
-    """The form that each policy_loss took."""
-    seen: list[str] = []
-
-    def noted(name: str, form: Any) -> Any:
-        return lambda *arguments: (seen.append(name), form(*arguments))[1]
-
-    for name in ("statistics", "policy_loss"):
-        monkeypatch.setattr(ops, name, noted(name, getattr(ops, name)))
-    return seen
 
 
 def _arguments(batch: oracle.Batch, **options: Any) -> dict[str, Any]:

@@ -15,33 +15,11 @@ from checks import BACKENDS, CUDA_ON_HOST, DIVERGENCES, with_parameters
 from torch import Tensor
 
 import kldiv_kernels as kk
-from kldiv_kernels import ops
 from kldiv_kernels.backends import OneReadTopK, get
 
 ONE_READ_BACKENDS = [name for name in BACKENDS if isinstance(get(name), OneReadTopK)]
-# On the model of a GPU: both forms of its kernels, whatever the plan would be.
-PLANS = ["cluster=2,stages=2", "two-sweep"] if CUDA_ON_HOST else [""]
 TAILS = ["bucket", "renormalize", "renormalize_teacher"]
 N, V, K = 6, 136, 7
-
-
-@pytest.fixture(params=PLANS, ids=lambda plan: plan or "plan")
-def plan(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
-    if request.param:
-        monkeypatch.setenv("KLDIV_CUDA_PLAN", request.param)
-
-
-@pytest.fixture
-def passes(monkeypatch: pytest.MonkeyPatch) -> list[str]:
-    """What read logits, in order; the k + 1 outcomes are rows of logits too."""
-    seen: list[str] = []
-
-    def noted(name: str, form: Any) -> Any:
-        return lambda *arguments: (seen.append(name), form(*arguments))[1]
-
-    for name in ("statistics", "loss", "topk_loss"):
-        monkeypatch.setattr(ops, name, noted(name, getattr(ops, name)))
-    return seen
 
 
 def _batch(dtype: torch.dtype = torch.float32, rows: int = N, columns: int = V, k: int = K) -> dict[str, Tensor]:
