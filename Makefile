@@ -20,7 +20,8 @@ INTERPRETED_TESTS := $(addprefix tests/test_,$(addsuffix .py,statistics contract
 	golden topk triton triton_launch triton_topk))
 # The shared suite on the cuda backend, its kernels compiled for the host and run by a model of a GPU.
 CUDA_HOST_TESTS := $(addprefix tests/test_,$(addsuffix .py,statistics contract small_divergences autograd losses golden \
-	determinism properties large policy policy_one_read topk topk_cuda labels_cuda cuda_one_read cuda_one_read_limits))
+	determinism properties large policy policy_one_read topk topk_one_read topk_cuda labels_cuda \
+	cuda_one_read cuda_one_read_limits))
 PYTHON_SOURCES := $(wildcard kldiv_kernels tests benchmarks setup.py)
 
 .PHONY: demo test lint format sanitize bench gpu-check clean

@@ -137,4 +137,21 @@ inline Tensor new_floats(const Tensor& like, int64_t rows, int64_t columns) {
     return torch::stable::new_empty(like, {rows, columns}, ScalarType::Float);
 }
 
+// What is told of a top-k loss, but for its kind; the tensor of its divergences.
+template <class TopK>
+Tensor take_topk(TopK& topk, const Tokens& tokens, const Tensor& logits, const std::vector<std::string>& stats,
+                 const Tensor& teacher, const Tensor& scale, double alpha, double beta) {
+    const bool tail = stats.size() == 2 && stats[1] == "tail_logprob";
+    STD_TORCH_CHECK(tokens.labels && !stats.empty() && stats[0] == "logprob" && (stats.size() == 1 || tail),
+                    "topk takes logprob, and tail_logprob after it");
+    topk.outcomes = tokens.labels_per_row + tail;
+    topk.teacher = per_token<float>(teacher, logits, topk.outcomes * tokens.rows, ScalarType::Float, "teacher");
+    topk.scale = per_token<float>(scale, logits, tokens.rows, ScalarType::Float, "scale");
+    topk.alpha = static_cast<decltype(topk.alpha)>(alpha);
+    topk.beta = static_cast<decltype(topk.beta)>(beta);
+    const Tensor divergences = new_floats(logits, 1, tokens.rows);
+    topk.divergences = static_cast<float*>(divergences.data_ptr());
+    return divergences;
+}
+
 }  // namespace kldiv

@@ -162,18 +162,9 @@ std::tuple<Tensor, Tensor, Tensor> topk(const Tensor& logits, std::optional<Tens
                                         std::string kind, double alpha, double beta) {
     kldiv::Job job =
         make_job(logits, reference, labels, mask, exclude, token_parameters, parameters, stats, vocab_size);
-    const int64_t outcomes = job.value_rows();
-    STD_TORCH_CHECK(job.labels && (outcomes == job.labels_per_row || outcomes == job.labels_per_row + 1),
-                    "topk takes logprob, and tail_logprob after it");
-    job.topk.teacher = kldiv::per_token<float>(teacher, logits, outcomes * job.rows, ScalarType::Float, "teacher");
-    job.topk.scale = kldiv::per_token<float>(scale, logits, job.rows, ScalarType::Float, "scale");
-    job.topk.outcomes = outcomes;
+    const Tensor divergences = kldiv::take_topk(job.topk, job, logits, stats, teacher, scale, alpha, beta);
     job.topk.divergence = kldiv::find_statistic(kind);
-    job.topk.alpha = alpha;
-    job.topk.beta = beta;
-    const Tensor divergences = kldiv::new_floats(logits, 1, job.rows);
-    const Tensor coefficients = kldiv::new_floats(logits, outcomes, job.rows);
-    job.topk.divergences = static_cast<float*>(divergences.data_ptr());
+    const Tensor coefficients = kldiv::new_floats(logits, job.topk.outcomes, job.rows);
     job.topk.coefficients = static_cast<float*>(coefficients.data_ptr());
     const Outputs out = run(job, logits, reference, stats, coefficients, false, true, false);
     return {std::get<0>(out), divergences, std::get<2>(out)};

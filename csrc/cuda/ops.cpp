@@ -178,20 +178,10 @@ std::tuple<Tensor, Tensor, Tensor> topk(const Tensor& logits, std::optional<Tens
                                         std::string kind, double alpha, double beta) {
     const OnDevice device(logits);
     Job job = make_job(logits, reference, labels, mask, exclude, token_parameters, parameters, stats, vocab_size);
-    const bool tail = stats.size() == 2 && stats[1] == "tail_logprob";
-    STD_TORCH_CHECK(job.labels && !stats.empty() && stats[0] == "logprob" && (stats.size() == 1 || tail),
-                    "topk takes logprob, and tail_logprob after it");
+    const Tensor divergences = kldiv::take_topk(job.topk, job, logits, stats, teacher, scale, alpha, beta);
     const int code = kldiv::gpu::statistic_code(kind);
     STD_TORCH_CHECK(code >= 0 && kldiv::gpu::compares_two(code), "kind must be a divergence, not ", kind);
-    job.topk.outcomes = job.labels_per_row + tail;
-    job.topk.teacher =
-        kldiv::per_token<float>(teacher, logits, job.topk.outcomes * job.rows, ScalarType::Float, "teacher");
-    job.topk.scale = kldiv::per_token<float>(scale, logits, job.rows, ScalarType::Float, "scale");
     job.topk.kind = code;
-    job.topk.alpha = static_cast<float>(alpha);
-    job.topk.beta = static_cast<float>(beta);
-    const Tensor divergences = kldiv::new_floats(logits, 1, job.rows);
-    job.topk.divergences = static_cast<float*>(divergences.data_ptr());
     const Outputs out = run(job, device, logits, reference, std::nullopt, false, true, false);
     return {std::get<0>(out), divergences, std::get<2>(out)};
 }
