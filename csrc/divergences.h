@@ -153,15 +153,16 @@ struct CrossEntropy : Plain {
     KLDIV_FN static void terms(const Element<F>& e, const Constants<F>&, F* out) {
         out[0] = -(e.p * e.lq);
     }
+    // -p with q added, so that equal rows have a gradient of exactly 0.
     template <class F>
     KLDIV_FN static F grad_logq(const Element<F>& e, const Constants<F>&) {
-        return -e.p;
+        return e.q - e.p;
     }
     template <class F>
     KLDIV_FN static F grad_logp(const Element<F>& e, const Constants<F>&) {
         return -(e.p * e.lq);
     }
-    KLDIV_FN static Finished finish(const RowSums& row, Real, Real) { return {row.sum[0], -1, row.sum[0]}; }
+    KLDIV_FN static Finished finish(const RowSums& row, Real, Real) { return {row.sum[0], 0, row.sum[0]}; }
 };
 
 struct Jeffreys : Plain {
@@ -188,14 +189,16 @@ struct Jeffreys : Plain {
 };
 
 // Generalised Jensen-Shannon, m = beta p + (1 - beta) q, 0 < beta < 1.
-// With v = beta (1 - beta), a term is m u^2 v (1/2 + (1-2beta) u/3 + (1-6v) u^2/8 + ...) for small u:
-// K(u) = log(m/q) is a Bernoulli cumulant function, and the term is m (u K' - K).
+// K(u) = log(m/q) = log(1 + beta (e^u - 1)) is the cumulant function of a Bernoulli variable, with k_n its cumulants:
+// beta, v = beta (1 - beta), v (1 - 2 beta), v (1 - 6 v), ... For small u
+//   K = u (beta + u (c0 + c1 u/2 + c2 u^2/3 + ...)), and a term is m (u K' - K) = m u^2 (c0 + c1 u + c2 u^2 + ...),
+// c_n = k_(n+2) (n + 1) / (n + 2)!. Both are 0 for u = 0. At beta = 1/2 exchanging the rows leaves every bit of a term.
 struct JensenShannon : Plain {
     static constexpr int sums = 2;
     static constexpr bool parks = true;
     template <class F>
     struct Constants {
-        F b, a, c0, c1, c2, c3, c4;
+        F b, a, c0, c1, c2, c3, c4, k1, k2, k3, k4;
         KLDIV_FN Constants(Real, Real beta, const Real*) {
             const Real v = beta * (1 - beta), skewness = 1 - 2 * beta;
             b = broadcast(static_cast<float>(beta));
@@ -205,6 +208,10 @@ struct JensenShannon : Plain {
             c2 = broadcast(static_cast<float>(v * (1 - 6 * v) / 8));
             c3 = broadcast(static_cast<float>(v * skewness * (1 - 12 * v) / 30));
             c4 = broadcast(static_cast<float>(v * (1 - 30 * v + 120 * v * v) / 144));
+            k1 = broadcast(static_cast<float>(v * skewness / 6));
+            k2 = broadcast(static_cast<float>(v * (1 - 6 * v) / 24));
+            k3 = broadcast(static_cast<float>(v * skewness * (1 - 12 * v) / 120));
+            k4 = broadcast(static_cast<float>(v * (1 - 30 * v + 120 * v * v) / 720));
         }
     };
     template <class F>
@@ -212,29 +219,44 @@ struct JensenShannon : Plain {
         return fma(c.b, e.p, c.a * e.q);
     }
     template <class F>
+    KLDIV_FN static F log_of(F mixture) {
+        return log(max(broadcast(smallest_normal), mixture));
+    }
+    template <class F>
+    KLDIV_FN static F near_cumulant(F u, const Constants<F>& c) {
+        F y = fma(c.k4, u, c.k3);
+        y = fma(y, u, c.k2);
+        y = fma(y, u, c.k1);
+        y = fma(y, u, c.c0);
+        return u * fma(y, u, c.b);
+    }
+    template <class F>
+    KLDIV_FN static F log_q_over_mixture(const Element<F>& e, const Constants<F>& c, F log_m) {
+        return select(abs(e.u) < broadcast(0.25f), -near_cumulant(e.u, c), e.lq - log_m);
+    }
+    template <class F>
     KLDIV_FN static void terms(const Element<F>& e, const Constants<F>& c, F* out) {
-        const F m = mixture(e, c);
-        const F log_m = log(max(broadcast(smallest_normal), m));
-        const F from_q = c.a * e.q * (e.lq - log_m);
-        const F far = fma(c.b * e.p, e.lp - log_m, from_q);
+        const F m = mixture(e, c), log_m = log_of(m);
+        const F far = (c.b * e.p) * (e.lp - log_m) + (c.a * e.q) * (e.lq - log_m);
         F y = fma(c.c4, e.u, c.c3);
         y = fma(y, e.u, c.c2);
         y = fma(y, e.u, c.c1);
         y = fma(y, e.u, c.c0);
-        out[0] = select(abs(e.u) < broadcast(0.25f), (m * e.u) * (e.u * y), far);
-        out[1] = from_q;
+        out[0] = select(abs(e.u) < broadcast(0.25f), m * ((e.u * e.u) * y), far);
+        out[1] = (c.a * e.q) * log_q_over_mixture(e, c, log_m);
     }
     template <class F>
     KLDIV_FN static F grad_logq_over_q(const Element<F>& e, const Constants<F>& c) {
-        return c.a * (e.lq - log(max(broadcast(smallest_normal), mixture(e, c))));
+        return c.a * log_q_over_mixture(e, c, log_of(mixture(e, c)));
     }
     template <class F>
     KLDIV_FN static F grad_logq(const Element<F>& e, const Constants<F>& c) {
-        return c.a * e.q * (e.lq - log(max(broadcast(smallest_normal), mixture(e, c))));
+        return (c.a * e.q) * log_q_over_mixture(e, c, log_of(mixture(e, c)));
     }
     template <class F>
     KLDIV_FN static F grad_logp(const Element<F>& e, const Constants<F>& c) {
-        return c.b * e.p * (e.lp - log(max(broadcast(smallest_normal), mixture(e, c))));
+        const F near = e.u - near_cumulant(e.u, c), far = e.lp - log_of(mixture(e, c));
+        return (c.b * e.p) * select(abs(e.u) < broadcast(0.25f), near, far);
     }
     KLDIV_FN static Finished finish(const RowSums& row, Real, Real) {
         return {row.sum[0], row.sum[1], row.sum[0] - row.sum[1]};
@@ -342,11 +364,13 @@ struct ForwardChi2 : Plain {
     }
     template <class F>
     KLDIV_FN static F grad_logq(const Element<F>& e, const Constants<F>&) {
-        return e.q - p_squared_over_q(e);
+        const F near = -(e.q * expm1(e.u + e.u));
+        return select(abs(e.u) < broadcast(1.0f), near, e.q - p_squared_over_q(e));
     }
     template <class F>
     KLDIV_FN static F grad_logp(const Element<F>& e, const Constants<F>&) {
-        return broadcast(2.0f) * (p_squared_over_q(e) - e.p);
+        const F near = e.p * expm1(e.u);
+        return broadcast(2.0f) * select(abs(e.u) < broadcast(1.0f), near, p_squared_over_q(e) - e.p);
     }
     KLDIV_FN static Finished finish(const RowSums& row, Real, Real) {
         return {row.sum[0], -row.sum[0], 2 * row.sum[0]};

@@ -52,57 +52,89 @@ struct Alpha : Plain {
     }
 };
 
-// log(sum p^a q^(1-a)) / (a-1), a above 0 and not 1. Its gradient is a softmax of a lp + (1-a) lq.
+// log(sum p^a q^(1-a)) / (a-1), a above 0 and not 1. With L the logarithm and r = exp(a lp + (1-a) lq - L), which sums
+// to 1, grad_logq = -r and grad_logp = a/(a-1) r; q and a/(a-1) p are taken off, so that both sum to 0 and are 0 where
+// the rows are equal: r - q = q (e^(a u - L) - 1), r - p = p (e^((a-1) u - L) - 1).
 struct Renyi : Alpha {
     static constexpr bool log_sum = true, grad_needs_row = true;
     template <class F>
     struct Constants : Alpha::Constants<F> {
-        F log_total, slope_p;
+        F log_total, slope_p, a;
         KLDIV_FN Constants(Real alpha, Real beta, const Real* k) : Alpha::Constants<F>(alpha, beta, k) {
             log_total = broadcast(static_cast<float>(k[0]));
             slope_p = broadcast(static_cast<float>(alpha / (alpha - 1)));
+            a = broadcast(static_cast<float>(alpha));
         }
     };
     template <class F>
     KLDIV_FN static F log_weight(const Element<F>& e, const Constants<F>& c) {
         return fma(c.c, e.u, e.lp);
     }
+    // r less the probability of one row; x is log r less its logarithm.
+    template <class F>
+    KLDIV_FN static F excess(const Element<F>& e, const Constants<F>& c, F probability, F x) {
+        const F far = exp(log_weight(e, c) - c.log_total) - probability;
+        return select(abs(x) < broadcast(1.0f), probability * expm1(x), far);
+    }
     template <class F>
     KLDIV_FN static F grad_logq(const Element<F>& e, const Constants<F>& c) {
-        return -exp(log_weight(e, c) - c.log_total);
+        return -excess(e, c, e.q, fma(c.a, e.u, -c.log_total));
     }
     template <class F>
     KLDIV_FN static F grad_logp(const Element<F>& e, const Constants<F>& c) {
-        return c.slope_p * exp(log_weight(e, c) - c.log_total);
+        return c.slope_p * excess(e, c, e.p, fma(c.c, e.u, -c.log_total));
     }
     KLDIV_FN static Finished finish(const RowSums& row, Real alpha, Real) {
-        const Real log_sum = row.log_sum < Real(-1e20) ? -infinity : row.log_sum;
+        Real log_sum = row.log_sum < Real(-1e20) ? -infinity : row.log_sum;
         const Real excess = alpha * (alpha - 1) * row.sum[0];
-        const bool near = std::fabs(log_sum) < Real(0.5) && std::fabs(excess) < Real(0.5);
-        return {(near ? std::log1p(excess) : log_sum) / (alpha - 1), -1, alpha / (alpha - 1), {log_sum}};
+        if (std::fabs(log_sum) < Real(0.5) && std::fabs(excess) < Real(0.5)) log_sum = std::log1p(excess);
+        return {log_sum / (alpha - 1), 0, 0, {log_sum}};
     }
 };
 
-// -1/(ab) sum (p^a q^b - a/(a+b) p^(a+b) - b/(a+b) q^(a+b)), a, b, a+b not 0.
-// For small u a term is q^(a+b) u^2 (1/2 + (a+l) u/6 + (a^2+al+l^2) u^2/24 + ...), l = a+b.
+// -1/(ab) sum (p^a q^b - a/l p^l - b/l q^l), l = a+b; a, b, l not 0.
+// A term is q^l f[0, a, l], the second divided difference of f(c) = e^(c u) at 0, a and l, which has no pole; near one
+// of its poles the formula above is a difference of numbers a thousand times larger. It is taken from the neighbours
+// among 0, a, l in their order, as (f[y, z] - f[x, y]) / (z - x) with q^l f[x, y] = X (e^((y-x) u) - 1) / (y-x), X one
+// of q^l, p^a q^b, p^l. For small u a term is q^l u^2 (1/2 + (a+l) u/6 + (a^2+al+l^2) u^2/24 + ...).
 struct AlphaBeta : Plain {
     static constexpr int sums = 2;
     KLDIV_FN static bool infinite_where_p_is_zero(Real alpha) { return alpha < 0; }
+    // An interval between neighbours.
+    template <class F>
+    struct Gap {
+        F width, over;
+        KLDIV_FN void set(Real x) {
+            width = broadcast(static_cast<float>(x));
+            over = broadcast(static_cast<float>(1 / x));
+        }
+        // q^l f over the interval, from q^l e^(c u) at its ends.
+        KLDIV_FN F slope(F from, F to, F u) const {
+            const F x = width * u;
+            return select(abs(x) < broadcast(1.0f), from * expm1(x), to - from) * over;
+        }
+    };
     template <class F>
     struct Constants {
-        F a, b, l, over_a, over_b, weight_cross, weight_p, weight_q, near, c3, c4, c5, c6;
+        F a, b, l, near, c3, c4, c5, c6, over_span;
+        Gap<F> of_a, of_b, low, high;  // [0, a], [a, l], and the neighbours' intervals
+        int a_rank, l_rank;            // places of a and l in the order of 0, a, l
         KLDIV_FN Constants(Real alpha, Real beta, const Real*) {
             const Real lambda = alpha + beta;
             a = broadcast(static_cast<float>(alpha));
             b = broadcast(static_cast<float>(beta));
             l = broadcast(static_cast<float>(lambda));
-            over_a = broadcast(static_cast<float>(1 / alpha));
-            over_b = broadcast(static_cast<float>(1 / beta));
-            weight_cross = broadcast(static_cast<float>(-1 / (alpha * beta)));
-            weight_p = broadcast(static_cast<float>(1 / (beta * lambda)));
-            weight_q = broadcast(static_cast<float>(1 / (alpha * lambda)));
-            const Real widest = std::max(Real(1), std::max(std::fabs(alpha), std::fabs(lambda)));
-            near = broadcast(static_cast<float>(Real(0.25) / widest));
+            of_a.set(alpha);
+            of_b.set(beta);
+            a_rank = (alpha > 0) + (alpha > lambda);
+            l_rank = (lambda > 0) + (lambda > alpha);
+            const Real least = std::min(Real(0), std::min(alpha, lambda));
+            const Real largest = std::max(Real(0), std::max(alpha, lambda));
+            const Real middle = a_rank == 1 ? alpha : (l_rank == 1 ? lambda : Real(0));
+            low.set(middle - least);
+            high.set(largest - middle);
+            over_span = broadcast(static_cast<float>(1 / (largest - least)));
+            near = broadcast(static_cast<float>(Real(0.25) / std::max(std::fabs(alpha), std::fabs(lambda))));
             // (lambda^n - alpha^n) / beta by recurrence, which has no pole at beta = 0
             Real power = lambda + alpha, alpha_power = alpha * alpha;
             c3 = broadcast(static_cast<float>(power / 6));
@@ -122,34 +154,36 @@ struct AlphaBeta : Plain {
         const Mask nowhere = (e.lp < broadcast(-1e29f)) & (e.lq < broadcast(-1e29f));
         return select(nowhere, broadcast(0.0f), exp(x));
     }
-    // q^l - p^a q^b = -q^l expm1(a u), and p^l - p^a q^b = -p^l expm1(-b u): for small u they would cancel.
     template <class F>
-    KLDIV_FN static F grad_logq(const Element<F>& e, const Constants<F>& c, F q_power, F cross) {
-        const F near = -(q_power * expm1(c.a * e.u));
-        return select(abs(e.u) < c.near, near, q_power - cross) * c.over_a;
+    struct Powers {
+        F q, cross, p;
+    };
+    template <class F>
+    KLDIV_FN static Powers<F> powers(const Element<F>& e, const Constants<F>& c) {
+        return {power(c.l * e.lq, e), power(fma(c.a, e.lp, c.b * e.lq), e), power(c.l * e.lp, e)};
     }
     template <class F>
     KLDIV_FN static void terms(const Element<F>& e, const Constants<F>& c, F* out) {
-        const F cross = power(fma(c.a, e.lp, c.b * e.lq), e);
-        const F q_power = power(c.l * e.lq, e);
-        const F far = fma(cross, c.weight_cross, fma(power(c.l * e.lp, e), c.weight_p, q_power * c.weight_q));
+        const Powers<F> x = powers(e, c);
+        const auto at = [&](int rank) { return rank == c.a_rank ? x.cross : (rank == c.l_rank ? x.p : x.q); };
+        const F least = at(0), middle = at(1), largest = at(2);
+        const F far = (c.high.slope(middle, largest, e.u) - c.low.slope(least, middle, e.u)) * c.over_span;
         F y = fma(c.c6, e.u, c.c5);
         y = fma(y, e.u, c.c4);
         y = fma(y, e.u, c.c3);
         y = fma(y, e.u, broadcast(0.5f));
-        out[0] = select(abs(e.u) < c.near, (q_power * e.u) * (e.u * y), far);
-        out[1] = grad_logq(e, c, q_power, cross);
+        out[0] = select(abs(e.u) < c.near, (x.q * e.u) * (e.u * y), far);
+        out[1] = -c.of_a.slope(x.q, x.cross, e.u);
     }
     template <class F>
     KLDIV_FN static F grad_logq(const Element<F>& e, const Constants<F>& c) {
-        return grad_logq(e, c, power(c.l * e.lq, e), power(fma(c.a, e.lp, c.b * e.lq), e));
+        const Powers<F> x = powers(e, c);
+        return -c.of_a.slope(x.q, x.cross, e.u);
     }
     template <class F>
     KLDIV_FN static F grad_logp(const Element<F>& e, const Constants<F>& c) {
-        const F p_power = power(c.l * e.lp, e);
-        const F near = -(p_power * expm1(-(c.b * e.u)));
-        const F far = p_power - power(fma(c.a, e.lp, c.b * e.lq), e);
-        return select(abs(e.u) < c.near, near, far) * c.over_b;
+        const Powers<F> x = powers(e, c);
+        return c.of_b.slope(x.cross, x.p, e.u);
     }
     KLDIV_FN static Finished finish(const RowSums& row, Real alpha, Real beta) {
         return {row.sum[0], row.sum[1], (alpha + beta) * row.sum[0] - row.sum[1]};

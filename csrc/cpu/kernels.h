@@ -1,8 +1,9 @@
 // The table of tile kernels that each instruction set fills, and what they exchange with the row code.
 //
-// A tile is up to kTile columns of a row, converted to float32, scaled by 1/temperature and padded with kNoMass to a
-// multiple of kPad. Exponents are taken in base 2: y = fma(x, kLog2e, -m) with an integer m, so that changing m
-// rescales by an exact power of two.
+// A tile is up to kTile columns of a row, converted to float32, less the row's offset, scaled by 1/temperature and
+// padded with kNoMass to a multiple of kPad. The offset is near the row's largest logit: what is added to all logits of
+// a row is taken off before anything is rounded. Exponents are taken in base 2: y = fma(x, kLog2e, -m) with an integer
+// m, so that changing m rescales by an exact power of two.
 #pragma once
 
 #include <cstdint>
@@ -23,6 +24,8 @@ constexpr int kPad = 16;
 // Stands for -inf and for anything below itself: finite, so that differences stay finite, and without mass next to any
 // column that has some.
 constexpr float kNoMass = -1e30f;
+// Its neighbour: the least that stands for a logit with mass.
+constexpr float kAboveNoMass = -9.9999995e29f;
 constexpr float kLog2e = 1.44269504f;
 // log2(e) as the float32 that the sweeps use: dividing by it undoes the multiplication, rounding included.
 constexpr double kExponentToLog = 1.0 / static_cast<double>(kLog2e);
@@ -33,8 +36,14 @@ constexpr int kRowConstants = 5;
 enum class Dtype { float32, bfloat16, float16 };
 constexpr int kDtypes = 3;
 
+// What stands for a logit in a tile (tiles.h). Static: compiled for one instruction set in each file.
+static inline float scaled_one(float x, float offset, float scale) {
+    const float y = (x - offset) * scale;
+    return x <= kNoMass ? kNoMass : (y < kAboveNoMass ? kAboveNoMass : y);
+}
+
 struct Loaded {
-    float largest;     // NaN apart; -inf where no column has mass
+    float largest;     // the logit itself, NaN apart; -inf where no column has mass
     bool has_no_mass;  // some column is at or below kNoMass
 };
 
@@ -45,8 +54,8 @@ struct Softmax {
 
 struct NormalisedRow {
     Softmax s, t;
-    // lse of the teacher - lse of the student; the high part is a multiple of 2^-12, so that taking it off a logit
-    // below 4096 is exact.
+    // lse of the teacher - lse of the student; the high part is a multiple of 2^-12, so that taking it off a difference
+    // of logits is exact where that is near it.
     float delta_high, delta_low;
     double alpha, beta;
     const double* k;  // the row's constants, from Finished; not for the second sweep
@@ -92,7 +101,7 @@ struct DivergenceKernels {
 
 struct Kernels {
     const char* isa;
-    // to = x * scale - offset as float32; `load` leaves what it returns undefined
+    // to = (x - offset) * scale as float32; `load` leaves what it returns undefined
     Loaded (*measured_load[kDtypes])(const void* from, int columns, float scale, float offset, float* to);
     Loaded (*load[kDtypes])(const void* from, int columns, float scale, float offset, float* to);
     void (*store[kDtypes])(const float* from, int columns, void* to);

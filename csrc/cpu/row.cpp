@@ -13,6 +13,9 @@ namespace {
 
 constexpr double kNaN = std::numeric_limits<double>::quiet_NaN();
 constexpr double kInfinity = std::numeric_limits<double>::infinity();
+// How far above the offset so far a logit may be, in units of the temperature: from here on the rounding of a scaled
+// logit is 5e-7, of which the contract allows 1e-5.
+constexpr double kFarAboveOffset = 8;
 
 }  // namespace
 
@@ -89,19 +92,26 @@ void Row::load(bool student, int64_t start, int count, float* to) const {
     if (exclude_ >= start && exclude_ < start + count) to[exclude_ - start] = kNoMass;
 }
 
-Loaded Row::measured_load(bool student, int64_t start, int count, float* to) const {
+Loaded Row::measured_load(bool student, int64_t start, int count, float* to, float* offset) const {
     const Rows& rows = student ? job_.student : job_.teacher;
+    const float scale = student ? scale_s_ : scale_t_;
     const char* from = (student ? s_ : t_) + start * rows.element_bytes();
-    Loaded loaded = job_.kernels->measured_load[static_cast<int>(rows.dtype)](
-        from, count, student ? scale_s_ : scale_t_, student ? offset_s_ : offset_t_, to);
+    const auto load = job_.kernels->measured_load[static_cast<int>(rows.dtype)];
+    Loaded loaded = load(from, count, scale, *offset, to);
     if (exclude_ >= start && exclude_ < start + count) {
-        to[exclude_ - start] = kNoMass;
+        const int at = static_cast<int>(exclude_ - start);
+        Buffers rest;
+        loaded.largest = std::max(load(from, at, 1, 0, rest.s).largest,
+                                  load(from + (at + 1) * rows.element_bytes(), count - at - 1, 1, 0, rest.s).largest);
         loaded.has_no_mass = true;
-        loaded.largest = -std::numeric_limits<float>::infinity();
-        for (int i = 0; i < count; ++i)
-            if (to[i] > kNoMass && to[i] > loaded.largest) loaded.largest = to[i];
+        to[at] = kNoMass;
     }
     if (loaded.largest <= kNoMass) loaded.largest = -std::numeric_limits<float>::infinity();
+    if (std::isfinite(loaded.largest) && (double(loaded.largest) - *offset) * scale > kFarAboveOffset) {
+        *offset = loaded.largest;
+        job_.kernels->load[static_cast<int>(rows.dtype)](from, count, scale, *offset, to);
+        if (exclude_ >= start && exclude_ < start + count) to[exclude_ - start] = kNoMass;
+    }
     return loaded;
 }
 
@@ -133,10 +143,10 @@ void Row::write_values() const {
                 }
                 break;
             case Kind::logsumexp:
-                put(lse_s_ + offset_s_);
+                put(lse_s_ + static_cast<double>(offset_s_) * scale_s_);
                 break;
             case Kind::max_logprob:
-                put(largest_s_ - lse_s_);
+                put(scaled(true, largest_s_) - lse_s_);
                 break;
             case Kind::argmax:
                 put(std::isnan(lse_s_) ? -1.0 : static_cast<double>(argmax_index_));

@@ -26,7 +26,7 @@ struct FirstSweep {
     SoftmaxState s, t;
     SoftmaxState tail;  // of s, without the labels
     OnlineState online[kOnlineCount];
-    float largest_s = -std::numeric_limits<float>::infinity(), largest_t = largest_s;
+    float largest_s = -std::numeric_limits<float>::infinity(), largest_t = largest_s;  // logits as they are given
     int64_t argmax = -1;
 
     void merge(const FirstSweep& other, const bool* wanted);
@@ -48,6 +48,11 @@ struct LabelWeight {
     double weight;
 };
 
+// Exponents and estimate that a tile's parked numbers are in.
+struct ParkedTile {
+    double m_s = 0, m_t = 0, delta = 0;
+};
+
 // The scratch of one tile.
 struct Buffers {
     alignas(64) float s[kTile], t[kTile], out[kTile];
@@ -66,10 +71,10 @@ class Row {
     int64_t park_floats() const { return park_floats_; }
     void park_in(float* scratch) { park_ = scratch; }
 
+    // Takes offsets and a first estimate of lse_t - lse_s from the row's first tile.
+    void begin_sweep();
     FirstSweep first_sweep(int64_t block) const;
     void merge_first(FirstSweep& into, const FirstSweep& next) const { into.merge(next, online_); }
-    // True when the logits are so large that the sweep must be repeated with offsets, which are then set.
-    bool needs_offsets(const FirstSweep& whole);
     void finish_first(FirstSweep whole);
     // Sums of the statistics that need the softmax, one entry a statistic.
     void second_sweep(int64_t block, std::vector<NormalisedSums>& sums) const;
@@ -87,8 +92,14 @@ class Row {
     static void merge(std::vector<NormalisedSums>& into, const std::vector<NormalisedSums>& from);
 
   private:
-    Loaded measured_load(bool student, int64_t start, int count, float* to) const;
+    // Where this is, the first of equals, among columns from `start` that have it.
+    int find(int64_t start, int count, float logit) const;
+    // Takes the tile's largest logit for the offset where it is far above.
+    Loaded measured_load(bool student, int64_t start, int count, float* to, float* offset) const;
     void load(bool student, int64_t start, int count, float* to) const;
+    float scaled(bool student, float logit) const {
+        return scaled_one(logit, student ? offset_s_ : offset_t_, student ? scale_s_ : scale_t_);
+    }
     void normalise(const SoftmaxState& s, const SoftmaxState& t);
     void resolve();
     void finish(size_t i, const double* sums, double log_sum);
@@ -104,6 +115,8 @@ class Row {
     const Job& job_;
     int64_t index_;
     const char *s_, *t_;
+    // A tile holds (logit - offset) scale, the offset being the row's largest logit; in the first sweep, the largest so
+    // far, or a little less.
     float scale_s_, scale_t_, offset_s_ = 0, offset_t_ = 0;
     double alpha_, beta_;
     int64_t exclude_;
@@ -111,7 +124,7 @@ class Row {
     // gradient is a linear combination of them: the logits are not read, nor exponentials taken, a second time.
     float* park_ = nullptr;
     int64_t park_floats_ = 0;
-    mutable std::vector<OnlineTile> parked_tiles_;  // how each tile of a first-sweep divergence was taken
+    mutable std::vector<ParkedTile> parked_tiles_;  // how each tile of a first-sweep divergence was taken
     std::vector<Resolved> resolved_;                // one a statistic; empty divergence for the others
     bool online_[kOnlineCount] = {false, false, false};
     bool entropy_s_ = false, entropy_t_ = false, second_sweep_ = false, argmax_ = false;
@@ -119,6 +132,7 @@ class Row {
     std::vector<int64_t> support_;
     int tail_ = -1;
 
+    SoftmaxState anchor_s_, anchor_t_;  // of the first tile, for a first-sweep divergence to start from
     SoftmaxState state_s_, state_t_;
     double lse_s_ = 0, lse_t_ = 0;
     float largest_s_ = 0;

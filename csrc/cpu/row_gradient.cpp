@@ -80,22 +80,22 @@ void Row::parked_gradient(int64_t block) const {
     const int64_t begin = block * kBlock, end = std::min(job_.columns, begin + kBlock);
     // Backwards: the columns parked last are still in cache.
     for (int64_t start = begin + (end - begin - 1) / kTile * kTile; start >= begin; start -= kTile) {
-        const OnlineTile& tile = parked_tiles_[start / kTile];
+        const ParkedTile& tile = parked_tiles_[start / kTile];
         // From a tile's units to probabilities. Bounded for a tile without mass, whose exponent is the other row's:
         // its exponentials are 0, and must not meet an infinity.
-        const auto unit = [](float m, const SoftmaxState& row_state) {
+        const auto unit = [](double m, const SoftmaxState& row_state) {
             return std::min(1e30, std::exp2(m - row_state.m) / row_state.z);
         };
         double c_x = share_s_, c_y = weight;
         if (r.online == kForwardKl) {
-            c_x = weight * unit(tile.m_second, state_s_);
-            c_y = -weight * unit(tile.m_first, state_t_);
+            c_x = weight * unit(tile.m_s, state_s_);
+            c_y = -weight * unit(tile.m_t, state_t_);
         } else if (r.online == kReverseKl) {
-            c_y = weight * unit(tile.m_first, state_s_);
+            c_y = weight * unit(tile.m_s, state_s_);
             c_x = -c_y * ((lse_s_ - lse_t_) - tile.delta + value);
         } else if (r.online == kHellinger) {
-            c_x = 0.5 * weight * (1 - value) * unit(tile.m_second, state_s_);
-            c_y = -0.5 * weight * std::sqrt(unit(tile.m_second, state_s_) * unit(tile.m_first, state_t_));
+            c_x = 0.5 * weight * (1 - value) * unit(tile.m_s, state_s_);
+            c_y = -0.5 * weight * std::sqrt(unit(tile.m_s, state_s_) * unit(tile.m_t, state_t_));
         }
         const int count = static_cast<int>(std::min<int64_t>(kTile, end - start));
         job_.kernels->combine[static_cast<int>(to.dtype)](parked_x(start), parked_y(start), padded_to_lanes(count),

@@ -16,56 +16,100 @@ constexpr double kInfinity = std::numeric_limits<double>::infinity();
 constexpr double kLogZero = -745.0;
 // Estimates of Delta are rounded to this grid (kernels.h, NormalisedRow).
 constexpr double kDeltaGrid = 4096.0;
-// Beyond this, x kLog2e as a float is no longer known to a fraction of 1, and rows are shifted by their maximum.
-constexpr float kLargestPlain = 1 << 20;
+// Of a tile below this no exponential is above 0 beside the row's offset, and 24 bits do not hold its exponents.
+constexpr float kNoExponential = -(1 << 20);
 double round_to_grid(double x) { return std::nearbyint(x * kDeltaGrid) / kDeltaGrid; }
 
+// The smallest exponent in which no 2^(x kLog2e - m) is above 1, of a tile with mass.
+float exponent_of(float largest) { return std::ceil(largest * kLog2e); }
+
+// What an offset takes off the exponents.
+double base(float offset, float scale) { return std::isfinite(offset) ? double(offset) * scale * kLog2e : 0; }
+
 }  // namespace
+
+void Row::begin_sweep() {
+    Buffers b;
+    const int count = static_cast<int>(std::min<int64_t>(kTile, job_.columns)), padded = padded_to_lanes(count);
+    offset_s_ = offset_t_ = -INFINITY;
+    measured_load(true, 0, count, b.s, &offset_s_);
+    if (t_) measured_load(false, 0, count, b.t, &offset_t_);
+    if (!std::isfinite(offset_s_) || !std::isfinite(offset_t_)) return;
+    if (std::none_of(online_, online_ + kOnlineCount, [](bool wanted) { return wanted; })) return;
+    // The largest logits are the offsets.
+    anchor_s_.z = job_.kernels->sum_exp(b.s, padded, 0);
+    anchor_t_.z = job_.kernels->sum_exp(b.t, padded, 0);
+    anchor_s_.m = base(offset_s_, scale_s_);
+    anchor_t_.m = base(offset_t_, scale_t_);
+}
 
 FirstSweep Row::first_sweep(int64_t block) const {
     Buffers b;
     FirstSweep out;
     const Kernels& kernels = *job_.kernels;
     const bool teacher = t_ != nullptr;
+    float offset_s = offset_s_, offset_t = offset_t_;
     const int64_t end = std::min(job_.columns, (block + 1) * kBlock);
     for (int64_t start = block * kBlock; start < end; start += kTile) {
         const int count = static_cast<int>(std::min<int64_t>(kTile, end - start));
         const int padded = padded_to_lanes(count);
-        const Loaded ls = measured_load(true, start, count, b.s);
-        const Loaded lt = teacher ? measured_load(false, start, count, b.t) : Loaded{-INFINITY, false};
+        const Loaded ls = measured_load(true, start, count, b.s, &offset_s);
+        const Loaded lt = teacher ? measured_load(false, start, count, b.t, &offset_t) : Loaded{-INFINITY, false};
+        // What a state of the tile's numbers lacks of the logits' own: the exponents, and the difference of both rows.
+        const double base_s = base(offset_s, scale_s_), base_t = base(offset_t, scale_t_);
+        const double between = (base_t - base_s) * kExponentToLog;
         FirstSweep tile;
         tile.largest_s = ls.largest;
         tile.largest_t = lt.largest;
-        if (argmax_ && ls.largest > out.largest_s)
-            tile.argmax = start + (std::find(b.s, b.s + count, ls.largest) - b.s);
+        if (argmax_ && ls.largest > out.largest_s) tile.argmax = start + find(start, count, ls.largest);
         if (teacher && (ls.has_no_mass || lt.has_no_mass))
             for (int i = 0; i < count; ++i) {
-                if (b.s[i] == kNoMass && b.t[i] > kNoMass) tile.t.blocked = std::max(tile.t.blocked, b.t[i]);
-                if (b.t[i] == kNoMass && b.s[i] > kNoMass) tile.s.blocked = std::max(tile.s.blocked, b.s[i]);
+                const auto note = [i](const float* x, const float* other, double below, SoftmaxState& state) {
+                    if (x[i] > kNoMass && other[i] == kNoMass) state.blocked = std::max(state.blocked, x[i] + below);
+                };
+                note(b.s, b.t, base_s * kExponentToLog, tile.s);
+                note(b.t, b.s, base_t * kExponentToLog, tile.t);
             }
-        const bool mass_s = ls.largest > -INFINITY, mass_t = lt.largest > -INFINITY;
+        const float top_s = scaled_one(ls.largest, offset_s, scale_s_),
+                    top_t = scaled_one(lt.largest, offset_t, scale_t_);
+        const bool mass_s = !(top_s < kNoExponential), mass_t = !(top_t < kNoExponential);
         // Without mass the sum is 0, or NaN where the tile is all NaN; any exponent will do.
-        float m_s = std::ceil(ls.largest * kLog2e), m_t = std::ceil(lt.largest * kLog2e);
-        if (!mass_s) m_s = mass_t ? m_t : 0;
-        if (!mass_t) m_t = m_s;
-        tile.s.m = m_s;
-        tile.t.m = m_t;
+        float m_s = mass_s ? exponent_of(top_s) : 0, m_t = mass_t ? exponent_of(top_t) : m_s;
+        if (!mass_s) m_s = m_t;
+        tile.s.m = base_s + m_s;
+        tile.t.m = base_t + m_t;
         bool have_z = false;
         for (int i = 0; i < kOnlineCount; ++i) {
             if (!online_[i]) continue;
             const bool by_student = first_is_student(i);
             const float m_first = by_student ? m_s : m_t, m_second = by_student ? m_t : m_s;
             OnlineState& online = tile.online[i];
-            // The estimate so far, where the columns so far have mass to speak of. Else the tile's own maxima: an
-            // estimate from massless columns can be far off, and moving away from it would cost digits.
-            const SoftmaxState& so_far = by_student ? out.s : out.t;
-            const bool weighty = out.online[i].started && so_far.z * std::exp2(so_far.m - m_first) >= 8;
-            const double own = round_to_grid((double(m_first) - m_second) * kExponentToLog);
-            online.delta = weighty && std::fabs(out.online[i].delta - own) < 20 ? out.online[i].delta : own;
-            online.m = m_first;
+            // The estimate so far, at first that of the row's first tile, where its columns have mass to speak of and
+            // the tile's rows are not so far apart that their exponentials leave the range of floats. Else the tile's
+            // own, from a sweep for its sums: moving away from an estimate that is off by 1 would cost the digits of a
+            // small divergence.
+            const SoftmaxState& first = by_student ? tile.s : tile.t;
+            const bool first_tile = !out.online[i].started;
+            const SoftmaxState &s = first_tile ? anchor_s_ : out.s, &t = first_tile ? anchor_t_ : out.t;
+            const SoftmaxState& so_far = by_student ? s : t;
+            const double sign = by_student ? -1 : 1, apart = sign * (double(m_t) - m_s) * kExponentToLog;
+            double delta = apart;
+            bool known = so_far.z * std::exp2(so_far.m - first.m) >= 8;
+            if (known) {
+                delta = (first_tile ? sign * (t.lse() - s.lse()) : out.online[i].delta) - sign * between;
+                known = std::fabs(delta - apart) < 20;
+            }
+            if (!known && mass_s && mass_t) {
+                const double z_s = kernels.sum_exp(b.s, padded, m_s), z_t = kernels.sum_exp(b.t, padded, m_t);
+                delta = apart + sign * std::log(z_t / z_s);
+            }
+            if (!std::isfinite(delta)) delta = 0;
+            const float d = static_cast<float>(first_tile || !known ? round_to_grid(delta) : delta);
+            online.delta = d + sign * between;
+            online.m = first.m;
             online.started = true;
-            const double kappa = std::exp(online.delta + (double(m_second) - m_first) * kExponentToLog);
-            const OnlineTile how{m_first, m_second, static_cast<float>(online.delta), static_cast<float>(kappa)};
+            const double kappa = std::exp(d - apart);
+            const OnlineTile how{m_first, m_second, d, static_cast<float>(kappa)};
             const OnlineKernel* kernel = i == kForwardKl   ? kernels.forward_kl
                                          : i == kReverseKl ? kernels.reverse_kl
                                                            : kernels.hellinger;
@@ -73,16 +117,17 @@ FirstSweep Row::first_sweep(int64_t block) const {
             const bool park = park_ != nullptr;
             kernel[park](by_student ? b.t : b.s, by_student ? b.s : b.t, padded, how, &sums,
                          park ? parked_x(start) : nullptr, park ? parked_y(start) : nullptr);
-            if (park) parked_tiles_[start / kTile] = how;
+            if (park) parked_tiles_[start / kTile] = {tile.s.m, tile.t.m, online.delta};
             online.g = sums.g;
             tile.s.z = by_student ? sums.z_first : sums.z_second;
             tile.t.z = by_student ? sums.z_second : sums.z_first;
             have_z = true;
         }
         if (tail_ >= 0) {
-            const SoftmaxState whole = sweep_tail(b.s, start, count, ls.largest, &tile.tail);
+            const SoftmaxState whole = sweep_tail(b.s, start, count, top_s, &tile.tail);
+            tile.tail.m += base_s;
             // A divergence moves by the sums that it was taken with.
-            if (!have_z) tile.s.m = whole.m, tile.s.z = whole.z, tile.s.a = whole.a;
+            if (!have_z) tile.s.m = base_s + whole.m, tile.s.z = whole.z, tile.s.a = whole.a;
         }
         if (entropy_s_ && (tail_ < 0 || have_z))
             kernels.sum_exp_entropy(b.s, padded, m_s, &tile.s.z, &tile.s.a);
@@ -144,7 +189,6 @@ void FirstSweep::merge(const FirstSweep& other, const bool* wanted) {
         const bool by_student = first_is_student(i);
         const SoftmaxState& first = by_student ? both_s : both_t;
         const SoftmaxState& second = by_student ? both_t : both_s;
-        const double scale = first.has_mass() ? first.m : online[i].m;
         OnlineState& a = online[i];
         OnlineState& b = right.online[i];
         // One estimate for both: the union's once it differs by more than the grid can hold without loss.
@@ -154,10 +198,9 @@ void FirstSweep::merge(const FirstSweep& other, const bool* wanted) {
             if (!(std::fabs(ratio - 1) < 1e-3)) delta = round_to_grid(first.lse() - second.lse());
         }
         if (!std::isfinite(delta)) delta = a.delta;
-        a.move(online_kind(i), delta, by_student ? s : t, by_student ? t : s);
-        b.move(online_kind(i), delta, by_student ? right.s : right.t, by_student ? right.t : right.s);
-        a.rebase(scale);
-        b.rebase(scale);
+        const double m = first.has_mass() ? first.m : second.m + delta / kExponentToLog;
+        a.move(online_kind(i), delta, m, by_student ? s : t, by_student ? t : s);
+        b.move(online_kind(i), delta, m, by_student ? right.s : right.t, by_student ? right.t : right.s);
         a.g += b.g;
     }
     s = both_s;
@@ -170,15 +213,12 @@ void FirstSweep::merge(const FirstSweep& other, const bool* wanted) {
     largest_t = std::max(largest_t, right.largest_t);
 }
 
-bool Row::needs_offsets(const FirstSweep& whole) {
-    const auto offset = [](float largest, float* to) {
-        const bool wanted = *to == 0 && std::isfinite(largest) && std::fabs(largest) > kLargestPlain;
-        if (wanted) *to = largest;
-        return wanted;
-    };
-    const bool student = offset(whole.largest_s, &offset_s_);
-    const bool teacher = t_ && offset(whole.largest_t, &offset_t_);
-    return student || teacher;
+int Row::find(int64_t start, int count, float logit) const {
+    Buffers b;
+    const Rows& rows = job_.student;
+    job_.kernels->load[static_cast<int>(rows.dtype)](s_ + start * rows.element_bytes(), count, 1, 0, b.s);
+    if (exclude_ >= start && exclude_ < start + count) b.s[exclude_ - start] = kNoMass;
+    return static_cast<int>(std::find(b.s, b.s + count, scaled_one(logit, 0, 1)) - b.s);
 }
 
 void Row::normalise(const SoftmaxState& s, const SoftmaxState& t) {
@@ -202,6 +242,22 @@ void Row::normalise(const SoftmaxState& s, const SoftmaxState& t) {
 void Row::finish_first(FirstSweep whole) {
     largest_s_ = whole.largest_s;
     argmax_index_ = whole.argmax;
+    offset_s_ = std::isfinite(whole.largest_s) ? whole.largest_s : 0;
+    offset_t_ = std::isfinite(whole.largest_t) ? whole.largest_t : 0;
+    // From here on relative to them.
+    const double base_s = base(offset_s_, scale_s_), base_t = base(offset_t_, scale_t_);
+    whole.s.shift(base_s);
+    whole.t.shift(base_t);
+    whole.tail.shift(base_s);
+    for (int i = 0; i < kOnlineCount; ++i) {
+        whole.online[i].m -= first_is_student(i) ? base_s : base_t;
+        whole.online[i].delta -= (first_is_student(i) ? -1 : 1) * (base_t - base_s) * kExponentToLog;
+    }
+    for (ParkedTile& tile : parked_tiles_) {
+        tile.m_s -= base_s;
+        tile.m_t -= base_t;
+        tile.delta -= (online_[kReverseKl] ? -1 : 1) * (base_t - base_s) * kExponentToLog;
+    }
     q_is_zero_ = t_ && whole.t.has_mass() && whole.t.blocked - whole.t.lse() > kLogZero;
     p_is_zero_ = t_ && whole.s.has_mass() && whole.s.blocked - whole.s.lse() > kLogZero;
     normalise(whole.s, whole.t);
@@ -220,13 +276,13 @@ void Row::finish_first(FirstSweep whole) {
         if (r.entropy_s || r.entropy_t) {
             const SoftmaxState& state = r.entropy_s ? whole.s : whole.t;
             value = state.has_mass() ? std::log2(state.z) * kExponentToLog + state.a / state.z : kNaN;
+            if (value < 0) value = 0;
         } else if (r.online >= 0) {
             const bool by_student = first_is_student(r.online);
             const SoftmaxState& first = by_student ? whole.s : whole.t;
             const SoftmaxState& second = by_student ? whole.t : whole.s;
             OnlineState online = whole.online[r.online];
-            online.rebase(first.m);
-            online.move(online_kind(r.online), first.lse() - second.lse(), first, second);
+            online.move(online_kind(r.online), first.lse() - second.lse(), first.m, first, second);
             value = std::max(0.0, online.g / first.z);
             if (!first.has_mass() || !second.has_mass() || std::isnan(first.z + second.z)) value = kNaN;
         } else {

@@ -112,12 +112,9 @@ void forward_row(const Job& job, int64_t index) {
     Row row(job, index);
     if (row.park_floats() > 0) row.park_in(thread_scratch(row.park_floats()));
     const int64_t blocks = row.blocks();
+    row.begin_sweep();
     FirstSweep whole = row.first_sweep(0);
     for (int64_t b = 1; b < blocks; ++b) row.merge_first(whole, row.first_sweep(b));
-    if (row.needs_offsets(whole)) {
-        whole = row.first_sweep(0);
-        for (int64_t b = 1; b < blocks; ++b) row.merge_first(whole, row.first_sweep(b));
-    }
     row.finish_first(whole);
     if (row.needs_second_sweep()) {
         std::vector<NormalisedSums> total(job.stats.size());
@@ -155,6 +152,7 @@ void forward_split(const Job& job, const int64_t* active, int64_t active_count) 
         }
     }
     const int64_t blocks = rows[0].blocks(), count = static_cast<int64_t>(rows.size());
+    for (Row& row : rows) row.begin_sweep();
     std::vector<FirstSweep> first(count * blocks);
     const auto sweep_first = [&](int64_t i) { first[i] = rows[i / blocks].first_sweep(i % blocks); };
     const auto merge_first = [&](int64_t r) {
@@ -165,10 +163,6 @@ void forward_split(const Job& job, const int64_t* active, int64_t active_count) 
     for_each(job.threads, count * blocks, sweep_first);
     for (int64_t r = 0; r < count; ++r) {
         FirstSweep whole = merge_first(r);
-        if (rows[r].needs_offsets(whole)) {
-            for_each(job.threads, blocks, [&](int64_t b) { sweep_first(r * blocks + b); });
-            whole = merge_first(r);
-        }
         rows[r].finish_first(whole);
     }
     if (std::any_of(rows.begin(), rows.end(), [](const Row& row) { return row.needs_second_sweep(); })) {

@@ -2,38 +2,33 @@
 // and divergences.h.
 
 // --- conversions ------------------------------------------------------------------------------------------------
-template <Dtype dtype, bool measured>
-inline void load_run(const void* from, int columns, Floats scale, Floats offset, bool plain, float* to, Floats* largest,
-                     Floats* smallest) {
-    for (int i = 0; i < columns; i += Floats::lanes) {
-        Floats x = convert<dtype>(from, i);
-        if (!plain) x = fma(x, scale, offset);
-        if constexpr (measured) {
-            *largest = max(x, *largest);
-            *smallest = min(x, *smallest);
-        }
-        store(to + i, max(broadcast(kNoMass), x));
-    }
+// What stands for a logit: (x - offset) * scale, kNoMass where x has no mass, and above it where x has some.
+inline Floats scaled(Floats x, Floats offset, Floats scale) {
+    const Floats y = max(broadcast(kAboveNoMass), (x - offset) * scale);
+    return select(x < broadcast(kAboveNoMass), broadcast(kNoMass), y);
 }
 
 // The first sweep also measures the tile; the later ones only convert it.
 template <Dtype dtype, bool measured>
 Loaded load_tile(const void* from, int columns, float scale, float offset, float* to) {
     constexpr float inf = std::numeric_limits<float>::infinity();
-    const bool plain = scale == 1.0f && offset == 0.0f;
     const int whole = columns - columns % Floats::lanes;
+    const Floats factor = broadcast(scale), shift = broadcast(offset);
     Floats largest = broadcast(-inf), smallest = broadcast(inf);
-    if (plain)
-        load_run<dtype, measured>(from, whole, largest, smallest, true, to, &largest, &smallest);
-    else
-        load_run<dtype, measured>(from, whole, broadcast(scale), broadcast(-offset), false, to, &largest, &smallest);
+    for (int i = 0; i < whole; i += Floats::lanes) {
+        const Floats x = convert<dtype>(from, i);
+        if constexpr (measured) {
+            largest = max(x, largest);
+            smallest = min(x, smallest);
+        }
+        store(to + i, scaled(x, shift, factor));
+    }
     Loaded out{kldiv::KLDIV_ISA::largest(largest), -kldiv::KLDIV_ISA::largest(-smallest) <= kNoMass};
     for (int i = whole; i < columns; ++i) {
-        const float raw = convert_one<dtype>(from, i);
-        const float x = plain ? raw : std::fma(raw, scale, -offset);
+        const float x = convert_one<dtype>(from, i);
         out.largest = out.largest > x ? out.largest : x;
         out.has_no_mass |= x <= kNoMass;
-        to[i] = x < kNoMass ? kNoMass : x;
+        to[i] = scaled_one(x, offset, scale);
     }
     for (int i = columns; i % kPad != 0; ++i) to[i] = kNoMass;
     return out;
@@ -60,16 +55,15 @@ inline double sum_exp(const float* x, int columns, float m) {
 }
 
 inline void sum_exp_entropy(const float* x, int columns, float m, double* z_out, double* a_out) {
-    const Floats reference = broadcast(m), top = broadcast(static_cast<float>(m * kExponentToLog));
+    const Floats reference = broadcast(m);
     Floats z = broadcast(0.0f), a = broadcast(0.0f);
     for (int i = 0; i < columns; i += Floats::lanes) {
-        const Floats value = load(x + i);
-        const Floats e = exp2(exponent(value, reference));
+        const Floats y = exponent(load(x + i), reference), e = exp2(y);
         z = z + e;
-        a = fma(e, top - value, a);
+        a = fma(e, y, a);
     }
     *z_out = sum(z);
-    *a_out = sum(a);
+    *a_out = -sum(a) * kExponentToLog;
 }
 
 // The online kernels also park two floats a column, x and y, of which the gradient of the row's divergence is a linear
@@ -85,8 +79,8 @@ __attribute__((flatten)) void online_kl(const float* s, const float* t, int colu
     for (int i = 0; i < columns; i += Floats::lanes) {
         const Floats second = load(s + i), first = load(t + i);
         const Floats q = exp2(exponent(second, ms)), p = exp2(exponent(first, mt));
-        // d is a multiple of 2^-12, so that this loses nothing where the rows are close.
-        const Floats u = (first - d) - second;
+        // Nearly exact where the rows are close, and the same but for its sign with the rows exchanged.
+        const Floats u = (first - second) - d;
         zs = zs + q;
         zt = zt + p;
         g = g + kl_term(p, q * k, u);
@@ -111,7 +105,7 @@ __attribute__((flatten)) void online_hellinger(const float* s, const float* t, i
         const Floats root_q = exp2(fma(load(s + i), half, -ms)), root_p = exp2(fma(load(t + i), half, -mt));
         const Floats q = root_q * root_q;
         zs = zs + q;
-        zt = fma(root_p, root_p, zt);
+        zt = zt + root_p * root_p;  // rounded as q is: equal rows have equal sums
         const Floats difference = root_p - root_q * k;
         g = fma(difference, difference, g);
         if constexpr (park != Park::none) {
@@ -151,7 +145,7 @@ struct Normaliser {
             e.lp = teacher - lse_t;
             e.root_p = p;
             e.p = D::roots ? p * p : p;
-            e.u = ((teacher - delta_high) - student) - delta_low;
+            e.u = ((teacher - student) - delta_high) - delta_low;
         }
         return e;
     }
@@ -214,12 +208,12 @@ inline void softmax(const float* x, int columns, const Softmax& row, float share
     for (int i = 0; i < columns; i += Floats::lanes) store(to + i, exp2(exponent(load(x + i), m)) * scale);
 }
 
-// to = c_x x + c_y y, rounded to the gradient's dtype.
+// to = c_x x + c_y y, rounded to the gradient's dtype. Both products are rounded: those of equal rows cancel exactly.
 template <Dtype dtype>
 void combine(const float* x, const float* y, int padded, int columns, float c_x, float c_y, void* to) {
     alignas(64) float buffer[kTile];
     const Floats cx = broadcast(c_x), cy = broadcast(c_y);
-    for (int i = 0; i < padded; i += Floats::lanes) store(buffer + i, fma(cx, load(x + i), cy * load(y + i)));
+    for (int i = 0; i < padded; i += Floats::lanes) store(buffer + i, cx * load(x + i) + cy * load(y + i));
     store_tile<dtype>(buffer, columns, to);
 }
 
