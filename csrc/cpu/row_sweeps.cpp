@@ -94,7 +94,7 @@ FirstSweep Row::first_sweep(int64_t block) const {
             const SoftmaxState& so_far = by_student ? s : t;
             const double sign = by_student ? -1 : 1, apart = sign * (double(m_t) - m_s) * kExponentToLog;
             double delta = apart;
-            bool known = so_far.z * std::exp2(so_far.m - first.m) >= 8;
+            bool known = so_far.z * std::exp2(so_far.m - first.m) >= 0.5;
             if (known) {
                 delta = (first_tile ? sign * (t.lse() - s.lse()) : out.online[i].delta) - sign * between;
                 known = std::fabs(delta - apart) < 20;

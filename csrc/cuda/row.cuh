@@ -109,13 +109,12 @@ KLDIV_HOST_DEVICE bool finishes_first(int code) {
            code == k_hellinger || code < k_entropy;
 }
 
-// The finished softmaxes of a row: q = 2^(s c - m) / z. log p - log q = slope ((t - s) - delta) + tilt y_s + constant,
-// which is exact where the rows are close and their temperatures equal (tilt is 0 then), however large the logits are.
+// The finished softmaxes of a row: q = 2^(s c - m) / z. An exponent is one fused multiply-add, rounded once, so that
+// log p and log q are right to their own last place however large the logits are, and so is their difference.
 struct Normalised {
     float cs, ct, floor_s, floor_t;
     float ms, mt, zs, zt;  // z NaN: no softmax
     float over_zs, over_zt, log_zs, log_zt;
-    float delta, slope, tilt, constant;
 };
 
 KLDIV_DEVICE Normalised normalise(const RowInput& row, float ms, float zs, float mt, float zt) {
@@ -128,13 +127,6 @@ KLDIV_DEVICE Normalised normalise(const RowInput& row, float ms, float zs, float
     n.over_zt = 1 / zt;
     n.log_zs = ::logf(zs);
     n.log_zt = ::logf(zt);
-    n.slope = n.ct * kLn2;
-    n.tilt = (n.ct - n.cs) / n.cs * kLn2;
-    const float difference = mt - ms;
-    n.delta = difference / n.ct;
-    // What the rounding of delta and of the difference leaves out: either is exact where the two are close.
-    const float left = fma(n.delta, n.ct, -difference) - ((mt - difference) - ms);
-    n.constant = fma(left, kLn2, n.log_zs - n.log_zt) + ms * n.tilt;
     return n;
 }
 // From the merged state of a row.
@@ -167,7 +159,7 @@ KLDIV_DEVICE Element<float> element_of(const Normalised& n, float s, float t) {
             e.p = exp2(yt) * n.over_zt;
         }
         e.lp = fma(yt, kLn2, -n.log_zt);
-        e.u = fma(ys, n.tilt, fma((t - s) - n.delta, n.slope, n.constant));
+        e.u = e.lp - e.lq;
     }
     return e;
 }
@@ -254,11 +246,13 @@ KLDIV_DEVICE Finished finish_as(const Sums& sums, const Flags& flags, const Norm
 
 // The value of a statistic that the first sweep finishes, from the merged state of a row.
 KLDIV_DEVICE float first_value(int code, const State& state, const Normalised& n) {
-    if (code == k_entropy) return fma(state.s.a / n.zs, kLn2, n.log_zs);
-    if (code == k_reference_entropy) return fma(state.t.a / n.zt, kLn2, n.log_zt);
     const float x = n.log_zs - n.log_zt;
     float value;
-    if (code == k_forward_kl) {
+    if (code == k_entropy) {
+        value = fma(state.s.a / n.zs, kLn2, n.log_zs);
+    } else if (code == k_reference_entropy) {
+        value = fma(state.t.a / n.zt, kLn2, n.log_zt);
+    } else if (code == k_forward_kl) {
         value = state.forward_kl / n.zt - expm1_minus(x);
     } else if (code == k_reverse_kl) {
         value = state.reverse_kl / n.zs - expm1_minus(-x);

@@ -119,13 +119,12 @@ class _Rows:
         exclude = None if call.exclude is None else call.exclude[index][:, None]
         s = _read(call.logits, index, call.vocab_size, exclude, dtype)
         t = s if call.reference is None else _read(call.reference, index, call.vocab_size, exclude, dtype)
-        logq, max_s, sum_s = _log_softmax(s, temperature)
-        logp, max_t, sum_t = _log_softmax(t, reference_temperature)
-        s, t = s / temperature, t / reference_temperature
+        logq, max_s, sum_s, below_s = _log_softmax(s, temperature)
+        logp, max_t, sum_t, below_t = _log_softmax(t, reference_temperature)
         nowhere = (s == -torch.inf) & (t == -torch.inf)
         # Each difference is nearly exact where the rows are close; a difference of two logsumexp would not be.
-        shift = (max_t - max_s) + (sum_t / sum_s).log()
-        log_ratio = torch.where(nowhere, torch.zeros_like(s), (t - s) - shift)
+        shift = (sum_t.double().log() - sum_s.double().log()).to(dtype)
+        log_ratio = torch.where(nowhere, torch.zeros_like(s), (below_t - below_s) - shift)
         lse_s, lse_t = max_s + sum_s.log(), max_t + sum_t.log()
         return _Rows(
             tuple(STATISTICS[name] for name in call.stats),
@@ -237,8 +236,8 @@ def _read(logits: Tensor, index: Tensor, columns: int, exclude: Tensor | None, d
     return rows
 
 
-def _log_softmax(rows: Tensor, temperature: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """log softmax of rows / temperature, its maximum, and the sum of exponentials below that maximum.
+def _log_softmax(rows: Tensor, temperature: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """log softmax of rows / temperature, its maximum, the sum of exponentials below that maximum, their exponents.
 
     The maximum goes first, before the division, and the logarithm of the sum is not rounded by itself: the error of a
     probability is then relative to its own logarithm, not to the logit or the vocabulary. NaN for a row that is -inf
@@ -247,4 +246,4 @@ def _log_softmax(rows: Tensor, temperature: Tensor) -> tuple[Tensor, Tensor, Ten
     maximum = rows.amax(dim=1, keepdim=True)
     below = (rows - maximum) / temperature
     total = below.exp().sum(dim=1, keepdim=True)
-    return (below.double() - total.double().log()).to(rows.dtype), maximum / temperature, total
+    return (below.double() - total.double().log()).to(rows.dtype), maximum / temperature, total, below

@@ -49,12 +49,13 @@ def cross_entropy_terms(p, q, lp, lq, u, alpha, beta):
 @triton.jit
 def cross_entropy_finish(total, q_is_zero, p_is_zero, alpha, beta):
     value = tl.where(q_is_zero, INFINITY, total)
-    return value, -1.0, value
+    return value, 0.0, value
 
 
 @triton.jit
 def cross_entropy_grad_logq(p, q, lp, lq, u, alpha, beta):
-    return -p
+    """−p with q added, so that equal rows have a gradient of exactly 0."""
+    return q - p
 
 
 @triton.jit
@@ -127,15 +128,15 @@ def _log_mixture(p, q, beta):
 
 
 @triton.jit
-def _log_q_over_mixture(p, q, lq, u, beta):
-    """log(q/m), by its series where the rows are close: there the logarithms would leave only their roundings."""
+def _log_q_over_mixture(lq, log_m, u, beta):
+    """log(q/m) = −K(u), by its series where the rows are close: the logarithms would leave only their roundings."""
     v = beta * (1.0 - beta)
     skewness = 1.0 - 2.0 * beta
-    y = tl.fma(u, v * skewness * (1.0 - 12.0 * v) / 120.0, v * (1.0 - 6.0 * v) / 24.0)
+    y = tl.fma(u, v * (1.0 - 30.0 * v + 120.0 * v * v) / 720.0, v * skewness * (1.0 - 12.0 * v) / 120.0)
+    y = tl.fma(y, u, v * (1.0 - 6.0 * v) / 24.0)
     y = tl.fma(y, u, v * skewness / 6.0)
     y = tl.fma(y, u, 0.5 * v)
     y = tl.fma(y, u, beta)
-    m, log_m = _log_mixture(p, q, beta)
     return tl.where(tl.abs(u) < 0.25, -(y * u), lq - log_m)
 
 
@@ -149,14 +150,16 @@ def js_terms(p, q, lp, lq, u, alpha, beta):
         of_q = value
     else:
         m, log_m = _log_mixture(p, q, beta)
-        of_q = (1.0 - beta) * q * (lq - log_m)
+        wp, wq = beta * p, (1.0 - beta) * q
+        of_q = wq * _log_q_over_mixture(lq, log_m, u, beta)
         v = beta * (1.0 - beta)
         skewness = 1.0 - 2.0 * beta
         y = tl.fma(u, v * (1.0 - 30.0 * v + 120.0 * v * v) / 144.0, v * skewness * (1.0 - 12.0 * v) / 30.0)
         y = tl.fma(y, u, v * (1.0 - 6.0 * v) / 8.0)
         y = tl.fma(y, u, v * skewness / 3.0)
         y = tl.fma(y, u, 0.5 * v)
-        value = tl.where(tl.abs(u) < 0.25, (m * u) * (u * y), tl.fma(beta * p, lp - log_m, of_q))
+        # Products rounded by themselves: exchanging the rows at beta = 1/2 leaves every bit of a term.
+        value = tl.where(tl.abs(u) < 0.25, m * ((u * u) * y), wp * (lp - log_m) + wq * (lq - log_m))
     return value, of_q
 
 
@@ -175,7 +178,8 @@ def js_grad_logq(p, q, lp, lq, u, alpha, beta):
     elif beta >= 1.0:
         g = -(q * u)
     else:
-        g = (1.0 - beta) * q * _log_q_over_mixture(p, q, lq, u, beta)
+        m, log_m = _log_mixture(p, q, beta)
+        g = (1.0 - beta) * q * _log_q_over_mixture(lq, log_m, u, beta)
     return g
 
 
@@ -186,7 +190,8 @@ def js_grad_logp(p, q, lp, lq, u, alpha, beta):
     elif beta >= 1.0:
         g = p - q
     else:
-        g = beta * p * _log_q_over_mixture(q, p, lp, -u, 1.0 - beta)
+        m, log_m = _log_mixture(p, q, beta)
+        g = beta * p * _log_q_over_mixture(lp, log_m, -u, 1.0 - beta)
     return g
 
 
@@ -325,12 +330,12 @@ def forward_chi2_finish(total, q_is_zero, p_is_zero, alpha, beta):
 
 @triton.jit
 def forward_chi2_grad_logq(p, q, lp, lq, u, alpha, beta):
-    return q - _p_squared_over_q(p, u)
+    return tl.where(tl.abs(u) < 1.0, -(q * expm1(u + u)), q - _p_squared_over_q(p, u))
 
 
 @triton.jit
 def forward_chi2_grad_logp(p, q, lp, lq, u, alpha, beta):
-    return 2.0 * (_p_squared_over_q(p, u) - p)
+    return 2.0 * tl.where(tl.abs(u) < 1.0, p * expm1(u), _p_squared_over_q(p, u) - p)
 
 
 @triton.jit

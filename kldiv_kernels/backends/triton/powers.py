@@ -92,7 +92,9 @@ def alpha_grad_logp(p, q, lp, lq, u, alpha, beta):
     return g
 
 
-# --- Renyi: log(sum p^a q^(1-a)) / (a-1), a above 0 and not 1. Its gradient is a softmax of a lp + (1-a) lq
+# --- Renyi: log(sum p^a q^(1-a)) / (a-1), a above 0 and not 1
+# With L the logarithm and r = exp(a lp + (1-a) lq - L), which sums to 1, grad_logq = -r and grad_logp = a/(a-1) r; q and
+# a/(a-1) p are taken off, so that both sum to 0 and are 0 where the rows are equal: r - q = q (e^(a u - L) - 1).
 @triton.jit
 def renyi_terms(p, q, lp, lq, u, alpha, beta):
     return (_alpha_term(p, q, lp, u, alpha),)
@@ -108,23 +110,33 @@ def renyi_finish(total, log_sum, q_is_zero, p_is_zero, alpha, beta):
     log_sum = tl.where(q_is_zero & (alpha >= 1.0), INFINITY, tl.where(log_sum < -1e20, -INFINITY, log_sum))
     excess = alpha * (alpha - 1.0) * total
     near = (tl.abs(log_sum) < 0.5) & (tl.abs(excess) < 0.5)
-    value = tl.where(near, log1p(excess), log_sum) / (alpha - 1.0)
-    return value, -1.0, alpha / (alpha - 1.0), log_sum
+    log_sum = tl.where(near, log1p(excess), log_sum)
+    return log_sum / (alpha - 1.0), 0.0, 0.0, log_sum
+
+
+@triton.jit
+def _excess(probability, x, log_r):
+    """r less the probability of one row; x is log r less its logarithm."""
+    near = tl.abs(x) < 1.0
+    return tl.where(near, probability * expm1(tl.where(near, x, 0.0)), exp(log_r) - probability)
 
 
 @triton.jit
 def renyi_grad_logq(p, q, lp, lq, u, alpha, beta, log_sum):
-    return -exp(renyi_log_weight(p, q, lp, lq, u, alpha, beta) - log_sum)
+    log_r = renyi_log_weight(p, q, lp, lq, u, alpha, beta) - log_sum
+    return -_excess(q, tl.fma(alpha, u, -log_sum), log_r)
 
 
 @triton.jit
 def renyi_grad_logp(p, q, lp, lq, u, alpha, beta, log_sum):
-    return alpha / (alpha - 1.0) * exp(renyi_log_weight(p, q, lp, lq, u, alpha, beta) - log_sum)
+    log_r = renyi_log_weight(p, q, lp, lq, u, alpha, beta) - log_sum
+    return alpha / (alpha - 1.0) * _excess(p, tl.fma(alpha - 1.0, u, -log_sum), log_r)
 
 
-# --- alpha-beta: -1/(ab) sum (p^a q^b - a/(a+b) p^(a+b) - b/(a+b) q^(a+b)), a, b, a+b not 0
-# For small u a term is q^l u² (1/2 + (a+l) u/6 + (a²+al+l²) u²/24 + ...), l = a+b; the quotients
-# (l^n − a^n) / b by recurrence, which has no pole at b = 0.
+# --- alpha-beta: -1/(ab) sum (p^a q^b - a/l p^l - b/l q^l), l = a+b; a, b, l not 0
+# A term is q^l f[0, a, l], the second divided difference of f(c) = e^(c u), which has no pole; it is taken from the
+# neighbours among 0, a, l in their order (see the C++ twin). For small u it is
+# q^l u² (1/2 + (a+l) u/6 + (a²+al+l²) u²/24 + ...), the quotients (l^n − a^n) / b by recurrence.
 @triton.jit
 def _power(x, lp, lq):
     """e^x, and 0 in a column without mass in either row, where a negative exponent would give infinity."""
@@ -132,18 +144,29 @@ def _power(x, lp, lq):
 
 
 @triton.jit
-def _near(u, alpha, beta):
-    return tl.abs(u) * tl.maximum(tl.maximum(1.0, tl.abs(alpha)), tl.abs(alpha + beta)) < 0.25
+def _slope(start, end, width, u):
+    """q^l f over an interval, from q^l e^(c u) at its ends."""
+    x = width * u
+    near = tl.abs(x) < 1.0
+    return tl.where(near, start * expm1(tl.where(near, x, 0.0)), end - start) / width
 
 
 @triton.jit
 def alpha_beta_terms(p, q, lp, lq, u, alpha, beta):
-    a, b = alpha, beta
-    total = a + b
-    cross = _power(tl.fma(a, lp, b * lq), lp, lq)
+    a = alpha
+    total = a + beta
+    cross = _power(tl.fma(a, lp, beta * lq), lp, lq)
     q_power = _power(total * lq, lp, lq)
     p_power = _power(total * lp, lp, lq)
-    far = tl.fma(cross, -1.0 / (a * b), tl.fma(p_power, 1.0 / (b * total), q_power / (a * total)))
+    least = tl.minimum(0.0, tl.minimum(a, total))
+    largest = tl.maximum(0.0, tl.maximum(a, total))
+    # What of 0, a and l is neither.
+    middle = tl.maximum(tl.minimum(0.0, tl.maximum(a, total)), tl.minimum(a, total))
+    at_least = tl.where(least == a, cross, tl.where(least == total, p_power, q_power))
+    at_middle = tl.where(middle == a, cross, tl.where(middle == total, p_power, q_power))
+    at_largest = tl.where(largest == a, cross, tl.where(largest == total, p_power, q_power))
+    far = _slope(at_middle, at_largest, largest - middle, u) - _slope(at_least, at_middle, middle - least, u)
+    far = far / (largest - least)
     c3 = total + a
     c4 = c3 * total + a * a
     c5 = c4 * total + a * a * a
@@ -152,8 +175,8 @@ def alpha_beta_terms(p, q, lp, lq, u, alpha, beta):
     y = tl.fma(y, u, c4 / 24.0)
     y = tl.fma(y, u, c3 / 6.0)
     y = tl.fma(y, u, 0.5)
-    near = _near(u, a, b)
-    return tl.where(near, (q_power * u) * (u * y), far), alpha_beta_grad_logq(p, q, lp, lq, u, alpha, beta)
+    near = tl.abs(u) * tl.maximum(tl.abs(a), tl.abs(total)) < 0.25
+    return tl.where(near, (q_power * u) * (u * y), far), -_slope(q_power, cross, a, u)
 
 
 @triton.jit
@@ -164,18 +187,16 @@ def alpha_beta_finish(total, of_q, q_is_zero, p_is_zero, alpha, beta):
 
 @triton.jit
 def alpha_beta_grad_logq(p, q, lp, lq, u, alpha, beta):
-    """(q^l − p^a q^b) / a = −q^l expm1(a u) / a: for small u the first form would cancel."""
+    """(q^l − p^a q^b) / a"""
     cross = _power(tl.fma(alpha, lp, beta * lq), lp, lq)
-    q_power = _power((alpha + beta) * lq, lp, lq)
-    return tl.where(_near(u, alpha, beta), -(q_power * expm1(alpha * u)), q_power - cross) / alpha
+    return -_slope(_power((alpha + beta) * lq, lp, lq), cross, alpha, u)
 
 
 @triton.jit
 def alpha_beta_grad_logp(p, q, lp, lq, u, alpha, beta):
-    """(p^l − p^a q^b) / b = −p^l expm1(−b u) / b"""
+    """(p^l − p^a q^b) / b"""
     cross = _power(tl.fma(alpha, lp, beta * lq), lp, lq)
-    p_power = _power((alpha + beta) * lp, lp, lq)
-    return tl.where(_near(u, alpha, beta), -(p_power * expm1(-(beta * u))), p_power - cross) / beta
+    return _slope(cross, _power((alpha + beta) * lp, lp, lq), beta, u)
 
 
 # --- collision: log sum q²

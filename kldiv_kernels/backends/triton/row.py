@@ -56,8 +56,8 @@ def take_row(state, s_side, t_side, FIRST: tl.constexpr):
         difference = tl.sqrt(zt) - tl.sqrt(zs)
         hellinger = (hellinger - 0.5 * difference * difference) / tl.sqrt(zs * zt)
     return (ms, zs, mt, zt), (
-        entropy,
-        reference_entropy,
+        tl.where(entropy < 0.0, 0.0, entropy),
+        tl.where(reference_entropy < 0.0, 0.0, reference_entropy),
         tl.where(forward < 0.0, 0.0, forward),
         tl.where(reverse < 0.0, 0.0, reverse),
         tl.where(hellinger < 0.0, 0.0, hellinger),

@@ -81,30 +81,22 @@ def _softmax(m, z, c):
 
 @triton.jit
 def softmaxes(ms, zs, mt, zt, cs, ct, TWO: tl.constexpr):
-    """What `normalised` takes of a finished row: (μ, 1/z', log z') of both softmaxes, and (δ, slope, tilt, constant):
-
-        log p − log q = slope ((t − s) − δ) + tilt y_s + constant,
-
-    exact where the rows are close and their temperatures equal (then tilt is 0), however large the logits are.
-    """
+    """What `normalised` takes of a finished row: (μ, 1/z', log z') of both softmaxes."""
     reference_s, rest_s, over_zs, log_zs = _softmax(ms, zs, cs)
     if TWO:
         reference_t, rest_t, over_zt, log_zt = _softmax(mt, zt, ct)
-        delta = mt - ms
-        slope = ct * LN2
-        tilt = (ct - cs) / cs * LN2
-        # What the rounding of delta leaves out: mt − delta is exact where the two are close, or delta is.
-        left = (mt - delta) - ms
-        constant = (tl.log(zs) - tl.log(zt)) - left * slope - rest_s * tilt
-        return reference_s, over_zs, log_zs, reference_t, over_zt, log_zt, delta, slope, tilt, constant
+        return reference_s, over_zs, log_zs, reference_t, over_zt, log_zt
     else:
-        return reference_s, over_zs, log_zs, 0.0, 0.0, 0.0, 0.0, 0.0, 0.0, 0.0
+        return reference_s, over_zs, log_zs, 0.0, 0.0, 0.0
 
 
 @triton.jit
 def normalised(s, t, s_side, t_side, row, TEACHER: tl.constexpr):
-    """(p, q, log p, log q, log p − log q) of a block; `row` is from `softmaxes`."""
-    reference_s, over_zs, log_zs, reference_t, over_zt, log_zt, delta, slope, tilt, constant = row
+    """(p, q, log p, log q, log p − log q) of a block; `row` is from `softmaxes`.
+
+    An exponent is rounded once: log p and log q are right to their own last place however large the logits are.
+    """
+    reference_s, over_zs, log_zs, reference_t, over_zt, log_zt = row
     ys = tl.fma(s, s_side[1], -reference_s)
     q = tl.exp2(ys) * over_zs
     lq = tl.fma(ys, LN2, -log_zs)
@@ -112,7 +104,7 @@ def normalised(s, t, s_side, t_side, row, TEACHER: tl.constexpr):
         yt = tl.fma(t, t_side[1], -reference_t)
         p = tl.exp2(yt) * over_zt
         lp = tl.fma(yt, LN2, -log_zt)
-        u = tl.fma(ys, tilt, tl.fma((t - s) - delta, slope, constant))
+        u = lp - lq
     else:
         p, lp, u = q, lq, 0.0 * q
     return p, q, lp, lq, u
