@@ -116,7 +116,7 @@ class Check:
         steps = {
             "library": lambda: tools.library(self.runner, self.limit(name)),
             "statistics": self.statistics,
-            "large": lambda: self.runner.tests("large", ["test_gpu_large.py"], 1, self.limit("large")),
+            "large": lambda: self.tests("large", ["test_gpu_large.py"], 1),
             "graphs": self.graphs,
             "clusters": lambda: tools.clusters(self.runner, self.report["device"]["capability"], self.limit(name)),
             "dram": lambda: tools.dram(self.runner, self.limit(name)),
@@ -193,10 +193,21 @@ class Check:
             f"test_gpu_{name}.py"
             for name in ("statistics", "labels", "topk", "one_read", "policy", "contract", "determinism")
         ]
-        return self.runner.tests("statistics", files, self.processes(MOST_PROCESSES), self.limit("statistics"))
+        return self.tests("statistics", files, self.processes(MOST_PROCESSES))
 
     def graphs(self) -> Step:
-        return self.runner.tests("graphs", ["test_gpu_graphs.py"], self.processes(6), self.limit("graphs"))
+        return self.tests("graphs", ["test_gpu_graphs.py"], self.processes(6))
+
+    def tests(self, name: str, files: list[str], shards: int) -> Step:
+        return self.runner.tests(name, files, shards, self.limit(name), self.kernels())
+
+    def kernels(self) -> list[str]:
+        """Backends with kernels that the library calls available on this GPU; "triton" where it has none, so that a
+        check without kernels fails. None on a CPU."""
+        if self.options.device != "cuda":
+            return []
+        states = self.report["backends"].items()
+        return [x for x, state in states if state == "available" and x not in ("cpu", "reference")] or ["triton"]
 
     def tune(self) -> Step:
         why = self.no_cuda()

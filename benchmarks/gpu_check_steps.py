@@ -9,7 +9,8 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Mapping
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -71,8 +72,9 @@ class Runner:
         with self.log.open("a") as file:
             file.write(f"==== {title}\n{text[-_MOST_LOG:]}\n")
 
-    def tests(self, name: str, files: list[str], shards: int, limit: float) -> Step:
-        """pytest on these files of tests/gpu, in so many processes."""
+    def tests(self, name: str, files: list[str], shards: int, limit: float, backends: Sequence[str] = ()) -> Step:
+        """pytest on these files of tests/gpu, in so many processes. A step without a passed test of each of `backends`
+        fails; where none is named, as on a CPU, one that only skipped is skipped."""
         begin = time.monotonic()
         with tempfile.TemporaryDirectory() as folder:
             reports = [Path(folder) / f"report{i}" for i in range(shards)]
@@ -93,7 +95,7 @@ class Runner:
                 self.keep(f"{name}: {output.name}", output.read_text(errors="replace"))
             # 5: no test was collected, which is right for a shard that none was left for.
             codes = {process.returncode for process in processes}
-            return results.step(name, time.monotonic() - begin, codes - {0, 5})
+            return results.step(name, time.monotonic() - begin, codes - {0, 5}, backends)
 
 
 def wait(processes: list[subprocess.Popen[bytes]], deadline: float, tick: Callable[[], None] = lambda: None) -> None:
@@ -115,7 +117,7 @@ class Results:
     """What the lines that tests/gpu/conftest.py writes add up to."""
 
     collected: int = 0
-    passed: int = 0
+    passed: Counter[str | None] = field(default_factory=Counter)  # by backend; None: of no one backend
     skipped: list[dict[str, Any]] = field(default_factory=list)
     failed: list[dict[str, Any]] = field(default_factory=list)
     slowest: list[tuple[float, str]] = field(default_factory=list)
@@ -139,26 +141,32 @@ class Results:
             return
         self.slowest.append((line["seconds"], line["test"]))
         if line["outcome"] == "passed":
-            self.passed += 1
+            self.passed[line.get("backend")] += 1
         else:
             (self.failed if line["outcome"] == "failed" else self.skipped).append(line)
 
     def brief(self) -> str:
-        done = self.passed + len(self.failed) + len(self.skipped)
+        done = self.passed.total() + len(self.failed) + len(self.skipped)
         left = "" if done >= self.collected else f" of {self.collected}"
-        text = f"{done}{left} tests, {self.passed} passed, {len(self.failed)} failed, {len(self.skipped)} skipped"
+        text = f"{done}{left} tests, {self.passed.total()} passed, {len(self.failed)} failed"
+        text += f", {len(self.skipped)} skipped"
         return text if self.collected else f"{text} (nothing collected yet)"
 
-    def step(self, name: str, seconds: float, bad_codes: set[int | None]) -> Step:
-        done = self.passed + len(self.failed) + len(self.skipped)
+    def step(self, name: str, seconds: float, bad_codes: set[int | None], backends: Sequence[str]) -> Step:
+        done = self.passed.total() + len(self.failed) + len(self.skipped)
         why = sorted({str(line.get("message", "")) for line in self.skipped})
         details = {
-            "passed": self.passed, "failed": self.failed[:50], "skipped": len(self.skipped), "slowest": self.slowest,
-            "collected": self.collected, "why_skipped": why,
+            "passed": self.passed.total(), "failed": self.failed[:50], "skipped": len(self.skipped),
+            "slowest": self.slowest, "collected": self.collected, "why_skipped": why,
+            "passed_by_backend": {backend: count for backend, count in self.passed.items() if backend is not None},
         }  # fmt: skip
         if self.failed or bad_codes or done < self.collected:
             stopped = "" if done >= self.collected or self.failed else "; stopped at the time limit or died"
             return Step(name, "fail", seconds, self.brief() + stopped, details)
-        if not self.passed:
+        untested = [backend for backend in backends if not self.passed[backend]]
+        if untested:
+            none = f"no test of {', '.join(untested)} passed: {'; '.join(why) or 'there is none'}"
+            return Step(name, "fail", seconds, f"{self.brief()}; {none}", details)
+        if not self.passed.total():
             return Step(name, "skip", seconds, f"nothing ran: {'; '.join(why) or 'no tests'}", details)
         return Step(name, "pass", seconds, self.brief(), details)

@@ -19,7 +19,7 @@ SCRIPT = ROOT / "benchmarks" / "gpu_check.py"
 sys.path.insert(0, str(SCRIPT.parent))
 import gpu_check_report  # noqa: E402
 import gpu_check_tools  # noqa: E402
-from gpu_check_steps import Runner  # noqa: E402
+from gpu_check_steps import Runner, Step  # noqa: E402
 
 sys.path.remove(str(SCRIPT.parent))
 PNG = b"\x89PNG"
@@ -156,6 +156,66 @@ def test_pytorch_triton_and_pytest_are_enough(command: list[str], bare: Path) ->
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:]
 
 
+FAKED = """
+import sys
+import kldiv_kernels as kk
+import pytest
+import torch
+torch.cuda.is_available = lambda: True
+kk.backends = lambda: {"cpu": "available", "new": "available", "cuda": "there is none", "reference": "available"}
+sys.exit(pytest.main(["-q", "-p", "no:cacheprovider", "--collect-only", *sys.argv[1:]]))
+"""
+
+
+def _collected(*arguments: str, **variables: str) -> str:
+    environment = {k: v for k, v in os.environ.items() if not k.startswith(("KLDIV_", "TRITON_"))}
+    done = subprocess.run(
+        [sys.executable, "-c", FAKED, *arguments], capture_output=True, text=True, check=False, cwd=ROOT,
+        env={**environment, "PYTHONPATH": str(ROOT), "PYTEST_DISABLE_PLUGIN_AUTOLOAD": "1", **variables},
+    )  # fmt: skip
+    return done.stdout + done.stderr
+
+
+def test_on_a_gpu_every_available_backend_is_tested() -> None:
+    """Whatever its name: the tests take what the library calls available, and a file that takes none says why."""
+    files = [str(path) for path in sorted((ROOT / "tests" / "gpu").glob("test_gpu_*.py"))]
+    found = _collected("-qq", *files)
+    counts = dict(line.rsplit(": ", 1) for line in found.splitlines() if line.startswith("tests/gpu/"))
+    assert len(counts) == len(files) >= 9, found
+    of_one = _collected("tests/gpu/test_gpu_large.py")
+    assert "test_a_loss_beyond_two_billion_elements[new]" in of_one
+    assert "cpu]" not in of_one
+    assert "reference]" not in of_one
+    none = _collected("-rs", "tests/gpu/test_gpu_large.py", KLDIV_TEST_BACKENDS="cuda")
+    assert "no tests collected" in none
+
+
+ONE_BACKEND = "import pytest\n@pytest.mark.parametrize('backend', ['cuda'])\ndef test_a(backend): pass"
+SKIPS = "import pytest\npytest.skip('needs a GPU', allow_module_level=True)"
+SKIPS_ONE = (
+    "import pytest\n@pytest.mark.parametrize('backend', ['cuda', 'triton'])\n"
+    "def test_a(backend):\n if backend == 'triton': pytest.skip('no Triton here')"
+)
+
+
+@pytest.mark.parametrize(
+    ("body", "backends", "status", "summary"),
+    [
+        (ONE_BACKEND, ["cuda"], "pass", "1 passed"),
+        (ONE_BACKEND, ["cuda", "triton"], "fail", "no test of triton passed: there is none"),
+        (SKIPS_ONE, ["cuda", "triton"], "fail", "no test of triton passed: Skipped: no Triton here"),
+        (SKIPS, ["cuda"], "fail", "no test of cuda passed: Skipped: needs a GPU"),
+        ("def test_of_no_backend(): pass", ["cuda"], "fail", "no test of cuda passed"),
+    ],
+    ids=["tested", "untested", "one skipped", "all skipped", "about none"],
+)
+def test_a_step_on_a_gpu_does_not_pass_by_skipping(
+    body: str, backends: list[str], status: str, summary: str, tmp_path: Path
+) -> None:
+    step = _step(body, tmp_path, backends=backends)
+    assert (step.status, summary in step.summary) == (status, True), step
+
+
 @pytest.mark.parametrize(
     ("body", "status", "summary"),
     [
@@ -170,18 +230,22 @@ def test_pytorch_triton_and_pytest_are_enough(command: list[str], bare: Path) ->
 )
 def test_what_becomes_of_a_step(body: str, status: str, summary: str, tmp_path: Path) -> None:
     """A step passes only if every test that was collected ran and none failed, also when its process is killed."""
-    # The conftest of tests/gpu writes the results; the file stands beside a copy of it.
-    folder = tmp_path / "tests" / "gpu"
-    folder.mkdir(parents=True)
-    (folder / "conftest.py").write_text((ROOT / "tests" / "gpu" / "conftest.py").read_text())
-    (folder / "test_this.py").write_text(body)
-    runner = Runner(tmp_path / "log", {}, lambda text: None, root=tmp_path)
-    (tmp_path / "log").write_text("")
-    step = runner.tests("this", ["test_this.py"], shards=2 if status == "pass" else 1, limit=8)
+    step = _step(body, tmp_path, shards=2 if status == "pass" else 1)
     assert step.status == status, step
     assert summary in step.summary
     if "broken" in body:
         assert "broken" in step.details["failed"][0]["message"]
+
+
+def _step(body: str, root: Path, shards: int = 1, backends: list[str] | None = None) -> Step:
+    # The conftest of tests/gpu writes the results; the file stands beside a copy of it.
+    folder = root / "tests" / "gpu"
+    folder.mkdir(parents=True)
+    (folder / "conftest.py").write_text((ROOT / "tests" / "gpu" / "conftest.py").read_text())
+    (folder / "test_this.py").write_text(body)
+    (root / "log").write_text("")
+    runner = Runner(root / "log", {}, lambda text: None, root=root)
+    return runner.tests("this", ["test_this.py"], shards, 8, backends or [])
 
 
 ON_THE_MODEL = """

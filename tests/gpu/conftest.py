@@ -12,6 +12,9 @@ import os
 
 import pytest
 
+# Test → the backend that it is about.
+_backends: dict[str, str] = {}
+
 
 @pytest.hookimpl(trylast=True)
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
@@ -21,6 +24,10 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
         mine = _shards([_kernels_of(item) for item in items], int(count))[int(index)]
         config.hook.pytest_deselected(items=[item for i, item in enumerate(items) if i not in mine])
         items[:] = [item for i, item in enumerate(items) if i in mine]
+    for item in items:
+        parameters = getattr(item, "callspec", None)
+        if parameters is not None and "backend" in parameters.params:
+            _backends[item.nodeid] = str(parameters.params["backend"])
     _write({"collected": len(items)})
 
 
@@ -45,7 +52,10 @@ def _shards(groups: list[str], count: int) -> list[set[int]]:
 def pytest_runtest_logreport(report: pytest.TestReport) -> None:
     # A test that passes reports its call, one that is skipped its setup; a failing setup or teardown counts too.
     if report.when == "call" or report.outcome != "passed":
-        line = {"test": report.nodeid, "outcome": report.outcome, "seconds": round(report.duration, 3)}
+        line = {
+            "test": report.nodeid, "backend": _backends.get(report.nodeid), "outcome": report.outcome,
+            "seconds": round(report.duration, 3),
+        }  # fmt: skip
         if report.outcome == "failed":
             line["message"] = _last_line(report)
         if report.outcome == "skipped" and isinstance(report.longrepr, tuple):
