@@ -163,7 +163,7 @@ import pytest
 import torch
 torch.cuda.is_available = lambda: True
 kk.backends = lambda: {"cpu": "available", "new": "available", "cuda": "there is none", "reference": "available"}
-sys.exit(pytest.main(["-q", "-p", "no:cacheprovider", "--collect-only", *sys.argv[1:]]))
+sys.exit(pytest.main(["-p", "no:cacheprovider", "--collect-only", *sys.argv[1:]]))
 """
 
 
@@ -179,7 +179,7 @@ def _collected(*arguments: str, **variables: str) -> str:
 def test_on_a_gpu_every_available_backend_is_tested() -> None:
     """Whatever its name: the tests take what the library calls available, and a file that takes none says why."""
     files = [str(path) for path in sorted((ROOT / "tests" / "gpu").glob("test_gpu_*.py"))]
-    found = _collected("-qq", *files)
+    found = _collected("-q", *files)
     counts = dict(line.rsplit(": ", 1) for line in found.splitlines() if line.startswith("tests/gpu/"))
     assert len(counts) == len(files) >= 9, found
     of_one = _collected("tests/gpu/test_gpu_large.py")
