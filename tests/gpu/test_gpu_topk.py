@@ -6,7 +6,7 @@ from __future__ import annotations
 import pytest
 import torch
 from checks import on
-from setting import DEVICE, KERNELS, LOSSES, QUICK, rows
+from setting import DEVICE, FEW, KERNELS, LOSSES, QUICK, rows
 from torch import Tensor
 
 import kldiv_kernels as kk
@@ -14,7 +14,7 @@ import kldiv_kernels as kk
 CUDA = [name for name in KERNELS if name == "cuda"]
 # Below 8192 columns the cuda backend chooses two sweeps.
 WIDTHS = (136,) if QUICK else (3000, 8200, 151_936, 262_144)
-DTYPES = (torch.bfloat16,) if QUICK else (torch.bfloat16, torch.float32)
+DTYPES = (torch.bfloat16,) if QUICK or FEW else (torch.bfloat16, torch.float32)
 # With a sum of its own, with sums of normalised terms, with a log-sum-exp.
 KINDS = [name for name in ("forward_kl", "reverse_kl", "js", "tvd", "renyi", "forward_chi2") if name in LOSSES]
 TAILS = ("bucket", "renormalize", "renormalize_teacher")
