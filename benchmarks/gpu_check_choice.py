@@ -25,8 +25,8 @@ DESCRIPTION = 180
 WORTH_BEGINNING = 5
 # Steps about one backend; the others are about all of them.
 ABOUT = {
-    "library": "cuda", "cuda": "cuda", "clusters": "cuda", "barriers": "cuda", "races": "cuda", "tune": "cuda",
-    "triton": "triton",
+    "library": "cuda", "cuda": "cuda", "clusters": "cuda", "dram": "cuda", "barriers": "cuda", "races": "cuda",
+    "tune": "cuda", "triton": "triton",
 }  # fmt: skip
 # Where its backend is missing, one of these fails; the others have nothing to add.
 DECISIVE = ("library", "cuda", "triton")
@@ -76,7 +76,7 @@ class Choice:
         one = ABOUT.get(step)
         if self.device != "cuda":
             # In the interpreter there are no programs of NVIDIA's.
-            return Step(step, "skip", 0.0, "needs a GPU") if one == "cuda" or step == "dram" else None
+            return Step(step, "skip", 0.0, "needs a GPU") if one == "cuda" else None
         if one is not None and one not in self.wanted:
             why = "--backends leaves it out" if self.backends else "this is no NVIDIA device"
             return Step(step, "skip", 0.0, f"about the {one} backend: {why}")

@@ -215,6 +215,17 @@ def test_what_runs_the_cuda_backend(tmp_path: Path) -> None:
     assert "cluster=2,stages=3 " in gpu_check_report.tune_lines({"rows": tuned})[0]
 
 
+@pytest.mark.skipif(compiler() is None, reason="needs a C++ compiler")
+def test_the_tests_of_the_cuda_backend(tmp_path: Path) -> None:
+    """Those of tests/gpu, in small sizes on the host's model of a GPU: a mistake in them would cost time on a card."""
+    (tmp_path / "log").write_text("")
+    small = {"KLDIV_TEST_DEVICE": "cpu", "KLDIV_TEST_QUICK": "1", "KLDIV_CUDA_HOST": "1"}
+    files = [path.name for path in sorted((ROOT / "tests" / "gpu").glob("test_gpu_*.py"))]
+    step = Runner(tmp_path / "log", small, print).tests("cuda", files, 1, 500, ["cuda"])
+    assert step.status == "pass", step
+    assert step.details["passed_by_backend"]["cuda"] >= 80
+
+
 def test_the_program_that_counts_clusters(tmp_path: Path) -> None:
     """Compiled as on a GPU; without one it says what is missing."""
     if gpu_check_tools.find("nvcc") is None:

@@ -205,7 +205,7 @@ def test_what_is_made_of_a_step_whose_backend_is_not_there() -> None:
     )  # fmt: skip
     assert _instead("cuda", device="cpu") == _instead("dram", device="cpu") == ("skip", "needs a GPU")
     hung = "hung in: cuda cluster=16 ... (step library)"
-    for step in ("cuda", "barriers", "races", "tune"):
+    for step in ("cuda", "dram", "barriers", "races", "tune"):
         assert _instead(step, broken=hung) == ("skip", f"left out: the cuda backend {hung}")
     for step in ("clusters", "graphs", "triton", "benchmark", "memory errors"):
         assert _instead(step, broken=hung) is None
@@ -267,6 +267,7 @@ def test_a_whole_run_on_a_faked_gpu(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     monkeypatch.setattr(tools, "dram", lambda runner, limit, about: Step("dram", "pass", 1.0, str(about)))
     monkeypatch.setattr(gpu_check.importlib.util, "find_spec", lambda name: None)
     code, steps, runner = _run(tmp_path / "well", AVAILABLE)
+    assert steps["dram"] == ("pass", "{'KLDIV_GPU_BACKENDS': 'cuda'}")
     assert (code, list(steps)) == (0, list(choice.DEFAULT_STEPS)), steps
     assert dict(runner.asked[-5:-2]) == {"graphs": "cuda,triton", "large": "cuda,triton", "triton": "triton"}
     assert runner.asked[-2][0].startswith("compute-sanitizer --tool synccheck")
@@ -286,11 +287,11 @@ def test_a_whole_run_on_a_faked_gpu(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     assert code == 1
     assert steps["library"] == ("fail", f"stopped at the time limit, or killed: {plan}")
     why = f"left out: the cuda backend hung in: {plan} (step library)"
-    assert steps["cuda"] == steps["barriers"] == ("skip", why)
+    assert steps["cuda"] == steps["dram"] == steps["barriers"] == ("skip", why)
+    assert steps["clusters"][0] == "pass", "it runs none of the backend's kernels"
     assert steps["backends"] == ("fail", "of these no test passed: cuda")
     asked = dict(runner.asked)
     assert asked["graphs"] == asked["large"] == asked["triton"] == "triton"
-    assert steps["dram"] == ("pass", "{'KLDIV_GPU_BACKENDS': 'triton'}")
     assert [about for words, about in runner.asked if "benchmarking.gpu " in words] == ["triton"]
 
     # A wrong value is no reason to stop.
@@ -315,6 +316,7 @@ def test_a_whole_run_on_a_faked_gpu(tmp_path: Path, monkeypatch: pytest.MonkeyPa
         (-6, "cuda js ...\nAborted\n", "crashed in: cuda js ..."),
         (1, "cuda js ...\nTraceback\nRuntimeError: CUDA error: unspecified launch failure", "crashed in: cuda js ..."),
         (1, "cuda js ...\nAssertionError: loss 1, expected 2", None),
+        (1, "cuda js ...\nRuntimeError: CUDA error: out of memory", None),
         (0, "cuda js ...\n", None),
     ],
 )

@@ -118,7 +118,7 @@ def test_shares_of_the_copy_bandwidth_of_the_same_run() -> None:
         lines = gpu_check_report.benchmark_lines(
             {**content, "rows": [row], "ours": ["cuda"], "targets": gpu_cases.targets([row], ["cuda"], device)}
         )
-        assert [line for line in lines if line.startswith("cuda: forward_kl at")][0].endswith(told)
+        assert next(line for line in lines if line.startswith("cuda: forward_kl at")).endswith(told)
 
 
 def test_the_six_cases_of_the_default_run() -> None:
@@ -129,7 +129,7 @@ def test_the_six_cases_of_the_default_run() -> None:
     promised = {(promise.case.name, promise.case.rows, promise.case.vocab) for promise in gpu_cases.PROMISES}
     for case in first:
         assert (case.name, case.rows, case.vocab) in names & promised
-    assert [case.compiled for case in first] == [True] + 5 * [False]
+        assert not case.compiled, "it takes 20 seconds a case"
 
 
 def test_every_promise_is_measured() -> None:

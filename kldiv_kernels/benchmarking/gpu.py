@@ -271,7 +271,7 @@ def main() -> None:
     parser.add_argument("--seconds", type=float, default=150, help="time for everything (default: 150)")
     parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda")
     which = parser.add_mutually_exclusive_group()
-    which.add_argument("--first", action="store_true", help="the six cases that say most, of peers the quick ones")
+    which.add_argument("--first", action="store_true", help="the six cases that say most, without torch.compile")
     which.add_argument("--quick", action="store_true", help="tiny cases")
     arguments = parser.parse_args()
     chosen = quick_cases() if arguments.quick else first_cases() if arguments.first else cases()

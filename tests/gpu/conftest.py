@@ -18,7 +18,7 @@ from pathlib import Path
 import pytest
 
 # After one of these a process can launch no kernel any more: its other tests would all fail.
-_LOST = re.compile(r"CUDA error|CUDA_ERROR|illegal memory access|unspecified launch failure|HIP error")
+_LOST = re.compile(r"CUDA error(?!: out of memory)|CUDA_ERROR|illegal memory access|unspecified launch failure")
 _lost = False
 # Test → the backend that it is about.
 _backends: dict[str, str] = {}

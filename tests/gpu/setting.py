@@ -44,6 +44,12 @@ if not KERNELS:
     pytest.skip(f"no backend with kernels for {DEVICE}: {kk.backends()}", allow_module_level=True)
 
 
+def largest_cluster() -> int:
+    """CTAs that a cluster may have on this device; 0 where there are none. The model of a GPU is an sm_90."""
+    major = torch.cuda.get_device_capability()[0] if DEVICE == "cuda" else 9
+    return {8: 0, 9: 16, 10: 16}.get(major, 8)
+
+
 @dataclass(frozen=True)
 class Computed:
     """A statistic and its gradients with coefficients of 1, on the CPU."""
