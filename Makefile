@@ -53,7 +53,7 @@ sanitize: $(VENV)/.installed
 bench: $(VENV)/.installed
 	$(VENV)/bin/kldiv bench --output runs/bench
 
-# On a machine with a GPU: everything that only a GPU can show, in less than nine minutes, into runs/gpu-check (or
+# On a machine with a GPU: everything that only a GPU can show, in seven minutes, into runs/gpu-check (or
 # $OUT). Installs nothing: PyTorch, Triton, pytest and NumPy have to be there.
 gpu-check:
 	$(if $(wildcard $(PY)),$(PY),$(PYTHON)) benchmarks/gpu_check.py $(GPU_CHECK_OPTIONS)

@@ -1,9 +1,12 @@
 #!/usr/bin/env python3
-"""Everything that only a GPU can show, in one command of less than nine minutes: `make gpu-check`.
+"""Everything that only a GPU can show, in one command of seven minutes: `make gpu-check`.
 
-The shared library in this Python, correctness of every backend against float64, batch invariance, 2^31 elements, CUDA
-graphs and torch.compile, memory errors, races and barriers (compute-sanitizer), clusters that fit, bytes of main memory
-(ncu), speed. A step that fails or runs out of time does not stop the others.
+The most informative first: the shared library in this Python with real clusters, correctness of the `cuda` backend
+against float64 and the same bits in any batch, clusters that fit, speed, bytes of main memory (ncu), CUDA graphs and
+torch.compile, 2^31 elements, the Triton backend, barriers and memory errors (compute-sanitizer). A step that fails or
+runs out of time does not stop the others; after one in which the `cuda` backend hung or crashed, that backend is left
+out of the others, which say so. On a GPU a step of tests without a passed test fails, and so does a check that left
+out a backend that is available.
 
 Runs from a source tree with PyTorch, Triton, pytest and NumPy alone, offline. This script imports none of them.
 """
@@ -16,42 +19,42 @@ import importlib.machinery
 import importlib.util
 import json
 import os
-import shutil
 import sys
 import time
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
 import gpu_check_report as tables
 import gpu_check_tools as tools
+from gpu_check_choice import DEFAULT_STEPS, DESCRIPTION, LIMITS, MINUTES, ON_REQUEST, WORTH_BEGINNING, Choice
 from gpu_check_steps import ROOT, Runner, Step
 
 EPILOG = """\
 examples:
   python3 benchmarks/gpu_check.py                          all of it, into runs/gpu-check
   OUT=check python3 benchmarks/gpu_check.py                into another folder
-  python3 benchmarks/gpu_check.py --steps benchmark        the benchmark alone
+  python3 benchmarks/gpu_check.py --steps library cuda     these two alone
+  python3 benchmarks/gpu_check.py --backends triton        without the cuda backend
+  python3 benchmarks/gpu_check.py --steps "full benchmark" every case, with every peer that is installed
   python3 benchmarks/gpu_check.py --steps tune             every plan of the one-read kernel against the others
+  python3 benchmarks/gpu_check.py --steps races            compute-sanitizer's race detection, for information
   python3 benchmarks/gpu_check.py --device cpu --quick     tests the harness itself, in Triton's interpreter
 
 written: gpu-check.json (device, versions, steps, benchmark), gpu-check.png, gpu-check.log (output of all steps)
 exit status: 0 every check passed, 1 a check failed, 2 no GPU or a package is missing
 """
 NEEDED = ("torch", "triton", "numpy", "pytest")
-DEFAULT_STEPS = (
-    "build", "library", "statistics", "large", "graphs", *tools.SANITIZERS, "clusters", "dram", "benchmark",
-)  # fmt: skip
-STEPS = (*DEFAULT_STEPS, "tune")
-# Seconds that a step may take at most; the benchmark takes what is left, and keeps so much from the others.
-LIMITS = {
-    "build": 120, "library": 40, "statistics": 170, "large": 45, "graphs": 60, "memory errors": 60, "races": 50,
-    "barriers": 40, "clusters": 40, "dram": 60, "tune": 120,
-}  # fmt: skip
-FOR_THE_BENCHMARK = 110
-# A step that would have less is not begun, which is a failure.
-WORTH_BEGINNING = 5
 # Compiling kernels takes most of the time of the tests, a core a process; each has a context on the GPU.
 MOST_PROCESSES, BYTES_A_PROCESS = 12, 5 << 30
+FILES = {
+    "cuda": ("statistics", "one_read", "topk", "policy", "labels", "contract", "determinism"),
+    "triton": ("statistics", "one_read", "policy", "labels", "contract", "determinism"),
+    "graphs": ("graphs",),
+    "large": ("large",),
+}
+# 25 GiB a test: one at a time. torch.compile needs memory and seconds of its own.
+PROCESSES = {"large": 1, "graphs": 6}
 
 
 class Check:
@@ -68,9 +71,14 @@ class Check:
             "command": ["gpu_check.py", *sys.argv[1:]], "quick": options.quick,
             "steps": [], "benchmark": None, "tune": None,
         }  # fmt: skip
+        self.choice = Choice(options.steps, options.backends, options.device)
 
     def _variables(self) -> dict[str, str]:
-        variables = {"KLDIV_TEST_DEVICE": self.options.device, "TRL_EXPERIMENTAL_SILENCE": "1"}
+        variables = {
+            "KLDIV_TEST_DEVICE": self.options.device, "TRL_EXPERIMENTAL_SILENCE": "1",
+            # The pool of processes that Inductor starts by itself takes longer than what it compiles here.
+            "TORCHINDUCTOR_COMPILE_THREADS": "1",
+        }  # fmt: skip
         if self.options.quick:
             variables["KLDIV_TEST_QUICK"] = "1"
         if self.options.device == "cpu":
@@ -84,59 +92,57 @@ class Check:
         return float(self.options.minutes * 60 - (time.monotonic() - self.begin))
 
     def limit(self, step: str) -> float:
-        reserve = FOR_THE_BENCHMARK if "benchmark" in self.options.steps else 5
-        return min(LIMITS[step], self.left() - reserve)
+        return self.choice.limit(step, self.left())
 
     def run(self) -> int:
         if not self.describe():
             return 2
         if "build" in self.options.steps:
-            self.add(self.build())
+            self.say("build ...")
+            capability = self.report["device"].get("capability", "")
+            self.add(tools.build(self.runner, self.options.device, capability, self.limit("build")))
             if self.report["steps"][-1]["seconds"]:  # something was built
                 self.describe()
         self.say("backends: " + "; ".join(f"{name}: {state}" for name, state in self.report["backends"].items()))
         for name in self.options.steps:
             if name == "build":
                 continue
-            if name != "benchmark" and self.limit(name) < WORTH_BEGINNING:
-                self.add(Step(name, "fail", 0.0, "no time was left"))
-                continue
-            self.say(f"{name} ...")
-            self.add(self.step(name))
+            instead = self.choice.instead(name)
+            if instead is None and self.limit(name) < WORTH_BEGINNING:
+                instead = Step(name, "fail", 0.0, "no time was left")
+            if instead is None:
+                self.say(f"{name} ...")
+                instead = self.step(name)
+            self.add(instead)
         self.plot()
         return self.finish()
 
     def step(self, name: str) -> Step:
+        # What the scripts of the step are about; on a CPU what there is.
+        about = {"KLDIV_GPU_BACKENDS": ",".join(self.choice.of(name))} if self.options.device == "cuda" else {}
+        if name in FILES:
+            return self.tests(name)
         if name in tools.SANITIZERS:
-            why = self.no_cuda() if tools.SANITIZERS[name] != "memcheck" else None
-            device = self.options.device
-            return Step(name, "skip", 0.0, why) if why else tools.sanitize(self.runner, name, device, self.limit(name))
-        if name in ("library", "clusters", "dram") and self.options.device != "cuda":
-            return Step(name, "skip", 0.0, "needs a GPU")
+            return tools.sanitize(self.runner, name, self.options.device, self.limit(name), about)
         steps = {
             "library": lambda: tools.library(self.runner, self.limit(name)),
-            "statistics": self.statistics,
-            "large": lambda: self.runner.tests("large", ["test_gpu_large.py"], 1, self.limit("large")),
-            "graphs": self.graphs,
             "clusters": lambda: tools.clusters(self.runner, self.report["device"]["capability"], self.limit(name)),
-            "dram": lambda: tools.dram(self.runner, self.limit(name)),
-            "benchmark": self.benchmark,
+            "dram": lambda: tools.dram(self.runner, self.limit(name), about),
+            "benchmark": lambda: self.benchmark(name, "--quick" if self.options.quick else "--first", about),
+            "full benchmark": lambda: self.benchmark(name, "", about),
             "tune": self.tune,
         }
         return steps[name]()
-
-    def no_cuda(self) -> str | None:
-        """Why a step that is about the cuda backend on a GPU cannot be made, or None."""
-        if self.options.device != "cuda":
-            return "needs a GPU"
-        state = str(self.report["backends"].get("cuda", "there is none"))
-        return None if state == "available" else f"the cuda backend: {state}"
 
     def add(self, step: Step) -> None:
         self.report["steps"].append(vars(step))
         self.say(f"{step.name}: {step.status}, {step.summary}")
         for failure in step.details.get("failed", [])[:5]:
             self.say(f"  {failure['test']}: {failure.get('message', '').splitlines()[:1]}")
+        what = step.details.get("broken", {}).get("cuda")
+        if what and self.choice.broken is None:
+            self.choice.broken = f"{what} (step {step.name})"
+            self.say(f"  the cuda backend {self.choice.broken}: the steps that follow leave it out")
         self.write()
 
     def write(self) -> None:
@@ -145,32 +151,9 @@ class Check:
         partial.write_text(json.dumps(self.report, indent=1) + "\n")
         os.replace(partial, path)
 
-    def build(self) -> Step:
-        library = ROOT / "kldiv_kernels" / "libkldiv_kernels.so"
-        modules = [ROOT / "kldiv_kernels" / f"_C{suffix}" for suffix in importlib.machinery.EXTENSION_SUFFIXES]
-        if library.exists():
-            # The library serves every Python; only `kldiv plan` needs the module, which serves one.
-            lacking = "" if any(path.exists() for path in modules) else "; _C is not built for this Python"
-            return Step("build", "pass", 0.0, f"{library.name} is there{lacking}")
-        tools = [name for name in ("setuptools", "pybind11", "ninja") if importlib.util.find_spec(name) is None]
-        compiler = os.environ.get("CXX", "g++").split()[-1]
-        tools += [] if shutil.which(compiler) else [compiler]
-        if tools or self.options.device == "cpu":
-            why = f"{', '.join(tools)} missing" if tools else "not for a test of the harness"
-            return Step("build", "skip", 0.0, f"{library.name} not built: {why}; its backends are not checked")
-        self.say("build ...")
-        command = [self.runner.python, "setup.py", "build_ext", "--inplace"]
-        # For this GPU alone: all targets take longer than the step has.
-        archs = self.report["device"].get("capability", "").replace(".", "")
-        wanted = {"KLDIV_CUDA_ARCHS": os.environ.get("KLDIV_CUDA_ARCHS") or archs}
-        code, text, seconds = self.runner.run(command, self.limit("build"), **wanted)
-        if code == 0 and library.exists():
-            return Step("build", "pass", seconds, f"{library.name} built")
-        return Step("build", "fail", seconds, f"{tools.ending(code, text)}; its backends are not checked")
-
     def describe(self) -> bool:
         command = [self.runner.python, "-m", "kldiv_kernels.benchmarking.gpu_device", self.options.device]
-        code, text, _ = self.runner.run(command, 60)
+        code, text, _ = self.runner.run(command, DESCRIPTION)
         lines = text.strip().splitlines() or ["no output"]
         if code != 0:
             print(f"gpu-check: {lines[-1]}", file=sys.stderr)
@@ -179,6 +162,7 @@ class Check:
             return False
         self.report.update(json.loads(lines[-1]))
         device, versions = self.report["device"], self.report["versions"]
+        self.choice.states, self.choice.nvidia = self.report["backends"], versions["hip"] is None
         if not self.report["steps"]:
             self.say(f"{device['name']}, PyTorch {versions['torch']}, Triton {versions['triton']}")
         return True
@@ -188,20 +172,15 @@ class Check:
         by_memory = self.report["device"].get("free_bytes", BYTES_A_PROCESS * cores) // BYTES_A_PROCESS
         return int(max(1, min(most, cores - 1 if cores > 2 else cores, by_memory)))
 
-    def statistics(self) -> Step:
-        files = [
-            f"test_gpu_{name}.py"
-            for name in ("statistics", "labels", "topk", "one_read", "policy", "contract", "determinism")
-        ]
-        return self.runner.tests("statistics", files, self.processes(MOST_PROCESSES), self.limit("statistics"))
-
-    def graphs(self) -> Step:
-        return self.runner.tests("graphs", ["test_gpu_graphs.py"], self.processes(6), self.limit("graphs"))
+    def tests(self, name: str) -> Step:
+        files = [f"test_gpu_{file}.py" for file in FILES[name]]
+        backends = self.choice.of(name) if self.options.device == "cuda" else []
+        # Triton compiles a kernel for each statistic and dtype: some of them in the time that there is.
+        few = {"KLDIV_TEST_FEW": "1"} if name == "triton" else {}
+        processes = self.processes(PROCESSES.get(name, MOST_PROCESSES))
+        return self.runner.tests(name, files, processes, self.limit(name), backends, **few)
 
     def tune(self) -> Step:
-        why = self.no_cuda()
-        if why:
-            return Step("tune", "skip", 0.0, why)
         path = self.output / "tune.json"
         path.unlink(missing_ok=True)
         limit = self.limit("tune")
@@ -216,14 +195,14 @@ class Check:
         summary += f"; {tools.ending(code, text)}" if code != 0 else ""
         return Step("tune", "fail" if wrong or code != 0 or not rows else "pass", seconds, summary)
 
-    def benchmark(self) -> Step:
+    def benchmark(self, name: str, which: str, about: dict[str, str]) -> Step:
         path = self.output / "benchmark.json"
         path.unlink(missing_ok=True)
-        # Ten seconds for the start of the process, and for the plot after it.
-        seconds = max(5.0, self.left() - 20)
+        limit = self.limit(name)
         command = [self.runner.python, "-m", "kldiv_kernels.benchmarking.gpu", "--output", str(path)]
-        command += ["--seconds", f"{seconds:.0f}", "--device", self.options.device]
-        code, text, took = self.runner.run([*command, *(["--quick"] if self.options.quick else [])], seconds + 10)
+        # Ten seconds for the start of the process.
+        command += ["--seconds", f"{max(5.0, limit - 10):.0f}", "--device", self.options.device]
+        code, text, took = self.runner.run([*command, *([which] if which else [])], limit, **about)
         content = json.loads(path.read_text()) if path.exists() else {"rows": [], "targets": [], "left_out": []}
         path.unlink(missing_ok=True)
         self.report["benchmark"] = content
@@ -238,8 +217,10 @@ class Check:
             summary += f"; ours failed: {broken[0]['case']}: {broken[0]['error']}"
         if code != 0:
             summary += f"; {tools.ending(code, text)}"
-        failed = broken or wrong or not timed or code not in (0, None)
-        return Step("benchmark", "fail" if failed else "pass", took, summary)
+        lost = [r["error"] for r in broken if r["implementation"].partition(" ")[0] == "cuda"]
+        failed = broken or wrong or not timed or code != 0
+        details = {"broken": tools.broken(code, text, *lost)}
+        return Step(name, "fail" if failed else "pass", took, summary, details)
 
     def plot(self) -> None:
         path = self.output / "gpu-check.png"
@@ -256,6 +237,12 @@ class Check:
 
     def finish(self) -> int:
         steps = self.report["steps"]
+        passed: Counter[str] = Counter()
+        for step in steps:
+            passed.update(step["details"].get("passed_by_backend", {}))
+        untested = self.choice.untested(passed)
+        if untested:
+            self.add(Step("backends", "fail", 0.0, f"of these no test passed: {', '.join(untested)}"))
         self.report["ok"] = all(step["status"] != "fail" for step in steps)
         self.report["seconds"] = time.monotonic() - self.begin
         self.write()
@@ -279,16 +266,18 @@ def main() -> int:
     )
     output = Path(os.environ.get("OUT") or ROOT / "runs" / "gpu-check")
     parser.add_argument("--output", type=Path, default=output, help="folder (default: $OUT or runs/gpu-check)")
-    parser.add_argument("--minutes", type=float, default=8.6, help="time for everything (default: 8.6)")
-    names = f"{', '.join(DEFAULT_STEPS)} (these by default), tune"
-    parser.add_argument("--steps", nargs="+", choices=STEPS, default=DEFAULT_STEPS, metavar="STEP", help=names)
+    parser.add_argument("--minutes", type=float, default=MINUTES, help=f"time for everything (default: {MINUTES:g})")
+    names = f"{', '.join(DEFAULT_STEPS)} (these by default, in this order), {', '.join(ON_REQUEST)}"
+    parser.add_argument("--steps", nargs="+", choices=LIMITS, default=DEFAULT_STEPS, metavar="STEP", help=names)
+    which = "cuda, triton (default: those that this device should have, and any other that is available)"
+    parser.add_argument("--backends", nargs="+", metavar="BACKEND", help=which)
     parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda", help="cpu tests the harness, with --quick")
     parser.add_argument("--quick", action="store_true", help="few statistics and small sizes")
     options = parser.parse_args()
     if options.device == "cpu" and not options.quick:
         parser.error("--device cpu needs --quick: the interpreter takes hours for all of it")
     options.output = options.output.resolve()
-    options.steps = [step for step in STEPS if step in options.steps]
+    options.steps = [step for step in LIMITS if step in options.steps]
     missing = [name for name in NEEDED if importlib.util.find_spec(name) is None]
     if missing:
         names = " ".join(missing)

@@ -41,11 +41,16 @@ def _part(row: dict[str, Any], is_ours: bool, best: float | None) -> str:
 def _targets(targets: list[dict[str, Any]]) -> list[str]:
     if not targets:
         return []
+    """Two verdicts: in milliseconds where those were promised, and as a share of copying, with what it should reach."""
     lines = [f"{'target':76} {'floor':>6} {'reach':>6} {'got':>8}"]
+    words = {True: "met", False: "NOT MET", None: ""}
     for target in targets:
         floor, reach, measured = (_number(target[key]) for key in ("floor", "reach", "measured"))
-        kept = {True: "met", False: "NOT MET", None: "no verdict"}[target["met"]]
-        lines.append(f"{target['target']:76} {floor:>6} {reach:>6} {measured:>8}  {kept}")
+        kept = words[target["met"]]
+        if target["share_met"] is not None:
+            share = f"{target['share']:.0%} of copying, of {target['share_reach']:.0%}"
+            kept = "; ".join(part for part in (kept, f"{share}: {words[target['share_met']]}") if part)
+        lines.append(f"{target['target']:76} {floor:>6} {reach:>6} {measured:>8}  {kept or 'no verdict'}")
     return lines
 
 

@@ -8,14 +8,16 @@ import signal
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import commands
 import pytest
 import tiny
 import torch
+from safetensors import SafetensorError
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from kldiv_kernels.teacher_cache import TeacherCache, TeacherCacheWriter
+from kldiv_kernels.teacher_cache import TeacherCache, TeacherCacheWriter, shard
 from kldiv_kernels.trainer import caching
 from kldiv_kernels.trainer.cache_command import cache_teacher
 
@@ -102,6 +104,27 @@ def test_the_summary(folder: Path, cached: Path) -> None:
     assert f"captured mass mean {mass.mean():.6f}, min {mass.min():.6f}" in printed
     code, printed = run(options(folder, cached))
     assert (code, "holds a run; pass --resume to continue it" in printed) == (2, True)
+
+
+def test_a_full_disk_is_an_error_of_the_output_and_the_run_goes_on(
+    folder: Path, cached: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    given, save = options(folder, tmp_path / "cache"), shard.save_file
+
+    def full_from_the_third_shard(arrays: Any, path: Path, metadata: Any) -> None:
+        save(arrays, path, metadata)
+        if "00002" in path.name:
+            raise SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(shard, "save_file", full_from_the_third_shard)
+        code, printed = run(given)
+    assert (code, "for --output: No space left on device: shard-00002.safetensors, " in printed) == (2, True), printed
+    assert sorted(path.name for path in (tmp_path / "cache").glob("*shard*")) == [
+        f"shard-0000{number}.safetensors" for number in range(2)
+    ]
+    assert run(given, "--resume")[0] == 0
+    assert shards(tmp_path / "cache") == shards(cached)
 
 
 def test_temperature_padding_columns_and_float16(folder: Path, tmp_path: Path) -> None:

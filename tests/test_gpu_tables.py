@@ -64,7 +64,10 @@ def test_the_table_of_clusters() -> None:
 
 
 def _row(implementation: str, milliseconds: float | None, **changes: object) -> dict[str, object]:
-    case = {"case": "logprob_entropy forward", "kind": "logprob_entropy", "rows": gpu_cases.ROWS}
+    case = {
+        "case": "logprob_entropy forward", "kind": "logprob_entropy", "rows": gpu_cases.ROWS,
+        "copy_gb_per_second": 4200.0,
+    }  # fmt: skip
     return {"implementation": implementation, "milliseconds": milliseconds, "vocab": gpu_cases.VOCAB, **case, **changes}
 
 
@@ -83,6 +86,50 @@ def test_targets_are_about_one_backend_on_the_promised_gpu() -> None:
     assert verdicts([*rows, *other_shape], "NVIDIA H200")[trl] is False
     assert verdicts([_row("cuda", 1.31, **known)], "NVIDIA H200") == {"cuda: logprob_entropy known": False}
     assert verdicts([_row("triton", 1.2, **known)], "NVIDIA H200") == {}
+
+
+def test_shares_of_the_copy_bandwidth_of_the_same_run() -> None:
+    """time ≤ bytes / (0.9 × copy), on an H100 as on an H200; a table without verdict says why there is none."""
+    unit = gpu_cases.ROWS * gpu_cases.VOCAB * 2 / 3000e9 * 1e3  # ms a pass at 3 TB/s
+    slower = {"copy_gb_per_second": 3000.0, "kind": "forward_kl", "case": "forward_kl"}
+
+    def found(device: str, *rows: dict[str, object]) -> dict[str, tuple[object, object]]:
+        out = gpu_cases.targets(rows, ["triton", "cuda"], device)
+        return {t["target"].partition(" at ")[0]: (t["met"], t["share_met"]) for t in out if t["measured"]}
+
+    for share, kept in ((0.91, True), (0.89, False)):
+        row = _row("cuda", 3 * unit / share, **slower)
+        assert found("NVIDIA H100 80GB HBM3", row) == {"cuda: forward_kl": (None, kept)}
+        # 2.7 ms is too long for an H200, however fast this one copies.
+        assert found("NVIDIA H200", row) == {"cuda: forward_kl": (False, kept)}
+        assert found("NVIDIA A100", row) == {"cuda: forward_kl": (None, None)}
+        # Triton's loss sweeps both rows twice and writes once: five passes.
+        row = _row("triton", 5 * unit / share, **slower)
+        assert found("NVIDIA H100 80GB HBM3", row) == {"triton: forward_kl": (None, kept)}
+        one = _row("triton", unit / share, copy_gb_per_second=3000.0)
+        assert found("NVIDIA H100 80GB HBM3", one) == {"triton: logprob_entropy forward": (None, kept)}
+    js = _row("cuda", 3 * unit / 0.8, **{**slower, "kind": "js", "case": "js"})
+    assert found("NVIDIA H100 80GB HBM3", js) == {"cuda: js": (None, True)}, "its arithmetic takes a part of it"
+    content = {"rows": [], "left_out": [], "ours": []}
+    for device, told in (("NVIDIA H100", "  91% of copying, of 90%: met"), ("NVIDIA A100", "  no verdict")):
+        row = _row("cuda", 3 * unit / 0.91, **slower)
+        shown = {"extra_bytes": None, "call_milliseconds": None, "floor_milliseconds": None, "share_of_copy": None}
+        row |= {**shown, "useful_gb_per_second": 1.0}
+        lines = gpu_check_report.benchmark_lines(
+            {**content, "rows": [row], "ours": ["cuda"], "targets": gpu_cases.targets([row], ["cuda"], device)}
+        )
+        assert next(line for line in lines if line.startswith("cuda: forward_kl at")).endswith(told)
+
+
+def test_the_six_cases_of_the_default_run() -> None:
+    """Cases of the whole benchmark, fewer peers; each of them has a promise."""
+    first = gpu_cases.first_cases()
+    assert len(first) == 6
+    names = {(case.name, case.rows, case.vocab) for case in gpu_cases.cases()}
+    promised = {(promise.case.name, promise.case.rows, promise.case.vocab) for promise in gpu_cases.PROMISES}
+    for case in first:
+        assert (case.name, case.rows, case.vocab) in names & promised
+        assert not case.compiled, "it takes 20 seconds a case"
 
 
 def test_every_promise_is_measured() -> None:

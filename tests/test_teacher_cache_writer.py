@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import errno
 import os
+import resource
 import signal
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from safetensors import SafetensorError
 from torch import Tensor
 
 from kldiv_kernels.teacher_cache import CacheInfo, TeacherCache, TeacherCacheWriter, commit, shard
@@ -143,6 +147,74 @@ def test_an_exception_leaves_whole_shards(uninterrupted: Path, tmp_path: Path) -
     assert len(TeacherCache(tmp_path, partial=True)) == 2
     fill(tmp_path)
     assert files(tmp_path) == files(uninterrupted)
+
+
+@contextmanager
+def small_files(size: int) -> Iterator[None]:
+    """The operating system refuses to let a file of this process grow beyond `size` bytes."""
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, before[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+
+
+def full_disk(arrays: Any, path: Path, metadata: Any) -> None:
+    path.write_bytes(b"half of it")
+    raise SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)")
+
+
+@pytest.mark.parametrize("how", ["a limit of the system", "safetensors", "sync", "rename"])
+def test_a_full_disk_is_told_and_leaves_nothing_half_done(
+    how: str, uninterrupted: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    writer = TeacherCacheWriter(tmp_path, INFO)
+    for number in range(4):
+        writer.append(*rows(number))
+    safe = files(tmp_path)
+
+    def refuse(*_: Any) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    code = errno.EFBIG if how == "a limit of the system" else errno.ENOSPC
+    told = (
+        rf"{os.strerror(code)}: shard-00001.safetensors, 1,[0-9]{{3}} bytes, cannot be written to {tmp_path}, which "
+        "has [0-9,]+ bytes free; none of it is left there"
+    )
+    with monkeypatch.context() as patch, ExitStack() as stack:
+        if code == errno.EFBIG:
+            stack.enter_context(small_files(600))
+        elif how == "safetensors":
+            patch.setattr(shard, "save_file", full_disk)
+        elif how == "sync":
+            patch.setattr(commit, "_to_disk", refuse)
+        else:
+            patch.setattr(commit.os, "replace", refuse)
+        with pytest.raises(OSError, match=told) as caught:
+            writer.append(*rows(4))
+    assert caught.value.errno == code
+    assert files(tmp_path) == safe
+    assert writer.sequences == 2
+    with pytest.raises(ValueError, match="the writer is closed"):
+        writer.append(*rows(4))
+    fill(tmp_path)
+    assert files(tmp_path) == files(uninterrupted)
+
+
+def test_a_disk_that_is_full_from_the_start_or_at_the_end(tmp_path: Path) -> None:
+    with small_files(100), pytest.raises(OSError, match=rf"cache.json, \d+ bytes, cannot be written to {tmp_path}"):
+        TeacherCacheWriter(tmp_path, INFO)
+    assert files(tmp_path) == {}
+    writer = TeacherCacheWriter(tmp_path, INFO)
+    writer.append(*rows(0))
+    with small_files(600), pytest.raises(OSError, match=r"shard-00000\.safetensors"):
+        writer.finish()
+    assert list(files(tmp_path)) == ["cache.json"]
+    with TeacherCacheWriter(tmp_path, INFO, resume=True) as writer:
+        assert writer.sequences == 0
+        writer.append(*rows(0))
+    assert len(TeacherCache(tmp_path)) == 1
 
 
 def test_a_full_shard_is_written_at_once(tmp_path: Path) -> None:

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import json
+import os
+import shutil
 from pathlib import Path
+from typing import Any
 
 import commands
 import pytest
@@ -87,6 +90,73 @@ def test_mixed_precision_keeps_the_students_weights_in_float32(models: Path, tmp
     assert rounded["teacher_student_kl"] == pytest.approx(exact["teacher_student_kl"], rel=0.05)
     assert rounded["teacher_student_kl"] != exact["teacher_student_kl"]
     assert AutoModelForCausalLM.from_pretrained(tmp_path / "run").dtype == torch.float32
+
+
+class _RunsCode:
+    def __reduce__(self) -> Any:
+        return os.mkdir, ("loaded",)
+
+
+def _damaged(folder: Path, what: str) -> None:
+    """`what` becomes of the model in `folder`."""
+    weights, pickled = folder / "model.safetensors", folder / "pytorch_model.bin"
+    if what == "a pickle that runs code":
+        torch.save({"lm_head.weight": _RunsCode()}, pickled)
+    elif what == "a pickled model":
+        torch.save(tiny.llama(1), pickled)
+    elif what == "a pickle cut short":
+        torch.save(tiny.llama(1).state_dict(), pickled)
+        pickled.write_bytes(pickled.read_bytes()[:1000])
+    elif what == "an empty pickle":
+        pickled.write_bytes(b"")
+    elif what == "text for a pickle":
+        pickled.write_text("a pointer to some other storage")
+    elif what == "a pickled list":
+        torch.save([1, 2, 3], pickled)
+    elif what == "weights cut short":
+        weights.write_bytes(weights.read_bytes()[:500])
+    elif what == "a pickle for safetensors":
+        torch.save({"lm_head.weight": _RunsCode()}, weights)
+    elif what == "weights of another width":
+        tiny.llama(1, hidden=32).save_pretrained(folder / "other")
+        (folder / "other" / "model.safetensors").replace(weights)
+    elif what == "a deep config":
+        (folder / "config.json").write_text("[" * 100_000)
+    else:
+        (folder / "tokenizer.json").write_text("{}")
+    if pickled.exists():
+        weights.unlink()
+
+
+@pytest.mark.parametrize(
+    ("what", "message"),
+    [
+        ("a pickle that runs code", "its weights are no pickle of tensors alone; any other could run code"),
+        ("a pickled model", "its weights are no pickle of tensors alone; any other could run code"),
+        ("a pickle cut short", "it cannot be loaded, a file in it is damaged or of another kind: "),
+        ("an empty pickle", "it cannot be loaded, a file in it is damaged or of another kind: EOFError"),
+        ("text for a pickle", "it cannot be loaded, a file in it is damaged or of another kind: "),
+        ("a pickled list", "it cannot be loaded, a file in it is damaged or of another kind: TypeError"),
+        ("weights cut short", "it cannot be loaded, a file in it is damaged or of another kind: SafetensorError("),
+        ("a pickle for safetensors", "it cannot be loaded, a file in it is damaged or of another kind: Safetensor"),
+        ("weights of another width", "it cannot be loaded, a file in it is damaged or of another kind: RuntimeError"),
+        ("a deep config", "it cannot be loaded, a file in it is damaged or of another kind: RecursionError"),
+        ("an empty tokenizer", "it cannot be loaded, a file in it is damaged or of another kind: KeyError"),
+    ],
+)
+@pytest.mark.parametrize("option", ["--student", "--teacher"])
+def test_a_damaged_model_is_told_in_a_sentence(
+    option: str, what: str, message: str, models: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    folder = tmp_path / "damaged"
+    shutil.copytree(models / option[2:], folder)
+    _damaged(folder, what)
+    output = tmp_path / "run"
+    code, printed = kldiv_train(options(models, output) | {option: str(folder)})
+    assert (code, f"for {option}: {folder}: {message}" in printed) == (2, True), printed
+    assert not output.exists()
+    assert not (tmp_path / "loaded").exists(), "a pickle was run"
 
 
 @pytest.mark.parametrize(

@@ -25,7 +25,7 @@ from torch import Tensor
 
 from kldiv_kernels.benchmarking import gpu_peers
 from kldiv_kernels.benchmarking.cases import Inputs, dtype_name
-from kldiv_kernels.benchmarking.gpu_cases import GpuCase, cases, quick_cases, targets
+from kldiv_kernels.benchmarking.gpu_cases import GpuCase, cases, first_cases, quick_cases, targets
 from kldiv_kernels.benchmarking.measure import describe_error
 
 OUT_OF_MEMORY = "out of memory"
@@ -130,6 +130,8 @@ def measure(case: GpuCase, device: Device, seconds: float, names: Sequence[str] 
 
     results = [Result(name) for name in (gpu_peers.names_for(case) if names is None else names)]
     for result in results:
+        # Before its first call: an implementation that hangs leaves its name.
+        print(f"{result.name} {case.name} {case.rows} × {case.vocab} ...", flush=True)
         _guarded(result, device, partial(_first_calls, result, case, device, sets[0], work))
     running = [result for result in results if result.error is None]
     copies: list[Callable[[], float]] = []
@@ -268,9 +270,11 @@ def main() -> None:
     parser.add_argument("--output", type=Path, required=True, help="JSON file to write")
     parser.add_argument("--seconds", type=float, default=150, help="time for everything (default: 150)")
     parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda")
-    parser.add_argument("--quick", action="store_true", help="three tiny cases")
+    which = parser.add_mutually_exclusive_group()
+    which.add_argument("--first", action="store_true", help="the six cases that say most, without torch.compile")
+    which.add_argument("--quick", action="store_true", help="tiny cases")
     arguments = parser.parse_args()
-    chosen = quick_cases() if arguments.quick else cases()
+    chosen = quick_cases() if arguments.quick else first_cases() if arguments.first else cases()
     run(chosen, arguments.device, arguments.seconds, arguments.output)
 
 

@@ -37,8 +37,11 @@ _PACKAGES = {"trl": "trl", "liger": "liger_kernel", LIGER_GRPO: "liger_kernel"}
 
 
 def ours() -> list[str]:
-    """Our backends with kernels for this device; the others would be measured only by mistake."""
-    return [name for name, state in kk.backends().items() if state == "available" and name not in ("cpu", "reference")]
+    """Our backends with kernels for this device; the others would be measured only by mistake. KLDIV_GPU_BACKENDS, such
+    as "cuda,triton", names those of them that take part."""
+    found = [name for name, state in kk.backends().items() if state == "available" and name not in ("cpu", "reference")]
+    chosen = os.environ.get("KLDIV_GPU_BACKENDS")
+    return found if chosen is None else [name for name in found if name in chosen.split(",")]
 
 
 def missing() -> list[str]:

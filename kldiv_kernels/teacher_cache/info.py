@@ -86,7 +86,7 @@ def info_from(value: Any, where: str) -> CacheInfo:
         raise ValueError(f"{where}: its format is {found!r}; this version of kldiv_kernels reads {FORMAT}")
     try:
         return CacheInfo(**value["info"])
-    except (KeyError, TypeError, ValueError) as error:
+    except (KeyError, TypeError, ValueError, OverflowError) as error:
         raise ValueError(f"{where} does not describe a cache: {error!r}") from error
 
 
@@ -97,7 +97,7 @@ def write_record(folder: Path, info: CacheInfo, totals: Totals | None) -> None:
         "finished": None if totals is None else dataclasses.asdict(totals),
     }
     content = (json.dumps(record, indent=2, ensure_ascii=False) + "\n").encode()
-    write_whole(folder / RECORD, lambda path: path.write_bytes(content))
+    write_whole(folder / RECORD, len(content), lambda path: path.write_bytes(content))
 
 
 def read_record(folder: Path) -> tuple[CacheInfo, Totals | None]:
@@ -107,7 +107,8 @@ def read_record(folder: Path) -> tuple[CacheInfo, Totals | None]:
         record = json.loads(path.read_bytes())
     except FileNotFoundError:
         raise ValueError(f"{folder} holds no teacher cache (no {RECORD})") from None
-    except ValueError as error:
+    # RecursionError: brackets in brackets, some thousand deep.
+    except (ValueError, RecursionError) as error:
         raise ValueError(f"{path} is damaged: {error}") from error
     info = info_from(record, str(path))
     try:

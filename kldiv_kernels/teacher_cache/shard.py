@@ -47,6 +47,16 @@ class Header:
     mass_min: float
     checksum: str = ""
 
+    def __post_init__(self) -> None:
+        for name in ("number", "sequences", "tokens", "rows"):
+            value = getattr(self, name)
+            if type(value) is not int or value < 0:
+                raise ValueError(f"{name} is {value!r}; expected a count")
+        for name in ("mass_sum", "mass_min"):
+            value = getattr(self, name)
+            if not isinstance(value, (int, float)):
+                raise TypeError(f"{name} is {value!r}; expected a number")
+
 
 def path_of(folder: Path, number: int) -> Path:
     return folder / f"shard-{number:05d}.safetensors"
@@ -66,7 +76,8 @@ def write(folder: Path, info: CacheInfo, header: Header, arrays: Mapping[str, np
     """`arrays` as described in the package's docstring. The file appears under its name when it is whole."""
     header = dataclasses.replace(header, checksum=_checksum(info, header, arrays))
     metadata = {_KEY: _description(info, header)}
-    write_whole(path_of(folder, header.number), lambda path: save_file(dict(arrays), path, metadata))
+    size = len(metadata[_KEY]) + sum(array.nbytes for array in arrays.values())
+    write_whole(path_of(folder, header.number), size, lambda path: save_file(dict(arrays), path, metadata))
 
 
 def read_header(path: Path, info: CacheInfo) -> Header:
@@ -81,9 +92,12 @@ def read_header(path: Path, info: CacheInfo) -> Header:
         raise ValueError(f"{path} is no shard of a teacher cache: its header has no {_KEY!r}")
     try:
         value = json.loads(description)
-        written_for = info_from(value, str(path))
+    except (json.JSONDecodeError, RecursionError) as error:
+        raise ValueError(f"{path} has a corrupt header: {error!r}") from error
+    written_for = info_from(value, str(path))
+    try:
         header = Header(**value["shard"])
-    except (json.JSONDecodeError, KeyError, TypeError) as error:
+    except (KeyError, TypeError, ValueError) as error:
         raise ValueError(f"{path} has a corrupt header: {error!r}") from error
     difference = first_difference(written_for, info)
     if difference is not None:
@@ -99,7 +113,8 @@ def read_header(path: Path, info: CacheInfo) -> Header:
 def read_tensors(path: Path, info: CacheInfo, header: Header, *, check: bool) -> dict[str, Tensor]:
     """The tensors, memory-mapped. With `check` the whole file is read first.
 
-    Raises ValueError naming the file where its checksum does not match.
+    Raises ValueError naming the file where its checksum does not match, or where its offsets are none: a checksum is no
+    signature, and slices by wrong offsets would be of another sequence.
     """
     with _opened(path) as file:
         tensors: dict[str, Tensor] = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
@@ -108,7 +123,17 @@ def read_tensors(path: Path, info: CacheInfo, header: Header, *, check: bool) ->
         found = _checksum(info, dataclasses.replace(header, checksum=""), arrays)
         if found != header.checksum:
             raise ValueError(f"{path} is corrupt: its checksum is {found}; its header says {header.checksum}")
+    for name, end in (("token_offsets", header.tokens), ("row_offsets", header.rows)):
+        offsets = tensors[name]
+        if offsets[0] != 0 or offsets[-1] != end or not bool((offsets[1:] > offsets[:-1]).all()):
+            raise ValueError(f"{path} is corrupt: its {name} are {_few(offsets)}; expected increasing, from 0 to {end}")
     return tensors
+
+
+def _few(values: Tensor) -> str:
+    """The first of them, and the last."""
+    listed = values.tolist()
+    return str(listed) if len(listed) <= 8 else f"[{', '.join(map(str, listed[:6]))}, …, {listed[-1]}]"
 
 
 @contextmanager

@@ -44,6 +44,8 @@ class TeacherCacheWriter:
         ValueError: a cache is there and `resume` is not given, it is of another teacher, K or vocabulary, it is
             finished, or one of its shards is damaged.
         BlockingIOError: another writer has it open.
+        OSError: the disk is full, or refuses otherwise, here or in `append` and `finish`: it names the folder and the
+            bytes. The writer is then closed, and what was on disk before goes on with `resume`.
 
     >>> import tempfile, torch
     >>> folder = tempfile.mkdtemp()
@@ -103,16 +105,23 @@ class TeacherCacheWriter:
             batch = [checked(self.info, first + i, ids[i], where, rows[i], logprobs[i]) for i in range(ids.shape[0])]
         else:
             batch = [checked(self.info, first, ids, where, rows, logprobs)]
-        for sequence in batch:
-            self._add(sequence)
+        try:
+            for sequence in batch:
+                self._add(sequence)
+        except OSError:
+            # What is in memory may be a part of the call's sequences: only those on disk are known to the caller.
+            self.close()
+            raise
 
     def finish(self) -> None:
         """Write what is left and mark the cache as whole; nothing can be appended any more."""
         if self._lock is None:
             raise ValueError("finish: the writer is closed")
-        self._flush()
-        write_record(self.folder, self.info, self._on_disk)
-        self.close()
+        try:
+            self._flush()
+            write_record(self.folder, self.info, self._on_disk)
+        finally:
+            self.close()
 
     def close(self) -> None:
         """Let go of the cache without finishing it: what is in no whole shard yet is dropped."""

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -97,12 +99,22 @@ def cache_teacher(
             teacher=teacher, vocab_size=width, k=k, temperature=temperature, dtype=_DTYPES[dtype],
             weights=weights_checksum(model), shard_rows=shard_rows,
         )  # fmt: skip
-        run.begin_run(output, options)
-        tokenizer.save_pretrained(output)
+        with _disk_errors():
+            run.begin_run(output, options)
+            tokenizer.save_pretrained(output)
         # A ValueError here is about its weights, or about the log-probs that it gives.
-        with option_errors("--teacher"), _writer(output, info) as writer:
+        with option_errors("--teacher"), _disk_errors(), _writer(output, info) as writer:
             _fill(model, blocks, writer, batch_size=batch_size, block_size=block_size)
     _print_summary(TeacherCache(output))
+
+
+@contextmanager
+def _disk_errors() -> Iterator[None]:
+    """A full disk as an error of --output: the cache that is there so far stays, and --resume goes on with it."""
+    try:
+        yield
+    except OSError as error:
+        raise typer.BadParameter(error.strerror or str(error), param_hint="--output") from error
 
 
 def _writer(output: Path, info: CacheInfo) -> TeacherCacheWriter:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import pickle
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -122,6 +123,17 @@ def cached_sequences(
 def _loaded(loader: Any, source: str, option: str, **options: Any) -> Any:
     try:
         return loader.from_pretrained(source, **options)
-    # OSError where there is nothing, ValueError where it is something else than asked for.
-    except (OSError, ValueError) as error:
-        raise typer.BadParameter(f"{source}: {error}", param_hint=option) from error
+    except ImportError:
+        raise
+    except pickle.UnpicklingError as error:
+        raise typer.BadParameter(
+            f"{source}: its weights are no pickle of tensors alone; any other could run code and is not loaded "
+            "(expected safetensors, or a pickled state_dict)",
+            param_hint=option,
+        ) from error
+    # OSError where there is nothing, ValueError where it is something else than asked for; of a damaged file whatever
+    # its reader stumbles over: SafetensorError, KeyError, EOFError, RecursionError, TypeError.
+    except Exception as error:
+        known = isinstance(error, (OSError, ValueError))
+        told = str(error) if known else f"it cannot be loaded, a file in it is damaged or of another kind: {error!r}"
+        raise typer.BadParameter(f"{source}: {told}", param_hint=option) from error

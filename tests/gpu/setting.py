@@ -1,7 +1,9 @@
 """Where these tests run: on the GPU, or with KLDIV_TEST_DEVICE=cpu small ones in Triton's interpreter.
 
 Logits are drawn on the CPU, where the float64 oracle reads them, and put on the device for the backend.
-KLDIV_TEST_QUICK=1 leaves a few statistics and small sizes: it tests the tests.
+KLDIV_GPU_BACKENDS=cuda,triton names the backends that are tested; without it all with kernels for the device are.
+KLDIV_TEST_FEW=1 leaves eight statistics, in bfloat16 where a test has dtypes. KLDIV_TEST_QUICK=1 leaves one statistic
+and small sizes: it tests the tests.
 """
 
 from __future__ import annotations
@@ -19,19 +21,33 @@ from kldiv_kernels.registry import STATISTICS
 
 DEVICE = os.environ.get("KLDIV_TEST_DEVICE", "cuda")
 QUICK = os.environ.get("KLDIV_TEST_QUICK") == "1"
-_QUICK_NAMES = ("forward_kl",)
+FEW = os.environ.get("KLDIV_TEST_FEW") == "1"
+# Of one tensor, of labels; with a sum of their own in the first sweep, with sums after it, with a log-sum-exp.
+_FEW_NAMES = ("logprob", "entropy", "forward_kl", "reverse_kl", "js", "hellinger", "tvd", "renyi")
+_SOME_NAMES = ("forward_kl",) if QUICK else _FEW_NAMES if FEW else tuple(STATISTIC_NAMES)
 
 if DEVICE == "cuda" and not torch.cuda.is_available():
     pytest.skip("needs a GPU", allow_module_level=True)
 
-# The C++ backend serves CPU tensors, and the reference is no kernel: it is tested here in a few cases of its own.
-KERNELS = [name for name in BACKENDS if name not in ("cpu", "reference")]
-NAMES = [name for name in STATISTIC_NAMES if not QUICK or name in _QUICK_NAMES]
+# What the library itself calls available: a table kept by hand would leave out what it does not know. On a CPU there
+# are only the interpreter and the model of a GPU, whatever else this machine has. The C++ backend serves CPU tensors,
+# and the reference is no kernel: it is tested here in a few cases of its own.
+_WORKING = [name for name, state in kk.backends().items() if state == "available"] if DEVICE == "cuda" else BACKENDS
+AVAILABLE = [name for name in _WORKING if name not in ("cpu", "reference")]
+_WANTED = os.environ.get("KLDIV_GPU_BACKENDS", ",".join(AVAILABLE)).split(",")
+KERNELS = [name for name in AVAILABLE if name in _WANTED]
+NAMES = [name for name in STATISTIC_NAMES if name in _SOME_NAMES]
 LOSSES = [name for name in DIVERGENCES if name in NAMES]
-DTYPES = (torch.bfloat16,) if QUICK else (torch.bfloat16, torch.float32, torch.float16)
+DTYPES = (torch.bfloat16,) if QUICK or FEW else (torch.bfloat16, torch.float32, torch.float16)
 
 if not KERNELS:
     pytest.skip(f"no backend with kernels for {DEVICE}: {kk.backends()}", allow_module_level=True)
+
+
+def largest_cluster() -> int:
+    """CTAs that a cluster may have on this device; 0 where there are none. The model of a GPU is an sm_90."""
+    major = torch.cuda.get_device_capability()[0] if DEVICE == "cuda" else 9
+    return {8: 0, 9: 16, 10: 16}.get(major, 8)
 
 
 @dataclass(frozen=True)

@@ -6,7 +6,7 @@ import oracle
 import pytest
 import torch
 from checks import check_gradient, check_value, with_parameters
-from setting import KERNELS, LOSSES, NAMES, QUICK, compute, rows
+from setting import DTYPES, KERNELS, LOSSES, NAMES, QUICK, compute, rows
 from test_contract import FINITE_GRADIENT, NO_STUDENT_MASS, NO_TEACHER_MASS
 from test_small_divergences import SCENARIOS, TWO_LOG_SUMS, VANISHING
 
@@ -69,7 +69,7 @@ def test_a_bad_row_spoils_only_itself(name: str, side: str, bad: str, backend: s
                 assert gradient[2].isnan().any()
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("name", NAMES)
 @pytest.mark.parametrize("backend", KERNELS)
 def test_masks_by_the_lowest_float(name: str, dtype: torch.dtype, backend: str) -> None:

@@ -9,7 +9,7 @@ import oracle
 import pytest
 import torch
 from checks import check_gradient, check_value, on
-from setting import DEVICE, DTYPES, KERNELS, LOSSES, QUICK, parked, rows
+from setting import DEVICE, DTYPES, KERNELS, LOSSES, QUICK, largest_cluster, parked, rows
 from torch import Tensor
 
 import kldiv_kernels as kk
@@ -82,17 +82,10 @@ def test_a_loss(name: str, backend: str, dtype: torch.dtype, columns: int) -> No
     check_gradient(student.grad.cpu(), expected.student, floor)
 
 
-def _largest_cluster() -> int:
-    if DEVICE != "cuda":
-        return 16
-    major, _ = torch.cuda.get_device_capability()
-    return {8: 1, 9: 16, 10: 16}.get(major, 8)
-
-
 def _rows_for(plan: str) -> int:
     """Several rows for each stage of each cluster."""
     cluster = int(plan.partition("=")[2].partition(",")[0])
-    if cluster > _largest_cluster():
+    if cluster > largest_cluster():
         pytest.skip(f"this device has no clusters of {cluster}")
     processors = torch.cuda.get_device_properties(0).multi_processor_count if DEVICE == "cuda" else 1
     return max(7, 6 * processors // cluster + 1)

@@ -8,7 +8,7 @@ import oracle
 import pytest
 import torch
 from checks import BACKENDS, check_gradient, check_statistic, check_value, on, parameters, with_parameters
-from setting import DEVICE, DTYPES, KERNELS, NAMES, QUICK, compute, labels_for, rows
+from setting import AVAILABLE, DEVICE, DTYPES, KERNELS, NAMES, QUICK, compute, labels_for, rows
 from torch import Tensor
 
 import kldiv_kernels as kk
@@ -155,7 +155,8 @@ def test_several_statistics_in_one_call(backend: str) -> None:
 
 
 @pytest.mark.skipif(QUICK, reason="on a CPU auto never takes the interpreter")
-def test_auto_takes_a_kernel() -> None:
+@pytest.mark.skipif(AVAILABLE[0] not in KERNELS, reason="the backend that auto takes is not tested in this run")
+def test_auto_takes_the_first_backend() -> None:
     student, teacher = (on(DEVICE, rows(3, 1000, dtype=torch.bfloat16)) for _ in range(2))
-    values = {name: kk.js_divergence(student, teacher, backend=name) for name in ("auto", *KERNELS)}
-    assert values["auto"] in [values[name] for name in KERNELS]
+    auto, first = (kk.js_divergence(student, teacher, backend=name) for name in ("auto", AVAILABLE[0]))
+    assert torch.equal(auto, first)
