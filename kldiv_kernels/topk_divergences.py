@@ -3,8 +3,8 @@ r"""Divergences and statistics on k tokens of a vocabulary and the rest of it, e
 q is the student's softmax over the whole vocabulary, I the k ids of a token, p the teacher's log-probabilities there.
 Both become distributions on few outcomes, on which every divergence of the registry is defined:
 
-    bucket               the k tokens, and all others as one: q_rest = Σ_{j∉I} q_j, p_rest = 1 − Σ_I p, which is known to
-                         the rounding of the log-probabilities and is at least that (`topk_inputs.tail_of`)
+    bucket               the k tokens, and all others as one: q_rest = Σ_{j∉I} q_j, p_rest = 1 − Σ_I p, known to the
+                         rounding of the log-probabilities and at least that (`topk_inputs.tail_of`)
     renormalize          the k tokens: q_i/Σ_I q and p_i/Σ_I p
     renormalize_teacher  the student as in bucket, p_i/Σ_I p with p_rest = 0
     none                 raw sums over I, of which neither side is a distribution: Σ p (log p − log q) and the like
