@@ -21,12 +21,12 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from kldiv_kernels import topk_inputs
 from kldiv_kernels.backends import names as backend_names
 from kldiv_kernels.losses import divergence_loss
 from kldiv_kernels.stats import selective_log_softmax, token_stats
 from kldiv_kernels.topk import topk_token_stats
 from kldiv_kernels.topk_divergences import topk_divergence_loss
-from kldiv_kernels.topk_inputs import tail_of
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -132,7 +132,6 @@ def topk_distillation_loss(
     tail: Any = options.tail
     rows: dict[str, Any] = {
         "tail": tail,
-        "tail_logprob": tail_of(topk_logprobs, topk_ids, vocab_size) if tail == "bucket" else None,
         "mask": rows_with_ids(topk_ids) & target,
         "normalizer": normalizer,
         "backend": options.backend,
@@ -144,17 +143,23 @@ def topk_distillation_loss(
             return loss
         logprob = selective_log_softmax(logits, targets, mask=target, vocab_size=vocab_size, backend=options.backend)
     else:
+        where, looks = "topk_distillation_loss", topk_inputs.looks_at(logits, None)
+        ids, logprobs = topk_inputs.teacher_checked(where, topk_ids, topk_logprobs, logits, vocab_size, looks)
+        if tail == "bucket":
+            rows["tail_logprob"] = topk_inputs.tail_of(
+                where, logprobs, ids, vocab_size, given=topk_logprobs.dtype, floor=None, check=looks
+            )
         student = topk_token_stats(
-            logits, topk_ids, targets, stats=("topk_logprobs", "tail_logprob", "logprob"), mask=target,
-            vocab_size=vocab_size, backend=options.backend,
+            logits, ids, targets, stats=("topk_logprobs", "tail_logprob", "logprob"), mask=target,
+            vocab_size=vocab_size, check=False, backend=options.backend,
         )  # fmt: skip
         logprob = student.logprob
         # The k tokens and the rest are a distribution on k + 1 outcomes: logits of themselves, of which the last is
         # the tail again.
         outcomes = torch.cat([student.topk_logprobs, student.tail_logprob[..., None]], dim=-1)
-        columns = torch.arange(topk_ids.shape[-1], device=topk_ids.device).expand_as(topk_ids)
+        columns = torch.arange(ids.shape[-1], device=ids.device).expand_as(ids)
         loss = topk_divergence_loss(
-            outcomes, torch.where(topk_ids >= 0, columns, -1), topk_logprobs, options.kind, **rows
+            outcomes, torch.where(ids >= 0, columns, -1), logprobs, options.kind, check=False, **rows
         )
     return (1.0 - weight) * loss - weight * logprob.sum() / normalizer
 

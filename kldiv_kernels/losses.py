@@ -38,7 +38,8 @@ def divergence_loss(
 
     When a gradient is needed and `reduction` is "mean" or "sum", loss and gradient come out of the same pass over
     the logits; backward then costs nothing for an upstream gradient of 1, and one multiplication of the gradient
-    otherwise.
+    otherwise. The gradient of float16 logits waits for backward, which reads them again: a loss scale comes in there,
+    and without it most of the gradient would round to 0.
 
     Args:
         logits, reference_logits: [*, V]; see `token_stats`. The reference gets a gradient when it requires one.
@@ -88,7 +89,9 @@ def divergence_loss(
     )  # fmt: skip
     student = torch.is_grad_enabled() and logits.requires_grad
     teacher = torch.is_grad_enabled() and reference_logits.requires_grad
-    if reduction != "none" and (student or teacher) and not scale.requires_grad:
+    # float16 waits for the loss scale, without which most of its gradient would round to 0.
+    waits = any(wanted and x.dtype == torch.float16 for wanted, x in ((student, logits), (teacher, reference_logits)))
+    if reduction != "none" and (student or teacher) and not waits and not scale.requires_grad:
         return ops.loss(call, chosen, scale[None], student, teacher)
     values = ops.statistics(call, chosen, student or teacher)
     return reduced(values[0], scale, reduction, leading)

@@ -49,13 +49,22 @@ class _Wanted:
     dtype: torch.dtype
     stats: tuple[Statistic, ...]
     gradient: bool
-    one_read: bool
+    loss: bool
     labels: int = 1
     topk: bool = False
 
     @property
     def tensors(self) -> int:
         return 1 + any(s.reference for s in self.stats)
+
+    @property
+    def waits(self) -> bool:
+        """A loss whose gradient waits for the loss scale that comes in with backward."""
+        return self.loss and self.dtype == torch.float16
+
+    @property
+    def one_read(self) -> bool:
+        return self.loss and not self.waits
 
     @property
     def names(self) -> list[str]:
@@ -149,7 +158,7 @@ def _on_cpu(wanted: _Wanted) -> Plan:
         wanted.rows, wanted.vocab, wanted.names, element, element if wanted.tensors == 2 else 0,
         wanted.gradient, wanted.one_read, torch.get_num_threads(),
     )  # fmt: skip
-    return Plan("cpu", chosen.kernel, chosen.sweeps, chosen.threads, chosen.bytes, chosen.reason)
+    return Plan("cpu", chosen.kernel, chosen.sweeps, chosen.threads, chosen.bytes, chosen.reason + _why_again(wanted))
 
 
 def _on_gpu(wanted: _Wanted, target: str | torch.device) -> Plan:
@@ -187,9 +196,13 @@ def _of_cuda(wanted: _Wanted, capability: int, device: str) -> Plan:
         argument = "" if str(error).startswith("KLDIV_CUDA_PLAN") else f"device is {device!r}; "
         raise ValueError(f"plan: {argument}{error}") from None
     return Plan(
-        "cuda", chosen.kernel, chosen.sweeps, chosen.threads, chosen.bytes, chosen.reason,
-        chosen.cluster, chosen.stages, chosen.shared_bytes,
+        "cuda", chosen.kernel, chosen.sweeps, chosen.threads, chosen.bytes,
+        chosen.reason + _why_again(wanted), chosen.cluster, chosen.stages, chosen.shared_bytes,
     )  # fmt: skip
+
+
+def _why_again(wanted: _Wanted) -> str:
+    return "; backward reads float16 logits again, with the loss scale" if wanted.waits else ""
 
 
 def _of_triton(wanted: _Wanted, reason: str) -> Plan:
@@ -204,8 +217,8 @@ def _of_triton(wanted: _Wanted, reason: str) -> Plan:
 
 def _reference(wanted: _Wanted, reason: str) -> Plan:
     return Plan(
-        "reference", "PyTorch", 1 + wanted.gradient, torch.get_num_threads(), wanted.moved(read_again=False),
-        f"reference: {reason}",
+        "reference", "PyTorch", 1 + wanted.gradient, torch.get_num_threads(),
+        wanted.moved(read_again=not wanted.one_read), f"reference: {reason}{_why_again(wanted)}",
     )  # fmt: skip
 
 

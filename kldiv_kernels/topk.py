@@ -90,7 +90,9 @@ def topk_token_stats(
     if "logprob" in stats and labels is None:
         raise ValueError(f"{where}: labels is None; logprob needs one label a token, shape {list(logits.shape[:-1])}")
     inputs.logits_checked(where, logits, "logits")
-    ids = topk_inputs.ids_checked(where, "topk_ids", topk_ids, logits, vocab_size, topk_inputs.looks_at(logits, check))
+    looks = topk_inputs.looks_at(logits, check)
+    ids = topk_inputs.ids_checked(where, "topk_ids", topk_ids, logits, vocab_size, looks)
+    topk_inputs.each_once_checked(where, "topk_ids", ids, looks)
     shared: dict[str, Any] = {
         "temperature": temperature, "mask": mask, "vocab_size": vocab_size, "backend": backend,
     }  # fmt: skip

@@ -3,7 +3,8 @@ r"""Divergences and statistics on k tokens of a vocabulary and the rest of it, e
 q is the student's softmax over the whole vocabulary, I the k ids of a token, p the teacher's log-probabilities there.
 Both become distributions on few outcomes, on which every divergence of the registry is defined:
 
-    bucket               the k tokens, and all others as one: q_rest = Σ_{j∉I} q_j, p_rest = 1 − Σ_I p
+    bucket               the k tokens, and all others as one: q_rest = Σ_{j∉I} q_j, p_rest = 1 − Σ_I p, known to the
+                         rounding of the log-probabilities and at least that (`topk_inputs.tail_of`)
     renormalize          the k tokens: q_i/Σ_I q and p_i/Σ_I p
     renormalize_teacher  the student as in bucket, p_i/Σ_I p with p_rest = 0
     none                 raw sums over I, of which neither side is a distribution: Σ p (log p − log q) and the like
@@ -49,6 +50,7 @@ def topk_divergence_loss(
     *,
     tail: Tail = "bucket",
     tail_logprob: Tensor | None = None,
+    tail_floor: float | None = None,
     weight: Tensor | None = None,
     labels: Tensor | None = None,
     mask: Tensor | None = None,
@@ -68,14 +70,19 @@ def topk_divergence_loss(
     Args:
         logits: [*, V], the student's.
         topk_ids: [*, K] int64 or int32, each at most once in its row; -1 for none.
-        topk_logprobs: [*, K] float32, bfloat16 or float16, the teacher's at its temperature, not renormalised; -inf
-            allowed. No gradient.
+        topk_logprobs: [*, K] float32, bfloat16 or float16, the teacher's at its temperature, not renormalised. No
+            gradient. -inf is a token that the teacher never has, or, beside the same id, a pad that is left out.
         kind: a divergence of the registry.
         tail: "bucket" (default), "renormalize", "renormalize_teacher" or "none"; see the head of this module. "none"
             has forward_kl, reverse_kl, jeffreys and cross_entropy.
-        tail_logprob: [*], the teacher's log-mass outside of topk_ids. Default: log(1 − Σ exp(topk_logprobs)), as
-            exact as these are.
-        check: whether the values of topk_ids and topk_logprobs are checked; see `topk_token_stats`.
+        tail_logprob: [*], the teacher's log-mass outside of topk_ids. Default: log(1 − Σ p), p = exp(topk_logprobs), as
+            exact as these are: where the ids are the whole vocabulary what is left of 1 is nothing, unless it is more
+            than rounding can leave (then it is a token that the student does not have, and forward_kl infinite).
+        tail_floor: 0 to 1, what 1 − Σ p is at least. Default: what rounding can make of it, max(k·ε, ½ε'·Σ p |log p|),
+            ε = 1.2e-7 of float32, ε' of the dtype of topk_logprobs. With 0, a Σ p that rounds to 1 says that the
+            teacher never has another token, and reverse_kl is infinite.
+        check: whether values are checked, of topk_ids and topk_logprobs; default: on CPU tensors only, since it waits
+            for the device. Unchecked, a token with two log-probabilities makes its row NaN.
         weight, labels, mask, normalizer, reduction, temperature, temperature_squared, alpha, beta, ignore_index,
             vocab_size, backend: see `divergence_loss`.
 
@@ -99,14 +106,14 @@ def topk_divergence_loss(
         raise ValueError(f"{where}: kind is {kind!r}; expected {', '.join(_RAW)} where tail is 'none'")
     if tail_logprob is not None and tail != "bucket":
         raise ValueError(f"{where}: tail_logprob is given, but tail is {tail!r}; expected 'bucket'")
+    topk_inputs.tail_floor_checked(where, tail_floor, tail, tail_logprob)
     reduction_checked(where, reduction)
     inputs.logits_checked(where, logits, "logits")
     inputs.weight_checked(where, weight, logits)
     inputs.alpha_and_beta_checked(where, statistic, alpha, beta, logits)
     looks = topk_inputs.looks_at(logits, check)
     valid = topk_inputs.masked(mask, labels, ignore_index, logits, where)
-    ids = topk_inputs.ids_checked(where, "topk_ids", topk_ids, logits, vocab_size, looks)
-    teacher = topk_inputs.logprobs_checked(where, "topk_logprobs", topk_logprobs, ids, looks)
+    ids, teacher = topk_inputs.teacher_checked(where, topk_ids, topk_logprobs, logits, vocab_size, looks)
     inputs.per_token_checked(where, "tail_logprob", tail_logprob, logits)
 
     scale = token_scale(
@@ -114,7 +121,11 @@ def topk_divergence_loss(
         temperature if temperature_squared else None,
     )  # fmt: skip
     leading, columns = logits.shape[:-1], inputs.shared_columns(where, logits, None, vocab_size)
-    theirs = teacher if tail in ("renormalize", "none") else _with_rest(teacher, ids, columns, tail, tail_logprob)
+    if tail == "bucket" and tail_logprob is None:
+        tail_logprob = topk_inputs.tail_of(
+            where, teacher, ids, columns, given=topk_logprobs.dtype, floor=tail_floor, check=looks
+        )
+    theirs = teacher if tail in ("renormalize", "none") else _with_rest(teacher, tail_logprob)
     theirs = theirs.to(scale.dtype)
     # float16 waits for the loss scale, as in `policy_loss`.
     wanted = torch.is_grad_enabled() and logits.requires_grad and logits.dtype != torch.float16
@@ -206,15 +217,10 @@ def _statistics(tail: Tail) -> tuple[str, ...]:
     return ("logprob",) if tail in ("renormalize", "none") else ("logprob", "tail_logprob")
 
 
-def _with_rest(teacher: Tensor, ids: Tensor, columns: int, tail: Tail, tail_logprob: Tensor | None) -> Tensor:
-    """The teacher's log-probabilities with that of the rest as one more."""
-    if tail == "renormalize_teacher":
-        rest = torch.full_like(teacher[..., 0], -torch.inf)
-    elif tail_logprob is not None:
-        rest = tail_logprob.detach().to(teacher.dtype)
-    else:
-        rest = topk_inputs.tail_of(teacher, ids, columns)
-    return torch.cat([teacher, rest[..., None]], dim=-1)
+def _with_rest(teacher: Tensor, tail_logprob: Tensor | None) -> Tensor:
+    """The teacher's log-probabilities with that of the rest as one more; None: it has nothing there."""
+    rest = torch.full_like(teacher[..., 0], -torch.inf) if tail_logprob is None else tail_logprob.detach()
+    return torch.cat([teacher, rest.to(teacher.dtype)[..., None]], dim=-1)
 
 
 def _serves_topk(backend: str) -> bool:

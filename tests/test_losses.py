@@ -129,6 +129,35 @@ def test_no_valid_token(how: str, reduction: str, dtype: torch.dtype, backend: s
     assert not logits.grad.any()
 
 
+@pytest.mark.parametrize("reduction", ["mean", "sum"])
+@pytest.mark.parametrize("kind", ["forward_kl", "reverse_kl", "js", "tvd"])
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_float16_gradients_wait_for_the_loss_scale(
+    backend: str, kind: str, reduction: str, plan: None, passes: list[str]
+) -> None:
+    """Eight rows of a batch of 2,048 tokens: gradients below float16's numbers, until they are scaled."""
+    logits, reference = (torch.randn(8, 4096).half().requires_grad_() for _ in range(2))
+    tokens = 2048.0
+    options = {"normalizer": tokens} if reduction == "mean" else {"weight": torch.full((8,), 1 / tokens)}
+    loss = kk.divergence_loss(logits, reference, kind, reduction=reduction, backend=backend, **options)
+    assert passes == ["statistics"]
+    sides = torch.autograd.grad(65_536 * loss, [logits, reference])
+    cotangent = torch.full((8,), 65_536 / tokens)
+    expected = oracle.evaluate(kind, logits.detach(), reference.detach(), cotangent=cotangent)
+    for got, wanted, floor in zip(
+        sides, (expected.student, expected.teacher), (expected.student_floor, expected.teacher_floor), strict=True
+    ):
+        check_gradient(got, wanted, floor)
+        assert ((got == 0) == (wanted.half() == 0)).double().mean() > 0.999
+    # One side alone, of which the other's dtype does not matter.
+    passes.clear()
+    kk.divergence_loss(logits.detach().float().requires_grad_(), reference.detach(), kind, backend=backend)
+    kk.divergence_loss(logits.detach(), reference.detach().float().requires_grad_(), kind, backend=backend)
+    assert passes == ["loss", "loss"]
+    kk.divergence_loss(logits.detach().float(), reference, kind, backend=backend)
+    assert passes[2:] == ["statistics"]
+
+
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
 def test_weight_zero_leaves_an_infinite_value_out(reduction: str, backend: str) -> None:

@@ -110,8 +110,20 @@ def test_a_top_k_loss_by_name() -> None:
     assert (found.kernel, found.cluster, found.stages) == ("one-read", 4, 3)
     assert found.bytes == 2 * 8192 * 151_936 * 2
     assert kk.plan(**shape, device="sm_86").kernel == "two-sweep"
-    assert "float16" in kk.plan(**shape, device="sm_90", dtype=torch.float16).reason
     assert kk.plan(**shape).bytes == found.bytes
+
+
+@pytest.mark.parametrize("device", ["cpu", "sm_90"])
+@pytest.mark.parametrize(("kind", "moved"), [("forward_kl", 5), ("topk_loss", 3), ("policy_loss", 3)])
+def test_float16_losses_read_again(kind: str, moved: int, device: str) -> None:
+    """Their gradients wait for the loss scale, which comes in with backward."""
+    shape = {"rows": 64, "vocab": 32_000, "kind": kind, "device": device}
+    found = kk.plan(**shape, dtype=torch.float16)
+    assert "one-read" not in found.kernel
+    assert found.bytes == moved * 64 * 32_000 * 2
+    assert found.reason.endswith("backward reads float16 logits again, with the loss scale")
+    assert "one-read" in kk.plan(**shape, dtype=torch.bfloat16).kernel
+    assert "float16" not in kk.plan(**shape, dtype=torch.float16, gradient=False).reason
 
 
 REFUSALS: dict[str, tuple[dict[str, Any], str]] = {

@@ -93,8 +93,8 @@ def alpha_grad_logp(p, q, lp, lq, u, alpha, beta):
 
 
 # --- Renyi: log(sum p^a q^(1-a)) / (a-1), a above 0 and not 1
-# With L the logarithm and r = exp(a lp + (1-a) lq - L), which sums to 1, grad_logq = -r and grad_logp = a/(a-1) r; q and
-# a/(a-1) p are taken off, so that both sum to 0 and are 0 where the rows are equal: r - q = q (e^(a u - L) - 1).
+# With L the logarithm and r = exp(a lp + (1-a) lq - L), which sums to 1, grad_logq = -r and grad_logp = a/(a-1) r.
+# q and a/(a-1) p are taken off, so that both sum to 0 and are 0 where the rows are equal: r - q = q (e^(a u - L) - 1).
 @triton.jit
 def renyi_terms(p, q, lp, lq, u, alpha, beta):
     return (_alpha_term(p, q, lp, u, alpha),)
