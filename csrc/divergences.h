@@ -16,7 +16,7 @@
 //   grad_needs_row  whether its gradient uses constants of the finished row
 //   parks           whether it has grad_logq_over_q = grad_logq / q, which a CUDA kernel keeps (cuda/compute.cuh)
 //   Constants<F>    what its loops use of alpha, beta and the finished row (k: see Finished)
-//   infinite_where_q_is_zero(alpha), infinite_where_p_is_zero(alpha)
+//   infinite_where_q_is_zero(alpha), infinite_where_p_is_zero(alpha): then sum[0] (log_sum) comes to `finish` infinite
 // Columns without mass in either row come with lp = lq about -1e30 and p = q = 0, and contribute nothing.
 //
 // This header is included inside namespace KLDIV_ISA for the loops, or inside that of the CUDA kernels, where F is a
@@ -166,9 +166,8 @@ struct CrossEntropy : Plain {
 };
 
 struct Jeffreys : Plain {
-    static constexpr int sums = 2;  // KL(p || q), the sum of grad_logp, and KL(q || p), the sum of grad_logq
-    KLDIV_FN static bool infinite_where_q_is_zero(Real) { return true; }
-    KLDIV_FN static bool infinite_where_p_is_zero(Real) { return true; }
+    // KL(p || q), the sum of grad_logp, and KL(q || p), the sum of grad_logq; one may be infinite without the other.
+    static constexpr int sums = 2;
     template <class F>
     KLDIV_FN static void terms(const Element<F>& e, const Constants<F>&, F* out) {
         out[0] = kl_term(e.p, e.q, e.u);

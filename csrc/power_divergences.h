@@ -99,6 +99,7 @@ struct Renyi : Alpha {
 // of q^l, p^a q^b, p^l. For small u a term is q^l u^2 (1/2 + (a+l) u/6 + (a^2+al+l^2) u^2/24 + ...).
 struct AlphaBeta : Plain {
     static constexpr int sums = 2;
+    // Where q is 0 and b negative, the term itself is infinite.
     KLDIV_FN static bool infinite_where_p_is_zero(Real alpha) { return alpha < 0; }
     // An interval between neighbours.
     template <class F>
@@ -186,6 +187,9 @@ struct AlphaBeta : Plain {
         return c.of_b.slope(x.cross, x.p, e.u);
     }
     KLDIV_FN static Finished finish(const RowSums& row, Real alpha, Real beta) {
+        // Infinite by p^a q^b where one of them is 0 and its power negative: both sums by that term.
+        if (row.sum[0] == infinity)
+            return {infinity, alpha > 0 ? -infinity : infinity, beta > 0 ? -infinity : infinity};
         return {row.sum[0], row.sum[1], (alpha + beta) * row.sum[0] - row.sum[1]};
     }
 };

@@ -268,7 +268,8 @@ def _renyi_excess(e: Elements, probability: Tensor, c: Tensor) -> Tensor:
     assert e.log_sum is not None
     log = _renyi_log(e.sums[0], e.log_sum, e.alpha)
     x = c * e.u - log
-    far = (renyi_log_sum(e) - log).exp() - probability
+    # An infinite sum leaves nothing of any term.
+    far = torch.where(log == torch.inf, torch.zeros_like(probability), (renyi_log_sum(e) - log).exp()) - probability
     return torch.where(x.abs() < 1, probability * torch.expm1(x), far)
 
 

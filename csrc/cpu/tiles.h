@@ -158,18 +158,23 @@ __attribute__((flatten)) void terms(const float* s, const float* t, int columns,
     const Normaliser<D> normaliser(row);
     const double unknown[kRowConstants] = {};
     const typename D::template Constants<Floats> constants(row.alpha, row.beta, unknown);
-    Floats totals[D::sums], out[D::sums];
-    for (Floats& total : totals) total = broadcast(0.0f);
-    for (int i = 0; i < columns; i += Floats::lanes) {
-        const Element<Floats> e = normaliser.element(s, t, i);
-        D::terms(e, constants, out);
-        if constexpr (park) {
-            store(x + i, e.q);
-            store(y + i, D::grad_logq(e, constants));
+    // A run at a time: thousands of equal terms, one after the other, would round the same way each time.
+    constexpr int run = 32 * Floats::lanes;
+    for (int begin = 0; begin < columns; begin += run) {
+        const int end = std::min(columns, begin + run);
+        Floats totals[D::sums], out[D::sums];
+        for (Floats& total : totals) total = broadcast(0.0f);
+        for (int i = begin; i < end; i += Floats::lanes) {
+            const Element<Floats> e = normaliser.element(s, t, i);
+            D::terms(e, constants, out);
+            if constexpr (park) {
+                store(x + i, e.q);
+                store(y + i, D::grad_logq(e, constants));
+            }
+            for (int j = 0; j < D::sums; ++j) totals[j] = totals[j] + out[j];
         }
-        for (int j = 0; j < D::sums; ++j) totals[j] = totals[j] + out[j];
+        for (int j = 0; j < D::sums; ++j) sums[j] += sum(totals[j]);
     }
-    for (int j = 0; j < D::sums; ++j) sums[j] += sum(totals[j]);
     if constexpr (D::log_sum) {
         Floats top = broadcast(kNoMass);
         for (int i = 0; i < columns; i += Floats::lanes)

@@ -131,7 +131,9 @@ KLDIV_DEVICE void slice_gradient(const SweepArguments& a, const RowInput& row, c
 #pragma unroll
                     for (int j = 0; j < kColumns; ++j) {
                         const Element<float> e = element_of<D>(n, opaque(pair.s.x[j]), opaque(pair.t.x[j]));
-                        g.x[j] = fma(c, student ? D::grad_logq(e, constants) : D::grad_logp(e, constants), g.x[j]);
+                        const float own = student ? D::grad_logq(e, constants) : D::grad_logp(e, constants);
+                        // An infinite share outweighs a column's own terms.
+                        g.x[j] = abs(g.x[j]) == infinity ? g.x[j] : fma(c, own, g.x[j]);
                     }
                 }
             });

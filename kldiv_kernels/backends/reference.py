@@ -222,9 +222,10 @@ class _Rows:
         assert term is not None
         g = term(elements)
         assert isinstance(g, Tensor)
-        # 0 * inf: a column without mass takes no share of an infinite sum.
-        taken = torch.where(share == 0, torch.zeros_like(share), share * g.sum(dim=1, keepdim=True))
-        return c * (g - taken)
+        total = g.sum(dim=1, keepdim=True)
+        # A column without mass takes no share of an infinite sum; in the others it outweighs the column's own term.
+        taken = torch.where(share == 0, torch.zeros_like(share), share * total)
+        return c * torch.where(total.isinf() & (share != 0), -taken, g - taken)
 
 
 def _read(logits: Tensor, index: Tensor, columns: int, exclude: Tensor | None, dtype: torch.dtype) -> Tensor:

@@ -23,7 +23,7 @@ from kldiv_kernels.backends.triton.hooks import (
 from kldiv_kernels.backends.triton.kernels import load_row
 from kldiv_kernels.backends.triton.labels import LABELS, mark_of, summed_coefficients
 from kldiv_kernels.backends.triton.row import open_row
-from kldiv_kernels.backends.triton.rows import normalised, softmaxes
+from kldiv_kernels.backends.triton.rows import normalised, softmaxes, with_share
 from kldiv_kernels.backends.triton.state import TAIL, TEACHER
 
 
@@ -124,8 +124,7 @@ def _write_labels(
     to, g, share, softmax, scale, numbers, label, there, labels, coefficients, n, label_count, duplicates,
     LABEL: tl.constexpr,
 ):  # fmt: skip
-    # 0 * inf: a column without mass takes no share of an infinite sum.
-    g += tl.where(softmax == 0.0, 0.0, share * softmax)
+    g = with_share(g, share, softmax)
     if LABEL:
         g += summed_coefficients(numbers, label, labels, coefficients, n, label_count, duplicates)
     # Equal labels write the same number.

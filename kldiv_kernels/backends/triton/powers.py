@@ -182,7 +182,11 @@ def alpha_beta_terms(p, q, lp, lq, u, alpha, beta):
 @triton.jit
 def alpha_beta_finish(total, of_q, q_is_zero, p_is_zero, alpha, beta):
     value = tl.where(p_is_zero & (alpha < 0.0), INFINITY, total)
-    return value, of_q, (alpha + beta) * value - of_q
+    # Infinite by p^a q^b where one of them is 0 and its power negative: both sums by that term.
+    infinite = value == INFINITY
+    of_p = tl.where(infinite, tl.where(beta > 0.0, -INFINITY, INFINITY), (alpha + beta) * total - of_q)
+    of_q = tl.where(infinite, tl.where(alpha > 0.0, -INFINITY, INFINITY), of_q)
+    return value, of_q, of_p
 
 
 @triton.jit

@@ -11,7 +11,7 @@ import triton.language as tl
 
 from kldiv_kernels.backends.triton.hooks import add_terms, gradient_logp, gradient_logq, merge_sums, zero_sums
 from kldiv_kernels.backends.triton.labels import advanced, load_marks, unmarked
-from kldiv_kernels.backends.triton.rows import block_columns, block_limit, normalised, read
+from kldiv_kernels.backends.triton.rows import block_columns, block_limit, normalised, read, with_share
 from kldiv_kernels.backends.triton.state import BOTH, TAIL, TEACHER, add_blocks, empty, merge
 
 # Blocks under way at a time in a loop, through shared memory: registers do not hold enough of them to hide the latency.
@@ -101,8 +101,7 @@ def _write(
     to, g, share, softmax, scale, columns, end, label, exclude,
     LABEL: tl.constexpr, EXCLUDE: tl.constexpr, MASKED: tl.constexpr,
 ):  # fmt: skip
-    # 0 * inf: a column without mass takes no share of an infinite sum.
-    g += tl.where(softmax == 0.0, 0.0, share * softmax)
+    g = with_share(g, share, softmax)
     if LABEL:
         g += tl.where(columns == label[0], label[1], 0.0)
     g *= scale
