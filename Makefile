@@ -4,10 +4,14 @@
 # PYTHON  the interpreter that .venv is made from.
 # TORCH   what pip is asked for where .venv has no PyTorch. Pinned, because a range can resolve to a build with
 #         gigabytes of CUDA packages; pip options may follow the name.
+# VERL    the verl that tests compare with, and what importing its losses needs. Without its dependencies, which pin
+#         other versions of transformers and ask for Ray and its servers; not hydra-core, whose pytest plugin needs
+#         packages of its own. verl 0.9.1 says Python < 3.13; its losses do not mind.
 # DEMO_OPTIONS  options of `kldiv demo`.
 # GPU_CHECK_OPTIONS  options of benchmarks/gpu_check.py.
 PYTHON ?= python3
 TORCH ?= torch==2.13.0
+VERL ?= verl==0.9.1 tensordict==0.15.3 omegaconf==2.4.0 codetiming==1.4.0 pyvers==0.2.3 cloudpickle==3.1.3 orjson==3.13.0
 DEMO_OPTIONS ?= --output runs/demo
 
 VENV := .venv
@@ -69,4 +73,5 @@ $(VENV)/.installed: pyproject.toml setup.py $(SOURCES)
 	$(PY) -c "import torch" 2>/dev/null || $(PY) -m pip install $(TORCH)
 	$(PY) -m pip install "setuptools>=77" wheel ninja "pybind11>=2.12"
 	$(PY) -m pip install --no-build-isolation -e ".[dev]"
+	$(PY) -m pip install --no-deps --ignore-requires-python $(VERL)
 	touch $@
