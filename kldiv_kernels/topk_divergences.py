@@ -56,8 +56,8 @@ def topk_divergence_loss(
     reduction: Reduction = "mean",
     temperature: Parameter = 1.0,
     temperature_squared: bool = False,
-    alpha: Parameter = 0.5,
-    beta: Parameter = 0.5,
+    alpha: Parameter | None = None,
+    beta: Parameter | None = None,
     ignore_index: int = -100,
     vocab_size: int | None = None,
     check: bool | None = None,
@@ -99,6 +99,7 @@ def topk_divergence_loss(
         raise ValueError(f"{where}: kind is {kind!r}; expected {', '.join(_RAW)} where tail is 'none'")
     if tail_logprob is not None and tail != "bucket":
         raise ValueError(f"{where}: tail_logprob is given, but tail is {tail!r}; expected 'bucket'")
+    alpha, beta = inputs.of_a_kind(where, statistic, alpha, beta)
     reduction_checked(where, reduction)
     inputs.logits_checked(where, logits, "logits")
     inputs.weight_checked(where, weight, logits)

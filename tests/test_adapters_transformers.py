@@ -275,6 +275,7 @@ def test_the_teacher_sees_what_the_student_saw() -> None:
         ({"ce_weight": 1.5}, "ce_weight is 1.5; expected between 0 and 1"),
         ({"temperature": 0.0}, "temperature is 0.0; expected above 0"),
         ({"kind": "js", "beta": 2.0}, "beta is 2.0"),
+        ({"kind": "tvd", "alpha": 0.9}, "alpha is 0.9, which kind 'tvd' has no use for"),
         ({"vocab_size": tiny.VOCAB + 1}, "vocab_size is 65; expected 1 to 64"),
         ({"backend": "tpu"}, "backend is 'tpu'; expected one of auto, "),
     ],

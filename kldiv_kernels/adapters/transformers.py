@@ -160,8 +160,8 @@ def distillation_loss(
     ce_weight: float = 0.0,
     temperature: float = 1.0,
     temperature_squared: bool = False,
-    alpha: float = 0.5,
-    beta: float = 0.5,
+    alpha: float | None = None,
+    beta: float | None = None,
     vocab_size: int | None = None,
     backend: str = "auto",
 ) -> DistillationLoss:
