@@ -4,10 +4,15 @@
 # PYTHON  the interpreter that .venv is made from.
 # TORCH   what pip is asked for where .venv has no PyTorch. Pinned, because a range can resolve to a build with
 #         gigabytes of CUDA packages; pip options may follow the name.
+# PEERS   what tests compare with: Liger, and verl with what importing its losses needs. Without their dependencies:
+#         verl's pin other versions of transformers and ask for Ray and its servers; not hydra-core, whose pytest plugin
+#         needs packages of its own. verl 0.9.1 says Python < 3.13; its losses do not mind.
 # DEMO_OPTIONS  options of `kldiv demo`.
 # GPU_CHECK_OPTIONS  options of benchmarks/gpu_check.py.
 PYTHON ?= python3
 TORCH ?= torch==2.13.0
+PEERS ?= liger-kernel==0.8.5 verl==0.9.1 tensordict==0.15.3 omegaconf==2.4.0 codetiming==1.4.0 pyvers==0.2.3 \
+	cloudpickle==3.1.3 orjson==3.13.0
 DEMO_OPTIONS ?= --output runs/demo
 
 VENV := .venv
@@ -17,7 +22,7 @@ CUDA_HOST_SOURCES := $(shell find tests/cuda_host -name '*.h' -o -name '*.cpp' 2
 CXX_SOURCES := $(filter %.h %.cpp %.cuh %.cu,$(SOURCES)) $(CUDA_HOST_SOURCES)
 # What Triton's interpreter runs: the shared suite on the Triton backend (thinned, see tests/conftest.py), and its own.
 INTERPRETED_TESTS := $(addprefix tests/test_,$(addsuffix .py,statistics contract small_divergences autograd losses \
-	golden topk triton triton_launch triton_topk))
+	golden topk triton triton_launch triton_topk adapters_liger_parity))
 # The shared suite on the cuda backend, its kernels compiled for the host and run by a model of a GPU.
 CUDA_HOST_TESTS := $(addprefix tests/test_,$(addsuffix .py,statistics contract small_divergences autograd losses golden \
 	determinism properties large policy policy_one_read topk topk_one_read topk_cuda labels_cuda \
@@ -69,4 +74,5 @@ $(VENV)/.installed: pyproject.toml setup.py $(SOURCES)
 	$(PY) -c "import torch" 2>/dev/null || $(PY) -m pip install $(TORCH)
 	$(PY) -m pip install "setuptools>=77" wheel ninja "pybind11>=2.12"
 	$(PY) -m pip install --no-build-isolation -e ".[dev]"
+	$(PY) -m pip install --no-deps --ignore-requires-python $(PEERS)
 	touch $@

@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from kldiv_kernels import topk_inputs
+from kldiv_kernels import registry, topk_inputs
 from kldiv_kernels.backends import names as backend_names
 from kldiv_kernels.losses import divergence_loss
 from kldiv_kernels.stats import selective_log_softmax, token_stats
@@ -42,8 +42,8 @@ class LossOptions:
     ce_weight: float = 0.0
     temperature: float = 1.0
     temperature_squared: bool = False
-    alpha: float = 0.5
-    beta: float = 0.5
+    alpha: float | None = None
+    beta: float | None = None
     backend: str = "auto"
     tail: str = "bucket"
 
@@ -51,8 +51,16 @@ class LossOptions:
         return {
             "temperature": self.temperature,
             "temperature_squared": self.temperature_squared,
-            "alpha": self.alpha,
-            "beta": self.beta,
+            **self.parameters(),
+        }
+
+    def parameters(self) -> dict[str, Any]:
+        """Those of alpha and beta that the kind has, or that are given although it has none."""
+        given = (("alpha", self.alpha), ("beta", self.beta))
+        return {
+            name: 0.5 if x is None else x
+            for name, x in given
+            if x is not None or self.kind in registry.kinds_with(name)
         }
 
     def check(self, where: str) -> None:
@@ -101,7 +109,7 @@ def distillation_loss(
     if options.temperature == 1.0:
         stats = token_stats(
             logits, teacher_logits, targets, stats=("logprob", options.kind),
-            alpha=options.alpha, beta=options.beta, **common,
+            **options.parameters(), **common,
         )  # fmt: skip
         return ((1.0 - weight) * stats[options.kind] - weight * stats.logprob).sum() / normalizer
     divergence = divergence_loss(

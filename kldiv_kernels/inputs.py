@@ -288,6 +288,20 @@ def _parameters(
     return (floats[0], floats[1], floats[2], floats[3]), table
 
 
+def of_a_kind(
+    where: str, statistic: Statistic, alpha: Parameter | None, beta: Parameter | None
+) -> tuple[Parameter, Parameter]:
+    """alpha and beta of a loss, 0.5 where None; raises where one is given that its divergence has no use for."""
+    for name, value in (("alpha", alpha), ("beta", beta)):
+        if value is not None and getattr(statistic, name) is None:
+            given = "given" if isinstance(value, Tensor) else repr(value)
+            raise ValueError(
+                f"{where}: {name} is {given}, which kind {statistic.name!r} has no use for; it is for "
+                f"{', '.join(registry.kinds_with(name))}"
+            )
+    return 0.5 if alpha is None else alpha, 0.5 if beta is None else beta
+
+
 def alpha_and_beta_checked(where: str, statistic: Statistic, alpha: Parameter, beta: Parameter, logits: Tensor) -> None:
     for name, value in (("alpha", alpha), ("beta", beta)):
         _parameter_type(where, name, value, logits, logits.shape[:-1])

@@ -27,8 +27,8 @@ def divergence_loss(
     temperature: Parameter = 1.0,
     reference_temperature: Parameter | None = None,
     temperature_squared: bool = False,
-    alpha: Parameter = 0.5,
-    beta: Parameter = 0.5,
+    alpha: Parameter | None = None,
+    beta: Parameter | None = None,
     ignore_index: int = -100,
     vocab_size: int | None = None,
     exclude: Tensor | None = None,
@@ -51,7 +51,8 @@ def divergence_loss(
             accumulation steps when training with either.
         reduction: "mean" = Σ weight·D over valid tokens / normalizer; "sum"; "none" = weight·D per token, [*].
         temperature_squared: multiply by temperature² (Hinton et al. 2015), so that gradients keep their size.
-        temperature, reference_temperature, alpha, beta, vocab_size, exclude, backend: see `token_stats`.
+        alpha, beta: parameters of the kinds that have them, float or [*]; default 0.5. An error for other kinds.
+        temperature, reference_temperature, vocab_size, exclude, backend: see `token_stats`.
 
     Returns:
         float32 scalar ([*] for "none"), in nats; 0 with zero gradient when no token is valid.
@@ -70,6 +71,7 @@ def divergence_loss(
     """
     where = "divergence_loss"
     statistic = registry.get(kind, f"{where}: kind", registry.divergence_names())
+    alpha, beta = inputs.of_a_kind(where, statistic, alpha, beta)
     reduction_checked(where, reduction)
     inputs.logits_checked(where, logits, "logits")
     inputs.label_mask_checked(where, labels, logits)

@@ -9,7 +9,7 @@ from typing import Any
 from torch import Tensor
 from torch.nn import Module
 
-from kldiv_kernels import registry
+from kldiv_kernels import inputs, registry
 from kldiv_kernels.losses import divergence_loss
 from kldiv_kernels.policy import policy_loss
 from kldiv_kernels.policy_assembly import PolicyLoss as PolicyLossResult
@@ -38,8 +38,10 @@ class _LossOfAKind(Module):
 
     def __init__(self, kind: str = "forward_kl", **options: Any) -> None:
         super().__init__()
-        registry.get(kind, f"{type(self).__name__}: kind", registry.divergence_names())
-        _refuse_batch(type(self).__name__, options, _PER_CALL)
+        where = type(self).__name__
+        statistic = registry.get(kind, f"{where}: kind", registry.divergence_names())
+        _refuse_batch(where, options, _PER_CALL)
+        inputs.of_a_kind(where, statistic, options.get("alpha"), options.get("beta"))
         self.kind = kind
         self.options = options
 

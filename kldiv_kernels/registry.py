@@ -72,6 +72,7 @@ def _between(low: float, high: float) -> Bound:
 
 
 _FINITE = Bound("finite", lambda x: x * 0 == 0)
+_ANY = Bound("a number", lambda x: x == x)
 _UNIT = _between(0.0, 1.0)
 _NOT_ZERO = Bound("finite and not 0 (a pole)", lambda x: (x * 0 == 0) & (x != 0))
 _RENYI = Bound(
@@ -253,6 +254,10 @@ def divergence_names() -> list[str]:
     return [s.name for s in STATISTICS.values() if s.is_divergence]
 
 
+def _names(parameter: str, *functions: Callable[..., Tensor]) -> bool:
+    return any(parameter in inspect.signature(function).parameters for function in functions)
+
+
 def _elementwise(function: Callable[..., Tensor], argument: str) -> Term:
     if not callable(function):
         raise TypeError(f"register_statistic: {argument} is {type(function).__name__}; expected a function")
@@ -284,6 +289,11 @@ def _jit_functions(functions: Any) -> tuple[Any, Any, Any] | None:
                 "(logp, logq), and alpha or beta where it needs them"
             )
     return functions[0], functions[1], functions[2]
+
+
+def kinds_with(parameter: str) -> list[str]:
+    """The divergences that have this parameter, "alpha" or "beta"."""
+    return [s.name for s in STATISTICS.values() if s.is_divergence and getattr(s, parameter) is not None]
 
 
 def register_statistic(
@@ -334,6 +344,8 @@ def register_statistic(
             value=_elementwise(value, "value"),
             grad_logq=_elementwise(grad_logq, "grad_logq"),
             grad_logp=_elementwise(grad_logp, "grad_logp"),
+            alpha=_ANY if _names("alpha", value, grad_logq, grad_logp) else None,
+            beta=_ANY if _names("beta", value, grad_logq, grad_logp) else None,
             builtin=False,
             triton=_jit_functions(triton),
         )

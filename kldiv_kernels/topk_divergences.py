@@ -58,8 +58,8 @@ def topk_divergence_loss(
     reduction: Reduction = "mean",
     temperature: Parameter = 1.0,
     temperature_squared: bool = False,
-    alpha: Parameter = 0.5,
-    beta: Parameter = 0.5,
+    alpha: Parameter | None = None,
+    beta: Parameter | None = None,
     ignore_index: int = -100,
     vocab_size: int | None = None,
     check: bool | None = None,
@@ -107,6 +107,7 @@ def topk_divergence_loss(
     if tail_logprob is not None and tail != "bucket":
         raise ValueError(f"{where}: tail_logprob is given, but tail is {tail!r}; expected 'bucket'")
     topk_inputs.tail_floor_checked(where, tail_floor, tail, tail_logprob)
+    alpha, beta = inputs.of_a_kind(where, statistic, alpha, beta)
     reduction_checked(where, reduction)
     inputs.logits_checked(where, logits, "logits")
     inputs.weight_checked(where, weight, logits)

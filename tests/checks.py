@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from typing import Any
 
 import oracle
 import torch
@@ -41,6 +42,12 @@ def parameters(statistic: Statistic) -> list[tuple[float, float]]:
     if statistic.beta:
         return [(0.5, b) for b in BETAS if statistic.beta.allows(b)]
     return [(0.5, 0.5)]
+
+
+def taken(name: str, alpha: Any, beta: Any) -> dict[str, Any]:
+    """Those of the two that a loss of this kind takes."""
+    statistic = STATISTICS[name]
+    return {key: x for key, x in (("alpha", alpha), ("beta", beta)) if getattr(statistic, key) is not None}
 
 
 def with_parameters(names: list[str]) -> list[tuple[str, float, float]]:

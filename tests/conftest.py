@@ -53,7 +53,7 @@ def _for_the_interpreter(items: list[pytest.Item]) -> list[pytest.Item]:
     Which case goes round from statistic to statistic, so that all layouts, dtypes and parameters occur.
     KLDIV_ALL=1 keeps every case.
     """
-    own = [item for item in items if item.path.name.startswith("test_triton")]
+    own = [item for item in items if item.path.name.startswith(("test_triton", "test_adapters_liger_parity"))]
     kept = [item for item in items if "triton" in item.name and not any(size in item.name for size in _TOO_MUCH)]
     kept = [item for item in kept if item not in own]
     if os.environ.get("KLDIV_ALL") == "1":

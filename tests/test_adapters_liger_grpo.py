@@ -114,10 +114,33 @@ def test_bad_calls() -> None:
     ids, logits = torch.zeros(2, 3, dtype=torch.int64), torch.zeros(2, 4, 5)
     grpo: dict[str, Any] = {"advantages": torch.ones(2), "ref_logp": None, "old_logp": None, "beta": 0.0}
     wrong: list[tuple[type[Exception], str, dict[str, Any]]] = [
-        (ValueError, r"loss_type is 'ppo'; expected one of grpo", {"loss_type": "ppo"}),
-        (ValueError, r"expected token for vespo", {"loss_type": "vespo", "importance_sampling_level": "sequence"}),
-        (ValueError, r"importance_sampling_level is 'word'", {"importance_sampling_level": "word"}),
-        (ValueError, r"delta is 2.0, which loss_type 'sapo' has no use for", {"loss_type": "sapo", "delta": 2.0}),
+        (ValueError, r"Unknown loss_type 'ppo'. Supported types: \['grpo', ", {"loss_type": "ppo"}),
+        (
+            ValueError,
+            r"loss_type='vespo' requires importance_sampling_level='token'.",
+            {"loss_type": "vespo", "importance_sampling_level": "sequence"},
+        ),
+        (
+            ValueError,
+            r"Sequence-level importance sampling is not supported for loss_type='cispo'. Use "
+            r"importance_sampling_level='token' instead.",
+            {"loss_type": "cispo", "importance_sampling_level": "sequence"},
+        ),
+        (
+            ValueError,
+            r"importance_sampling_level must be 'token' or 'sequence', got word",
+            {"importance_sampling_level": "word"},
+        ),
+        (
+            ValueError,
+            r"delta \(two-sided clipping\) is not supported for loss_type='sapo'.",
+            {"loss_type": "sapo", "delta": 2.0},
+        ),
+        (
+            ValueError,
+            r"sapo_temperature_neg must be positive, got -1.0",
+            {"loss_type": "sapo", "sapo_temperature_neg": -1.0},
+        ),
         (ValueError, r"ref_logp is None; beta = 0.1 needs it, shape \[2, 3\]", {"beta": 0.1}),
         (ValueError, r"old_logp has shape \[2, 4\]; expected \[2, 3\]", {"old_logp": torch.zeros(2, 4)}),
         (ValueError, r"advantages has shape \[3\]; expected \[2\]", {"advantages": torch.ones(3)}),
@@ -130,3 +153,38 @@ def test_bad_calls() -> None:
             liger.triton_grpo_loss(**{"logits": logits, "completion_ids": ids, **grpo, **change})
     with pytest.raises(ValueError, match=r"completion_ids has shape \[2, 4\]; expected \[2, 3\]"):
         liger.triton_grpo_loss(logits, None, None, torch.zeros(2, 4, dtype=torch.int64), torch.ones(2), beta=0.0)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
+@pytest.mark.parametrize("prompt", [0, 3])
+def test_fused_selective_log_softmax(prompt: int, dtype: torch.dtype) -> None:
+    """No gradient, masked tokens 0 whatever they hold, the prompt's ids and mask before the completion's."""
+    logits = (4 * torch.randn(5, 8, 37)).to(dtype)
+    logits[0, 2, 5:] = torch.finfo(dtype).min
+    ids = torch.randint(37, (5, 7 + prompt))
+    ids[0, prompt + 2] = 3
+    mask = (torch.rand(5, 7 + prompt) < 0.7).int()
+    mask[0, prompt + 2] = 1
+    kept = mask[:, prompt:] != 0
+    expected = (logits.double()[:, :-1] / 0.8).log_softmax(-1).gather(-1, ids[:, prompt:, None])[..., 0]
+    given = torch.where(torch.nn.functional.pad(kept, (0, 1))[..., None], logits, torch.nan).requires_grad_()
+    got = liger.fused_selective_log_softmax(given, torch.where(mask != 0, ids, 99), 0.8, mask)
+    assert got.dtype == (torch.float64 if dtype == torch.float64 else torch.float32)
+    assert not got.requires_grad
+    assert torch.allclose(got.double(), torch.where(kept, expected, 0.0), rtol=1e-5, atol=1e-5)
+    # The default temperature is Liger's, and a mask of the completion alone goes with ids of both.
+    got = liger.fused_selective_log_softmax(logits, ids, mask=mask[:, prompt:])
+    expected = (logits.double()[:, :-1] / 0.9).log_softmax(-1).gather(-1, ids[:, prompt:, None])[..., 0]
+    assert torch.allclose(got.double(), torch.where(kept, expected, 0.0), rtol=1e-5, atol=1e-5)
+    wrong: list[tuple[type[Exception], str, tuple[Any, ...]]] = [
+        (ValueError, r"logits has shape \[8, 37\]; expected \[B, L \+ 1, V\]", (logits[0], ids)),
+        (ValueError, r"input_ids has shape \[5, 6\]; expected \[5, 7 or more\]", (logits, ids[:, :6])),
+        (ValueError, r"mask has shape \[4, .*; expected \[5, 7 or more\]", (logits, ids, 0.9, mask[:4])),
+        (TypeError, r"input_ids has dtype torch.float32", (logits, ids.float())),
+        (ValueError, r"fused_selective_log_softmax: temperature is 0", (logits, ids, 0)),
+        (IndexError, r"fused_selective_log_softmax: input_ids\[:, -L:\]\[0, 0\] is 43; expected 0", (logits, ids + 40)),
+    ]
+    wrong[-1][2][1][0, prompt] = 43
+    for error, message, arguments in wrong:
+        with pytest.raises(error, match=message):
+            liger.fused_selective_log_softmax(*arguments)

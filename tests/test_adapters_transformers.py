@@ -99,6 +99,51 @@ def test_no_target_is_zero() -> None:
         (gradient,) = torch.autograd.grad(loss, logits)
         assert loss.item() == 0
         assert not gradient.any()
+        with torch.no_grad():
+            loss = cross_entropy_loss()(logits, torch.full_like(labels, -100), num_items_in_batch=count)
+        assert loss.isnan()
+
+
+class _OneAtATime(Trainer):
+    """The loss of each batch of an evaluation, which the Trainer's own mean is made of."""
+
+    def prediction_step(self, *args: Any, **kwargs: Any) -> Any:
+        result = super().prediction_step(*args, **kwargs)
+        self.seen.append(result[0].item())
+        return result
+
+
+@pytest.mark.parametrize("way", ["compute_loss_func", "loss_function", "distillation", "transformers' own"])
+@pytest.mark.parametrize("batch", [1, 2])
+def test_a_batch_without_a_target_does_not_count_in_evaluate(tmp_path: Path, way: str, batch: int) -> None:
+    """Rows 2 to 4 of six have no target: of the losses, three of six count, or two of three."""
+    rows = tiny.ragged(6)
+    for row in rows[2:5]:
+        row["labels"] = [row["labels"][0]] + [-100] * (tiny.LENGTH - 1)  # the first label is nobody's target
+    model, loss = tiny.llama(1), cross_entropy_loss()
+    if way == "distillation":
+        loss = distillation_loss(model, tiny.llama(2, hidden=24), ce_weight=1.0)
+    if way == "loss_function":
+        model.loss_function = loss
+    arguments = TrainingArguments(
+        str(tmp_path), report_to="none", disable_tqdm=True, use_cpu=True, per_device_eval_batch_size=batch
+    )
+    trainer = _OneAtATime(
+        model, arguments, eval_dataset=rows, data_collator=default_data_collator,
+        compute_loss_func=loss if way in ("compute_loss_func", "distillation") else None,
+    )  # fmt: skip
+    trainer.seen = []
+    got = trainer.evaluate()["eval_loss"]
+    means = []
+    for at in range(0, 6, batch):
+        data = default_data_collator(rows[at : at + batch])
+        if (data["labels"][:, 1:] != -100).any():
+            with torch.no_grad():
+                logits = model(input_ids=data["input_ids"]).logits
+            means.append(_definition(logits, data["labels"], 0.0, None).item())
+    assert len(means) == (3 if batch == 1 else 2)
+    assert got == pytest.approx(sum(means) / len(means), rel=1e-5)
+    assert sum(x != x for x in trainer.seen) == len(trainer.seen) - len(means)
 
 
 def test_logits_are_read_where_they_are(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -230,6 +275,7 @@ def test_the_teacher_sees_what_the_student_saw() -> None:
         ({"ce_weight": 1.5}, "ce_weight is 1.5; expected between 0 and 1"),
         ({"temperature": 0.0}, "temperature is 0.0; expected above 0"),
         ({"kind": "js", "beta": 2.0}, "beta is 2.0"),
+        ({"kind": "tvd", "alpha": 0.9}, "alpha is 0.9, which kind 'tvd' has no use for"),
         ({"vocab_size": tiny.VOCAB + 1}, "vocab_size is 65; expected 1 to 64"),
         ({"backend": "tpu"}, "backend is 'tpu'; expected one of auto, "),
     ],

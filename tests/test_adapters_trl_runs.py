@@ -66,6 +66,10 @@ def test_distillation_with_another_divergence(models: Any, tmp_path: Path) -> No
     assert entropy_sum.item() == pytest.approx(entropies.sum().item(), rel=1e-5)
     with pytest.raises(ValueError, match=r"beta is 3.0; expected between 0 and 1"):
         _distillation(DistillationTrainer, models, tmp_path, {"beta": 3.0})
+    # DistillationConfig's beta is TRL's default, not given for this kind.
+    _distillation(DistillationTrainer, models, tmp_path, {"kind": "forward_kl"})
+    with pytest.raises(ValueError, match=r"beta is 0.3, which kind 'forward_kl' has no use for"):
+        _distillation(DistillationTrainer, models, tmp_path, {"kind": "forward_kl", "beta": 0.3})
 
 
 def _messages(count: int) -> Dataset:

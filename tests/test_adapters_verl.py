@@ -11,6 +11,7 @@ from typing import Any
 import policy_oracle as oracle
 import pytest
 import torch
+import verl_modules
 from torch import Tensor
 
 from kldiv_kernels.adapters import verl
@@ -80,6 +81,10 @@ def _gpg(d: Tensor, lp: Tensor, old: Tensor, a: Tensor) -> Parts:
     return -a * lp, {}
 
 
+def _dro(d: Tensor, lp: Tensor, old: Tensor, a: Tensor) -> Parts:
+    return -a * lp + 0.35 * d**2, {"ppo_kl": -d}
+
+
 LOSSES: dict[str, tuple[dict[str, Any], Callable[..., Parts]]] = {
     "vanilla": ({"clip_ratio_c": 1.3}, _vanilla),
     "gspo": ({"clip_ratio_low": LOW / 10, "clip_ratio_high": HIGH / 10}, _gspo),
@@ -95,6 +100,7 @@ LOSSES: dict[str, tuple[dict[str, Any], Callable[..., Parts]]] = {
         lambda *x: _dppo(*x, "kl"),
     ),
     "gpg": ({}, _gpg),
+    "dro": ({"policy_loss": SimpleNamespace(dro_beta=0.7)}, _dro),
 }
 MODES = ["token-mean", "token-sum", "seq-mean-token-sum", "seq-mean-token-sum-norm", "seq-mean-token-mean"]
 
@@ -140,7 +146,7 @@ def test_policy_losses(name: str, mode: str, ranks: bool, weighted: bool) -> Non
     if name == "geo_mean":
         expected = oracle.aggregate(losses, "seq-mean-token-mean", None)
     else:
-        used = "seq-mean-token-mean" if name in ("gspo", "sapo") else mode
+        used = "seq-mean-token-mean" if name == "sapo" else mode
         expected = _aggregated(losses, used, info, now.shape[1])
 
     hidden = [oracle.nan_where_masked(batch, x) for x in (batch.old, ours, advantages)]
@@ -154,8 +160,20 @@ def test_policy_losses(name: str, mode: str, ranks: bool, weighted: bool) -> Non
     }
     assert metrics == pytest.approx(means, rel=1e-6, abs=1e-7)
     assert all(type(x) is float for x in metrics.values())
-    if name not in ("gpg", "sapo"):
+    if name not in ("gpg", "sapo", "dro"):
         assert metrics["actor/pg_clipfrac"] > 0
+
+
+def test_gspo_has_the_aggregation_of_the_configuration() -> None:
+    """Four tokens in two sequences: verl's trainer passes its configuration's token-mean."""
+    old = torch.tensor([[-1.0, -2.0, -3.0]] * 2, dtype=torch.float64)
+    new = old + torch.tensor([[0.1, -0.1, 0.05], [0.02, 0.1, -0.3]], dtype=torch.float64)
+    advantages, mask = torch.tensor([[1.0] * 3, [-2.0] * 3]).double(), torch.tensor([[1, 1, 1], [1, 0, 0]])
+    first, second = -math.exp(0.05 / 3), 2 * math.exp(0.02)
+    call = verl.POLICY_LOSSES["gspo"], (old, new, advantages, mask), {"config": _config()}
+    for mode, expected in (("token-mean", (3 * first + second) / 4), ("token-sum", 3 * first + second)):
+        assert call[0](*call[1], mode, **call[2])[0].item() == pytest.approx(expected, rel=1e-12)
+    assert call[0](*call[1], **call[2])[0].item() == pytest.approx((first + second) / 2, rel=1e-12)
 
 
 @pytest.mark.parametrize(
@@ -212,9 +230,12 @@ def test_clip_cov_and_kl_cov() -> None:
 
 def test_no_valid_token_is_zero() -> None:
     zeros = torch.zeros(2, 3)
+    settings = SimpleNamespace(dro_beta=0.5, rollout_correction={"loss_type": "reinforce", "rollout_is": "token"})
     for name, loss in verl.POLICY_LOSSES.items():
         log_prob = torch.full((2, 3), torch.nan, requires_grad=True)
-        value, metrics = loss(zeros, log_prob, zeros + 1, zeros, config=_config())
+        if name == "bypass_mode":  # verl makes its correction
+            verl_modules.verl("verl.trainer.ppo.rollout_corr_helper")
+        value, metrics = loss(zeros, log_prob, zeros + 1, zeros, config=_config(policy_loss=settings))
         (gradient,) = torch.autograd.grad(value, log_prob)
         assert (name, value.item(), gradient.abs().sum().item()) == (name, 0.0, 0.0)
         assert not any(metrics.values())
@@ -234,6 +255,30 @@ def test_bad_policy_calls() -> None:
         (r"batch_num_tokens is None.*dp_size is 2", lambda: verl.agg_loss(ones, ones, "token-mean", dp_size=2)),
         (r"global_batch_size is None", lambda: verl.agg_loss(ones, ones, "seq-mean-token-sum", dp_size=2)),
         (r"config.clip_ratio_low is None", lambda: loss(ones, ones, ones, ones, config=SimpleNamespace())),
+        (
+            r"compute_policy_loss_dro: config.policy_loss.dro_beta is None; expected a number above 0",
+            lambda: verl.POLICY_LOSSES["dro"](ones, ones, ones, ones, config=_config()),
+        ),
+        (
+            r"dro_beta is 0; expected a number above 0",
+            lambda: verl.POLICY_LOSSES["dro"](
+                ones, ones, ones, ones, config=_config(policy_loss=SimpleNamespace(dro_beta=0))
+            ),
+        ),
+        (
+            r"bypass_mode: config.policy_loss.rollout_correction is None; expected verl's",
+            lambda: verl.POLICY_LOSSES["bypass_mode"](ones, ones, ones, ones, config=_config()),
+        ),
+        (
+            r"rollout_correction.loss_type is 'ppo'; expected ppo_clip or reinforce",
+            lambda: verl.POLICY_LOSSES["bypass_mode"](
+                ones,
+                ones,
+                ones,
+                ones,
+                config=_config(policy_loss=SimpleNamespace(rollout_correction={"loss_type": "ppo"})),
+            ),
+        ),
         (r"clip_low is -1", lambda: loss(ones, ones, ones, ones, config=_config(clip_ratio_low=-1))),
     ]
     for message, call in calls:
@@ -241,20 +286,21 @@ def test_bad_policy_calls() -> None:
             call()
 
 
-def test_register(monkeypatch: pytest.MonkeyPatch) -> None:
-    with pytest.raises(ImportError, match=r"register_policy_loss cannot be imported .*No module named 'verl'"):
+def test_register_without_verl(monkeypatch: pytest.MonkeyPatch) -> None:
+    for missing in ("verl", "verl.trainer.ppo.core_algos", "verl.trainer.ppo.rollout_corr_helper"):
+        monkeypatch.setitem(sys.modules, missing, None)
+    with pytest.raises(ImportError, match=r"register_policy_loss cannot be imported .*expected verl 0.9.1"):
         verl.register()
-    registry: dict[str, Any] = {}
-    for name in ("verl", "verl.trainer", "verl.trainer.ppo", "verl.trainer.ppo.core_algos"):
+    ones = torch.ones(2, 3)
+    settings = SimpleNamespace(rollout_correction={})
+    with pytest.raises(ImportError, match=r"bypass_mode: verl.*cannot be imported .*expected verl 0.9.1"):
+        verl.POLICY_LOSSES["bypass_mode"](ones, ones, ones, ones, config=_config(policy_loss=settings))
+    old = ModuleType("verl.trainer.ppo.core_algos")
+    for name in ("verl", "verl.trainer", "verl.trainer.ppo"):
         monkeypatch.setitem(sys.modules, name, ModuleType(name))
+    monkeypatch.setitem(sys.modules, old.__name__, old)
     with pytest.raises(ImportError, match=r"register_policy_loss"):
         verl.register()
-    core = sys.modules["verl.trainer.ppo.core_algos"]
-    core.register_policy_loss = lambda name: lambda loss: registry.setdefault(name, loss)  # type: ignore[attr-defined]
-    names = ["vanilla", "gspo", "sapo", "cispo", "geo_mean", "clip_cov", "kl_cov", "dppo_tv", "dppo_kl", "gpg"]
-    assert verl.register() == [f"kldiv_{name}" for name in names]
-    assert verl.register(prefix="") == names
-    assert registry == {p + name: verl.POLICY_LOSSES[name] for name in names for p in ("", "kldiv_")}
 
 
 def test_the_hook_of_top_k_distillation(monkeypatch: pytest.MonkeyPatch) -> None:

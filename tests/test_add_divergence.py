@@ -78,6 +78,10 @@ def test_parameters_reach_the_functions() -> None:
         (wanted,) = torch.autograd.grad(expected.sum(), x)
         value.sum().backward()
         assert torch.allclose(x.grad, wanted)
+        loss = kk.divergence_loss(x, t, "scaled_squares", alpha=alpha, beta=0.25)
+        assert loss.item() == pytest.approx(expected.mean().item(), rel=1e-12)
+        with pytest.raises(ValueError, match=f"alpha is 2.0, which kind '{NAME}' has no use for; .*, scaled_squares$"):
+            kk.divergence_loss(x, t, NAME, alpha=2.0)
     finally:
         kk.unregister_statistic("scaled_squares")
 

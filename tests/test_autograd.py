@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from checks import BACKENDS, DIVERGENCES, STATISTIC_NAMES
+from checks import BACKENDS, DIVERGENCES, STATISTIC_NAMES, taken
 from torch import Tensor
 
 import kldiv_kernels as kk
@@ -34,7 +34,7 @@ def _near(got: Tensor, wanted: Tensor, roundings: float = 1) -> bool:
 def test_one_read_form_equals_two_passes(kind: str, dtype: torch.dtype, backend: str) -> None:
     logits, reference = _pair(dtype)
     weight, mask = torch.rand(3, 4) + 0.5, torch.rand(3, 4) < 0.8
-    options = {"mask": mask, "temperature": 1.5, "alpha": 0.4, "beta": 0.3, "backend": backend}
+    options = {"mask": mask, "temperature": 1.5, "backend": backend, **taken(kind, 0.4, 0.3)}
     loss = kk.divergence_loss(logits, reference, kind, weight=weight, **options)
     one = torch.autograd.grad(loss, [logits, reference])
     per_token = kk.token_stats(logits, reference, stats=[kind], **options)[kind]

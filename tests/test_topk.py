@@ -7,7 +7,7 @@ from typing import Any
 import oracle
 import pytest
 import torch
-from checks import BACKENDS, DIVERGENCES, with_parameters
+from checks import BACKENDS, DIVERGENCES, taken, with_parameters
 from torch import Tensor
 
 import kldiv_kernels as kk
@@ -82,8 +82,7 @@ def test_divergences(backend: str, tail: str, kind: str, alpha: float, beta: flo
         logprobs,
         kind,
         tail=tail,
-        alpha=alpha,
-        beta=beta,
+        **taken(kind, alpha, beta),
         temperature=1.3,
         reduction="none",
         backend=backend,

@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 import torch
-from checks import BACKENDS, CUDA_ON_HOST, DIVERGENCES, with_parameters
+from checks import BACKENDS, CUDA_ON_HOST, DIVERGENCES, taken, with_parameters
 from torch import Tensor
 
 import kldiv_kernels as kk
@@ -81,7 +81,7 @@ def test_divergences(
     backend: str, tail: str, kind: str, alpha: float, beta: float, dtype: torch.dtype, plan: None, passes: list[str]
 ) -> None:
     batch = _batch(dtype)
-    _check(batch, backend, passes, kind=kind, tail=tail, alpha=alpha, beta=beta, temperature=1.3)
+    _check(batch, backend, passes, kind=kind, tail=tail, **taken(kind, alpha, beta), temperature=1.3)
 
 
 OPTIONS: dict[str, dict[str, Any]] = {
@@ -205,7 +205,7 @@ def test_all_masked(backend: str, plan: None) -> None:
     "options",
     [
         {"reduction": "none"}, {"tail": "none", "kind": "jeffreys"},
-        {"beta": torch.full((N,), 0.3)}, {"alpha": torch.full((N,), 0.3)},
+        {"kind": "js", "beta": torch.full((N,), 0.3)}, {"kind": "renyi", "alpha": torch.full((N,), 0.3)},
         {"normalizer": torch.tensor(3.0, requires_grad=True)},
     ],
     ids=str,

@@ -149,6 +149,8 @@ def test_cross_entropy_alone_needs_no_teacher(tmp_path: Path) -> None:
         ({"kind": "forwrd_kl"}, "kind: unknown statistic 'forwrd_kl'; did you mean forward_kl"),
         ({"kind": "js", "beta": 1.5}, "beta is 1.5; expected between 0 and 1 for js"),
         ({"kind": "renyi", "alpha": 1.0}, "alpha is 1.0; expected above 0"),
+        ({"kind": "forward_kl", "beta": 0.9}, "beta is 0.9, which kind 'forward_kl' has no use for; it is for js"),
+        ({"kind": "js", "alpha": 0.5}, "alpha is 0.5, which kind 'js' has no use for"),
         ({"temperature": 0.0}, "temperature is 0.0; expected above 0"),
         ({"ce_weight": 1.2}, "ce_weight is 1.2; expected between 0 and 1"),
         ({"backend": "cuda13"}, "backend is 'cuda13'; expected one of auto"),

@@ -165,6 +165,11 @@ def test_a_damaged_model_is_told_in_a_sentence(
         ({"--kind": "forwrd_kl"}, "for --kind: unknown statistic 'forwrd_kl'; did you mean forward_kl"),
         ({"--kind": "js", "--beta": "2"}, "for --beta: 2.0 is not between 0 and 1, for js"),
         ({"--kind": "renyi", "--alpha": "1"}, "for --alpha: 1.0 is not above 0, finite and not 1"),
+        (
+            {"--kind": "forward_kl", "--beta": "0.9"},
+            "for --beta: forward_kl has no use for it; it is for js, alpha_beta",
+        ),
+        ({"--kind": "js", "--alpha": "0.5"}, "for --alpha: js has no use for it; it is for skew_kl, skew_reverse_kl,"),
         ({"--ce-weight": "-1"}, "for --ce-weight: -1.0 is not between 0 and 1"),
         ({"--temperature": "0"}, "for --temperature: 0.0 is not above 0"),
         ({"--lr": "0"}, "for --lr: 0.0 is not above 0"),

@@ -8,7 +8,7 @@ from typing import Any
 import oracle
 import pytest
 import torch
-from checks import INTERPRETED, STATISTIC_NAMES, check_gradient, check_value
+from checks import INTERPRETED, STATISTIC_NAMES, check_gradient, check_value, taken
 from torch import Tensor
 
 pytest.importorskip("triton", reason="Triton is not installed")
@@ -196,7 +196,7 @@ def _autograd(name: str, logits: Tensor, reference: Tensor, alpha: Tensor) -> tu
 def test_a_divergence_of_ones_own_runs_fused(name: str, rows: int) -> None:
     logits, reference = torch.randn(rows, 301, requires_grad=True), torch.randn(rows, 301, requires_grad=True)
     alpha = torch.linspace(1, 2, rows)
-    options = {"temperature": 0.7, "alpha": alpha, "beta": 0.25, "backend": "triton"}
+    options = {"temperature": 0.7, "backend": "triton", **taken(name, alpha, 0.25)}
     expected, *gradients = _autograd(name, logits, reference, alpha)
     value = kk.token_stats(logits, reference, stats=["entropy", name], **options)[name]
     assert torch.allclose(value.double(), expected, rtol=1e-5)

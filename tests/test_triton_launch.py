@@ -72,7 +72,8 @@ def _logits(rows: int = 7, vocab: int = 32_000, dtype: torch.dtype = torch.bfloa
     return torch.empty(rows, vocab, dtype=dtype)
 
 
-def _loss(student: Tensor, teacher: Tensor, **options: Any) -> None:
+def _loss(student: Tensor, teacher: Tensor, alpha: float | None = None, **options: Any) -> None:
+    """js, which has beta alone."""
     kk.divergence_loss(
         student.detach().requires_grad_(), teacher.detach(), "js", backend="triton", **options
     ).backward()

@@ -11,7 +11,11 @@ with logits [batch, tokens, vocab] that are not shifted. With target y_t = label
     distillation    Σ_t [(1 − w)·D(p_t, q_t) − w·log q_t(y_t)] / n
 
 n is `num_items_in_batch`, which the Trainer counts over all ranks and accumulation steps, or else the number of targets
-of the call: as in `ForCausalLMLoss` (transformers 5.23), of which entropy_coef = 0 is value and gradient.
+of the call: as in `ForCausalLMLoss` (transformers 5.24), of which entropy_coef = 0 is value and gradient.
+
+Where n is 0 the loss is 0 and so is its gradient, so that a step goes on. Without gradients, as in `Trainer.evaluate`,
+it is NaN, which `ForCausalLMLoss` is: `eval_loss` is the mean over the batches whose loss is finite
+(`logging_nan_inf_filter`, on by default), and a 0 would count as a perfect batch.
 
 The labels are shifted, not the logits: those are read where they are, without a copy in float32.
 """
@@ -47,8 +51,8 @@ def cross_entropy_loss(*, entropy_coef: float = 0.0, backend: str = "auto") -> C
         loss(logits, labels, vocab_size=None, num_items_in_batch=None, ignore_index=-100, shift_labels=None), for
         `Trainer(compute_loss_func=loss)` and for `model.loss_function = loss`. `logits` [batch, tokens, vocab] is a
         tensor or a model output that has one; `labels` [batch, tokens] are shifted by the loss, `shift_labels` are
-        already; logits from column `vocab_size` on are padding. float32 scalar; 0 when there is no target, where
-        `ForCausalLMLoss` is NaN. Other keyword arguments, which models pass on, are ignored.
+        already; logits from column `vocab_size` on are padding. float32 scalar; when there is no target, 0 with
+        gradients and NaN without. Other keyword arguments, which models pass on, are ignored.
 
     Raises:
         TypeError: entropy_coef is no number; a call without logits. ValueError: a call without labels.
@@ -79,7 +83,8 @@ def cross_entropy_loss(*, entropy_coef: float = 0.0, backend: str = "auto") -> C
         total = -stats.logprob.sum()
         if entropy_coef:
             total = total - entropy_coef * stats.entropy.sum()
-        return total / _normalizer(valid, num_items_in_batch)
+        count = _count(valid, num_items_in_batch)
+        return _mean_of_none_is_nan(total / torch.where(count > 0, count, 1), count)
 
     return loss
 
@@ -112,14 +117,16 @@ class DistillationLoss:
     ) -> Tensor:
         logits = _logits("distillation_loss", logits)
         targets = _targets("distillation_loss", logits, labels, shift_labels, ignore_index)
-        return distillation.distillation_loss(
+        count = _count(targets != IGNORED, num_items_in_batch)
+        loss = distillation.distillation_loss(
             logits,
             None if self._options.ce_weight == 1.0 else self._teacher_logits(logits.device),
             targets,
             self._options,
             vocab_size=self.vocab_size,
-            normalizer=_normalizer(targets != IGNORED, num_items_in_batch),
+            normalizer=torch.where(count > 0, count, 1),
         )
+        return _mean_of_none_is_nan(loss, count)
 
     def remove(self) -> None:
         """Takes the hook off the student. The loss cannot be called any more."""
@@ -153,8 +160,8 @@ def distillation_loss(
     ce_weight: float = 0.0,
     temperature: float = 1.0,
     temperature_squared: bool = False,
-    alpha: float = 0.5,
-    beta: float = 0.5,
+    alpha: float | None = None,
+    beta: float | None = None,
     vocab_size: int | None = None,
     backend: str = "auto",
 ) -> DistillationLoss:
@@ -175,7 +182,8 @@ def distillation_loss(
 
     Returns:
         DistillationLoss, for `Trainer(compute_loss_func=loss)` and for `student.loss_function = loss`; its arguments
-        are those of the loss of `cross_entropy_loss`. float32 scalar; 0 when there is no target.
+        are those of the loss of `cross_entropy_loss`. float32 scalar; when there is no target, 0 with gradients and NaN
+        without.
 
     Raises:
         ValueError: an option outside of what is allowed, student and teacher the same model, a call without labels.
@@ -221,13 +229,17 @@ def _targets(
     return targets if ignore_index == IGNORED else torch.where(targets == ignore_index, IGNORED, targets)
 
 
-def _normalizer(valid: Tensor, num_items_in_batch: Tensor | float | None) -> Tensor:
-    """Scalar; 1 in place of 0, so that a batch without a target has loss 0."""
+def _count(valid: Tensor, num_items_in_batch: Tensor | float | None) -> Tensor:
+    """Scalar, how many targets the loss is the mean over."""
     if num_items_in_batch is None:
-        return valid.sum().clamp_min(1)
+        return valid.sum()
     # One element a GPU under DataParallel, all equal.
-    count = torch.as_tensor(num_items_in_batch, device=valid.device).reshape(-1)[0]
-    return torch.where(count > 0, count, 1)
+    return torch.as_tensor(num_items_in_batch, device=valid.device).reshape(-1)[0]
+
+
+def _mean_of_none_is_nan(loss: Tensor, count: Tensor) -> Tensor:
+    """The loss, which is 0 without a target; NaN in evaluation, so that the Trainer leaves the batch out."""
+    return loss if torch.is_grad_enabled() else torch.where(count > 0, loss, torch.nan)
 
 
 def _on(device: torch.device, value: Any) -> Any:

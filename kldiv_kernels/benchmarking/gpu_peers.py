@@ -150,7 +150,8 @@ def _ours(backend: str, case: GpuCase) -> Function:
             student, teacher = inputs.logits, inputs.reference
             assert teacher is not None
             if case.gradient:
-                return (kk.divergence_loss(student, teacher, case.kind, beta=JS_BETA, backend=backend),)
+                beta = JS_BETA if case.kind == "js" else None
+                return (kk.divergence_loss(student, teacher, case.kind, beta=beta, backend=backend),)
             return (kk.token_stats(student, teacher, stats=[case.kind], beta=JS_BETA, backend=backend)[case.kind],)
 
         return divergence

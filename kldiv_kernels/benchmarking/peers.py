@@ -184,7 +184,8 @@ def _ours(case: Case) -> Loss:
         return lambda inputs: kk.topk_divergence_from_logits(
             inputs.logits, _second(inputs), k=case.k, support="student"
         )
-    return lambda inputs: kk.divergence_loss(inputs.logits, _second(inputs), case.kind, beta=JS_BETA)
+    beta = JS_BETA if case.kind == "js" else None
+    return lambda inputs: kk.divergence_loss(inputs.logits, _second(inputs), case.kind, beta=beta)
 
 
 def topk_loss(inputs: Inputs, backend: str) -> Tensor:

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from kldiv_kernels import registry
+from kldiv_kernels.registry import Bound
 from kldiv_kernels.trainer.options import (
     cached_sequences,
     load_model,
@@ -63,9 +64,10 @@ def distill(
         bool, typer.Option("--temperature-squared", help="Multiply the divergence by temperature².")
     ] = False,
     alpha: Annotated[
-        float, typer.Option(help="Parameter of skew_kl, skew_reverse_kl, renyi, alpha, alpha_beta.")
-    ] = 0.5,
-    beta: Annotated[float, typer.Option(help="Parameter of js and alpha_beta.")] = 0.5,
+        float | None,
+        typer.Option(help="Parameter of skew_kl, skew_reverse_kl, renyi, alpha, alpha_beta. Default: 0.5."),
+    ] = None,
+    beta: Annotated[float | None, typer.Option(help="Parameter of js and alpha_beta. Default: 0.5.")] = None,
     tail: Annotated[
         str,
         typer.Option(
@@ -224,17 +226,23 @@ def demo(
     run_demo(output, settings)
 
 
-def _check_loss(kind: str, ce_weight: float, temperature: float, alpha: float, beta: float, backend: str) -> None:
+def _check_loss(
+    kind: str, ce_weight: float, temperature: float, alpha: float | None, beta: float | None, backend: str
+) -> None:
     try:
         statistic = registry.get(kind, "kind", registry.divergence_names())
     except ValueError as error:
         raise typer.BadParameter(str(error).removeprefix("kind: "), param_hint="--kind") from None
     require(0 <= ce_weight <= 1, "--ce-weight", f"{ce_weight} is not between 0 and 1")
     require(0 < temperature < float("inf"), "--temperature", f"{temperature} is not above 0 and finite")
-    for option, value, bound in (("--alpha", alpha, statistic.alpha), ("--beta", beta, statistic.beta)):
-        require(
-            bound is None or bool(bound.allows(value)), option, f"{value} is not {bound and bound.text}, for {kind}"
-        )
+    for name, value in (("alpha", alpha), ("beta", beta)):
+        if value is None:
+            continue
+        bound: Bound | None = getattr(statistic, name)
+        if bound is None:
+            kinds = ", ".join(registry.kinds_with(name))
+            raise typer.BadParameter(f"{kind} has no use for it; it is for {kinds}", param_hint=f"--{name}")
+        require(bool(bound.allows(value)), f"--{name}", f"{value} is not {bound.text}, for {kind}")
     require_backend(backend)
 
 

@@ -50,8 +50,10 @@ class DistillationArguments(TrainingArguments):
     temperature_squared: bool = field(
         default=False, metadata={"help": "Multiply the divergence by temperature², so that gradients keep their size."}
     )
-    alpha: float = field(default=0.5, metadata={"help": "Parameter of the divergences that have it."})
-    beta: float = field(default=0.5, metadata={"help": "Parameter of js and alpha_beta."})
+    alpha: float | None = field(
+        default=None, metadata={"help": "Parameter of skew_kl, skew_reverse_kl, renyi, alpha, alpha_beta; default 0.5."}
+    )
+    beta: float | None = field(default=None, metadata={"help": "Parameter of js and alpha_beta; default 0.5."})
     vocab_size: int | None = field(
         default=None,
         metadata={"help": "Columns from here on are padding; default: the narrower of the two models' vocabularies."},

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from checks import on
+from checks import on, taken
 from setting import DEVICE, FEW, KERNELS, LOSSES, QUICK, largest_cluster, rows
 from torch import Tensor
 
@@ -74,7 +74,8 @@ def test_divergences(backend: str, dtype: torch.dtype, columns: int, k: int) -> 
         ids = some_ids(9, columns, k) if k > 1 else torch.randint(columns, (9, 1))
         if k == 1 and tail == "renormalize":
             continue
-        options = {"weight": torch.rand(9) + 0.5, "mask": torch.arange(9) != 4, "temperature": 1.3, "alpha": 0.3}
+        options = {"weight": torch.rand(9) + 0.5, "mask": torch.arange(9) != 4, "temperature": 1.3}
+        options |= taken(kind, 0.3, 0.5)
         _, got = check(rows(9, columns, dtype=dtype), ids, teacher_of(ids), kind, backend, tail=tail, **options)
         assert not got[4].any()
 

@@ -1,4 +1,6 @@
-"""The call signatures of Liger-Kernel 0.8.5's divergences and GRPO loss. Liger itself is not needed.
+"""The call signatures of Liger-Kernel 0.8.5's divergences, GRPO loss and log-probabilities. Liger is not needed.
+
+A ValueError that Liger raises too begins with this package's name of the function and goes on in Liger's words.
 
 What differs from Liger:
 
@@ -23,11 +25,13 @@ from kldiv_kernels.adapters.liger.divergences import (
     liger_tvd,
 )
 from kldiv_kernels.adapters.liger.grpo import triton_grpo_loss
+from kldiv_kernels.adapters.liger.logprobs import fused_selective_log_softmax
 
 __all__ = [
     "LigerJSD",
     "LigerKLDIVLoss",
     "LigerTVDLoss",
+    "fused_selective_log_softmax",
     "liger_jsd",
     "liger_kl_div",
     "liger_tvd",

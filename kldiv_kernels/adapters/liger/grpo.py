@@ -144,12 +144,26 @@ def _grpo_options(
     positive: tuple[float, float],
     negative: tuple[float, float],
 ) -> PolicyOptions:
+    # Worded as Liger words them: callers' tests match these.
     if loss_type not in _LOSS_TYPES:
-        raise ValueError(f"{where}: loss_type is {loss_type!r}; expected one of {', '.join(_LOSS_TYPES)}")
+        raise ValueError(f"{where}: Unknown loss_type {loss_type!r}. Supported types: {list(_LOSS_TYPES)}")
+    if delta is not None and loss_type not in CLIPPED:
+        raise ValueError(
+            f"{where}: delta (two-sided clipping) is not supported for loss_type={loss_type!r}. delta is {delta}; "
+            f"expected None, or a loss_type of {', '.join(CLIPPED[:-1])}"
+        )
     if level not in ("token", "sequence"):
-        raise ValueError(f"{where}: importance_sampling_level is {level!r}; expected token or sequence")
+        raise ValueError(f"{where}: importance_sampling_level must be 'token' or 'sequence', got {level}")
+    if level == "sequence" and loss_type == "vespo":
+        raise ValueError(f"{where}: loss_type='vespo' requires importance_sampling_level='token'.")
     if level == "sequence" and loss_type not in CLIPPED:
-        raise ValueError(f"{where}: importance_sampling_level is 'sequence'; expected token for {loss_type}")
+        raise ValueError(
+            f"{where}: Sequence-level importance sampling is not supported for loss_type={loss_type!r}. Use "
+            f"importance_sampling_level='token' instead."
+        )
+    for name, temperature in (("pos", sapo[0]), ("neg", sapo[1])):
+        if loss_type == "sapo" and not temperature > 0:
+            raise ValueError(f"{where}: sapo_temperature_{name} must be positive, got {temperature}")
     given: dict[str, Any] = {
         "loss_type": loss_type,
         "importance_level": level,

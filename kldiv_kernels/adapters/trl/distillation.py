@@ -12,6 +12,7 @@ from trl.trainer import distillation_trainer
 
 from kldiv_kernels.adapters.trl.scoring import completion_logits
 from kldiv_kernels.losses import divergence_loss
+from kldiv_kernels.registry import kinds_with
 from kldiv_kernels.stats import entropy
 
 _SCORING_INPUTS = inspect.signature(distillation_trainer.DistillationTrainer._get_last_hidden_state).parameters
@@ -27,8 +28,8 @@ class DistillationTrainer(distillation_trainer.DistillationTrainer):
     Args:
         kind: the divergence, a name of `kldiv_kernels.divergence_loss`. Default "js": with DistillationConfig's beta,
             as in TRL, forward KL at 0 and reverse KL at 1 (TRL's default).
-        alpha: parameter of the divergences that have it. Default 0.5.
-        beta: parameter of js and alpha_beta. Default: DistillationConfig's.
+        alpha: parameter of the divergences that have it, by default 0.5; an error with others.
+        beta: parameter of js and alpha_beta, by default DistillationConfig's; an error with others.
         temperature_squared: multiply the loss by temperature². Default False, as in TRL.
         vocab_size: columns from there on are padding. Default: all are tokens.
         backend: see `kldiv_kernels.divergence_loss`.
@@ -46,7 +47,7 @@ class DistillationTrainer(distillation_trainer.DistillationTrainer):
         self,
         *args: Any,
         kind: str = "js",
-        alpha: float = 0.5,
+        alpha: float | None = None,
         beta: float | None = None,
         temperature_squared: bool = False,
         vocab_size: int | None = None,
@@ -55,7 +56,7 @@ class DistillationTrainer(distillation_trainer.DistillationTrainer):
     ) -> None:
         super().__init__(*args, **kwargs)
         self._how: dict[str, Any] = {
-            "kind": kind, "alpha": alpha, "beta": self.beta if beta is None else beta,
+            "kind": kind, "alpha": alpha, "beta": self.beta if beta is None and kind in kinds_with("beta") else beta,
             "temperature": self.temperature, "temperature_squared": temperature_squared,
         }  # fmt: skip
         # The loss knows what it allows: ask it on a row of the model's width, before anything is generated.

@@ -1,11 +1,16 @@
-"""The call signatures of verl's losses, and `register` for its registry. Only `register` needs verl.
+"""The call signatures of verl 0.9.1's losses, and `register` for its registry.
+
+Only `register` and the loss bypass_mode need verl.
 
 `POLICY_LOSSES` are the policy losses by verl's names, `agg_loss` their aggregation. `logprobs_from_logits` and
 `entropy_from_logits` stand for those of `verl.utils.torch_functional`, `compute_forward_kl_topk` for that of
 `verl.trainer.distillation.fsdp.losses`, in whose place `register` puts it. verl has no registry for the other two:
 assign them to their module before others import the names from there.
 
-What differs from verl (read at August 2026):
+Every loss is tested beside verl 0.9.1's own. verl 0.7 to 0.9.0 have the same signatures; up to 0.9.0, their gspo takes
+the mean over sequences of the mean over tokens whatever `loss_agg_mode` says, and dro came with 0.9.0.
+
+What differs from verl:
 
 - Masked tokens are not looked at, NaN or not, and a batch without a valid token has loss 0, not 0/0.
 - Statistics of the logits are float32, for bfloat16 logits too, and the logits are never written to.
@@ -18,8 +23,9 @@ What differs from verl (read at August 2026):
 
 from __future__ import annotations
 
+from kldiv_kernels.adapters.verl.aggregation import agg_loss
 from kldiv_kernels.adapters.verl.logits import compute_forward_kl_topk, entropy_from_logits, logprobs_from_logits
-from kldiv_kernels.adapters.verl.policy import POLICY_LOSSES, agg_loss, register
+from kldiv_kernels.adapters.verl.registration import POLICY_LOSSES, register
 
 __all__ = [
     "POLICY_LOSSES",

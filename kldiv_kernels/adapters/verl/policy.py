@@ -3,7 +3,7 @@ r"""verl's policy losses on given log-probabilities: fn(old_log_prob, log_prob, 
 verl's name, the loss type of `policy_terms` (which has the formulas), what is read of the config, and the aggregation:
 
     vanilla            dapo with dual clip      clip_ratio, _low, _high, _c (3)                 loss_agg_mode
-    gspo               gspo                     clip_ratio, _low, _high                         seq-mean-token-mean
+    gspo               gspo                     clip_ratio, _low, _high                         loss_agg_mode
     sapo               sapo                     tau_pos (1), tau_neg (1.05)                     seq-mean-token-mean
     cispo              cispo                    clip_ratio, _low, _high                         loss_agg_mode
     geo_mean           gmpo                     clip_ratio, _low, _high                         mean over all sequences
@@ -11,18 +11,23 @@ verl's name, the loss type of `policy_terms` (which has the formulas), what is r
     kl_cov             unclipped with KL-Cov    policy_loss.kl_cov_ratio, .ppo_kl_coef          loss_agg_mode
     dppo_tv, dppo_kl   the same                 clip_ratio, _low, _high, _c (20)                loss_agg_mode
     gpg                reinforce                                                                loss_agg_mode
+    dro                −log π·A + β/2·d²        policy_loss.dro_beta (β)                        loss_agg_mode
+    bypass_mode        vanilla or gpg, on the tokens and with the weights of the rollout correction: `bypass`
 
 The number in parentheses counts where the config has none; verl's ActorConfig has clip_ratio_c = 3 for dppo too.
 gspo is the form with a ratio a token, log s_t = sg[mean d] + log π_t − sg[log π_t]: with one advantage a sequence its
-gradient is that of the sequence's ratio, with one a token each token has its own.
+gradient is that of the sequence's ratio, with one a token each token has its own. dro is arXiv 2405.19107, with
+d = log π − log π_old.
 
-The functions are `POLICY_LOSSES[name](old_log_prob, log_prob, advantages, response_mask, loss_agg_mode="token-mean",
-config=None, rollout_is_weights=None)`: tensors [batch, tokens] each, of which log_prob gets the gradient; the weights
-multiply the losses. `config` is verl's actor configuration, whose `global_batch_info` has the further arguments of
-`agg_loss`. The metrics are floats, means over the tokens, under verl's names. ValueError and TypeError name the
-argument, what it was and what is allowed.
+The functions are `POLICY_LOSSES[name](old_log_prob, log_prob, advantages, response_mask, loss_agg_mode, config=None,
+rollout_is_weights=None)`: tensors [batch, tokens] each, of which log_prob gets the gradient; the weights multiply the
+losses. `loss_agg_mode` is what verl's trainer passes, its configuration's (by default token-mean); without it, gspo has
+seq-mean-token-mean and the others token-mean. `config` is verl's actor configuration, whose `global_batch_info` has the
+further arguments of `agg_loss`. The metrics are floats, means over the tokens, under verl's names. ValueError and
+TypeError name the argument, what it was and what is allowed.
 
 >>> from types import SimpleNamespace
+>>> from kldiv_kernels.adapters.verl import POLICY_LOSSES
 >>> old, new, ones = torch.zeros(1, 2), torch.tensor([[0.0, 0.5]]), torch.ones(1, 2)
 >>> loss, metrics = POLICY_LOSSES["vanilla"](old, new, ones, ones, config=SimpleNamespace(clip_ratio=0.2))
 >>> round(loss.item(), 4), metrics["actor/pg_clipfrac"]
@@ -32,16 +37,14 @@ argument, what it was and what is allowed.
 from __future__ import annotations
 
 import math
-import sys
 from collections.abc import Callable
-from importlib import import_module
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from kldiv_kernels.adapters.verl.aggregation import agg_loss
 from kldiv_kernels.adapters.verl.config import read
-from kldiv_kernels.adapters.verl.logits import compute_forward_kl_topk
 from kldiv_kernels.policy_options import PolicyOptions, resolve
 from kldiv_kernels.policy_terms import PolicyTerm, Tokens, level_log_ratio, policy_term, ratio_bounds
 from kldiv_kernels.policy_weights import aggregate
@@ -50,101 +53,23 @@ PolicyLossFn = Callable[..., tuple[Tensor, dict[str, float]]]
 
 _LOSS_TYPES = {
     "vanilla": "dapo", "gspo": "gspo", "sapo": "sapo", "cispo": "cispo", "geo_mean": "gmpo", "clip_cov": "dapo",
-    "kl_cov": "dapo", "dppo_tv": "dppo_tv", "dppo_kl": "dppo_kl", "gpg": "reinforce",
+    "kl_cov": "dapo", "dppo_tv": "dppo_tv", "dppo_kl": "dppo_kl", "gpg": "reinforce", "dro": "reinforce",
 }  # fmt: skip
-_SEQUENCE_MEAN = ("gspo", "sapo", "geo_mean")
-_MODES = ("token-mean", "token-sum", "seq-mean-token-sum", "seq-mean-token-sum-norm", "seq-mean-token-mean")
 # verl's bound of a token's log-ratio where it has one, and of gspo's from above.
 _CLAMP, _GSPO_CLAMP = 20.0, 10.0
 # Keeps the geometric mean of the weights of a sequence finite where one is 0 (verl).
 _SMALLEST_WEIGHT = 1e-10
 
 
-def agg_loss(
-    loss_mat: Tensor,
-    loss_mask: Tensor,
-    loss_agg_mode: str,
-    dp_size: int = 1,
-    batch_num_tokens: float | Tensor | None = None,
-    global_batch_size: float | Tensor | None = None,
-    loss_scale_factor: float | None = None,
-) -> Tensor:
-    """The scalar of per-token losses [batch, tokens].
-
-    Args:
-        loss_mask: [batch, tokens], 0 for tokens that do not count.
-        loss_agg_mode: "token-mean", "token-sum", "seq-mean-token-sum", "seq-mean-token-sum-norm" (the former, divided
-            by `loss_scale_factor`, default: tokens), "seq-mean-token-mean". Sequences without a token do not count.
-        dp_size: number of data-parallel ranks, which multiplies the loss because their gradients are averaged.
-        batch_num_tokens, global_batch_size: tokens and sequences over all ranks. Default: those here, on one rank only.
-
-    Raises:
-        ValueError: naming the argument, what it was and what is allowed.
-
-    >>> losses, mask = torch.tensor([[1.0, 3.0], [5.0, 7.0]]), torch.tensor([[1, 1], [1, 0]])
-    >>> agg_loss(losses, mask, "token-mean").item(), agg_loss(losses, mask, "seq-mean-token-mean").item()
-    (3.0, 3.5)
-    """
-    where = "agg_loss"
-    if loss_agg_mode not in _MODES:
-        raise ValueError(f"{where}: loss_agg_mode is {loss_agg_mode!r}; expected one of {', '.join(_MODES)}")
-    name = {"token-mean": "batch_num_tokens", "token-sum": None}.get(loss_agg_mode, "global_batch_size")
-    normalizer = {"batch_num_tokens": batch_num_tokens, "global_batch_size": global_batch_size}.get(name or "")
-    if dp_size > 1 and name is not None and normalizer is None:
-        raise ValueError(f"{where}: {name} is None; expected the number over all ranks, since dp_size is {dp_size}")
-    how = loss_agg_mode.removesuffix("-norm")
-    loss = aggregate(loss_mat, loss_mask != 0, how, normalizer, count_empty=False) * dp_size
-    if how != loss_agg_mode:
-        loss = loss / (loss_mask.shape[-1] if loss_scale_factor is None else loss_scale_factor)
-    return loss
-
-
-def register(prefix: str = "kldiv_") -> list[str]:
-    """Registers every loss of `POLICY_LOSSES` with verl, as prefix + verl's name, and the hook of top-k distillation.
-
-    `actor_rollout_ref.actor.policy_loss.loss_mode=kldiv_gspo` then takes ours; with prefix="" ours replace verl's own.
-    The hook has no names to choose from: where this verl has `compute_forward_kl_topk`, ours takes its place in every
-    module of verl that has imported it.
-
-    Returns:
-        The names of the losses, and of the places of the hook.
-
-    Raises:
-        ImportError: verl cannot be imported, or has no `register_policy_loss`.
-    """
-    try:
-        from verl.trainer.ppo.core_algos import register_policy_loss
-    except ImportError as error:
-        raise ImportError(
-            f"register: verl.trainer.ppo.core_algos.register_policy_loss cannot be imported ({error}); expected verl "
-            f"0.5 or later in this environment. POLICY_LOSSES work without it"
-        ) from error
-    for name, loss in POLICY_LOSSES.items():
-        register_policy_loss(prefix + name)(loss)
-    return [*(prefix + name for name in POLICY_LOSSES), *_hook()]
-
-
-def _hook() -> list[str]:
-    name = compute_forward_kl_topk.__name__
-    try:
-        original = getattr(import_module("verl.trainer.distillation.fsdp.losses"), name)
-    except (ImportError, AttributeError):
-        return []
-    places = [
-        key for key, module in sys.modules.items() if key.startswith("verl.") and vars(module).get(name) is original
-    ]
-    for place in places:
-        setattr(sys.modules[place], name, compute_forward_kl_topk)
-    return [f"{place}.{name}" for place in sorted(places)]
-
-
 def _policy_loss(name: str) -> PolicyLossFn:
+    default_mode = "seq-mean-token-mean" if name == "gspo" else "token-mean"
+
     def loss(
         old_log_prob: Tensor,
         log_prob: Tensor,
         advantages: Tensor,
         response_mask: Tensor,
-        loss_agg_mode: str = "token-mean",
+        loss_agg_mode: str = default_mode,
         config: Any = None,
         rollout_is_weights: Tensor | None = None,
     ) -> tuple[Tensor, dict[str, float]]:
@@ -153,7 +78,7 @@ def _policy_loss(name: str) -> PolicyLossFn:
             "old_log_prob": old_log_prob, "advantages": advantages, "response_mask": response_mask,
             "rollout_is_weights": rollout_is_weights,
         }  # fmt: skip
-        _check(where, log_prob, tensors, config)
+        check(where, log_prob, tensors, config)
         options = _options(where, name, config)
         valid = response_mask != 0
         # What a masked token holds, NaN or not, must not reach a sum or a gradient.
@@ -164,12 +89,14 @@ def _policy_loss(name: str) -> PolicyLossFn:
             level = (level.detach() + logprob - logprob.detach()).clamp(max=_GSPO_CLAMP)
         term = policy_term(Tokens(logprob, old, advantages.detach(), valid, log_ratio, level), options, None)
         per_token = term.per_token
+        if name == "dro":
+            per_token = per_token + _dro_beta(where, config) / 2 * log_ratio.square()
         if rollout_is_weights is not None:
             per_token = per_token * _weights(name, torch.where(valid, rollout_is_weights.detach(), 1.0), valid)
         if name == "geo_mean":
             total = aggregate(per_token, valid, "seq-mean-token-mean", None, count_empty=True)
         else:
-            mode = "seq-mean-token-mean" if name in _SEQUENCE_MEAN else loss_agg_mode
+            mode = "seq-mean-token-mean" if name == "sapo" else loss_agg_mode
             total = agg_loss(per_token, valid, mode, **read(config, "global_batch_info", {}))
         with torch.no_grad():
             means = {
@@ -185,10 +112,11 @@ def _policy_loss(name: str) -> PolicyLossFn:
     return loss
 
 
-POLICY_LOSSES: dict[str, PolicyLossFn] = {name: _policy_loss(name) for name in _LOSS_TYPES}
+TOKEN_LOSSES: dict[str, PolicyLossFn] = {name: _policy_loss(name) for name in _LOSS_TYPES}
 
 
-def _check(where: str, log_prob: Tensor, tensors: dict[str, Tensor | None], config: Any) -> None:
+def check(where: str, log_prob: Tensor, tensors: dict[str, Tensor | None], config: Any) -> None:
+    """Raises where a shape is wrong or the configuration is missing."""
     if log_prob.dim() != 2:
         raise ValueError(f"{where}: log_prob has shape {list(log_prob.shape)}; expected [batch, tokens]")
     for name, tensor in tensors.items():
@@ -231,6 +159,13 @@ def _options(where: str, name: str, config: Any) -> PolicyOptions:
     return resolve(where, "verl", given)
 
 
+def _dro_beta(where: str, config: Any) -> float:
+    beta = read(read(config, "policy_loss"), "dro_beta")
+    if isinstance(beta, bool) or not isinstance(beta, (int, float)) or not beta > 0:
+        raise ValueError(f"{where}: config.policy_loss.dro_beta is {beta!r}; expected a number above 0")
+    return beta
+
+
 def _weights(name: str, weights: Tensor, valid: Tensor) -> Tensor:
     if name != "geo_mean":
         return weights
@@ -246,8 +181,10 @@ def _metrics(
         return {}
     if name == "kl_cov":
         return {"ppo_kl": log_ratio.abs()}
-    unclamped = name in ("gspo", "geo_mean", "clip_cov")
+    unclamped = name in ("gspo", "geo_mean", "clip_cov", "dro")
     kl = -log_ratio if unclamped else -log_ratio.clamp(-_CLAMP, _CLAMP)
+    if name == "dro":
+        return {"ppo_kl": kl}
     if name == "clip_cov":
         return {"pg_clipfrac": term.clipped["cov"], "ppo_kl": kl}
     never = torch.zeros_like(advantages, dtype=torch.bool)
