@@ -65,8 +65,8 @@ def leave_one_out(rewards: Tensor, groups: Tensor, *, eps: float = 1e-6) -> Tens
     mean = -centred / others
     squares = _sum(centred.square(), index)[index] - centred.square() - others * mean.square()
     variance = squares / (others - 1).clamp_min(1)
-    # Of any sample but the farthest from the mean, that is a quarter of the largest c² or more. Of the farthest it may be
-    # rounding: its others are summed by themselves.
+    # That is at least a quarter of the largest c², but where the sample with that c² is left out: there it may be
+    # rounding, and the others are summed by themselves.
     farthest = _farthest(centred, index)
     of_rest = _unbiased_variance(*_centred(rewards, index, ~farthest), index)
     variance = torch.where(farthest, of_rest, variance)
