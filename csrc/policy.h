@@ -4,8 +4,8 @@
 //   loss = weight * term(l) + kl_weight * KL(l),   l = log pi(y), of one token
 //
 // `policy_coefficient` is d loss / d l, float32 like the losses themselves. The terms, estimators and their sources are
-// those of kldiv_kernels/policy_terms.py and policy_weights.py, the gradients of finite ratios what autograd makes of
-// them there: min gives each side half where both are equal, a clamp keeps the gradient at its ends.
+// those of kldiv_kernels/policy_terms.py and policy_weights.py, and the gradients are what they have there: min gives
+// each side half where both are equal, a clamp keeps the gradient at its ends, a branch that is not taken has none.
 #pragma once
 
 #include <cmath>
@@ -143,7 +143,7 @@ KLDIV_HOST_DEVICE float kl_slope(const Policy& policy, float l, const PolicyToke
             slope = ::expm1f(x), k = slope - ::fminf(x, large);
             break;
     }
-    const bool below = k < -b.kl_high, above = k > b.kl_high;
+    const bool below = k<-b.kl_high, above = k> b.kl_high;
     if (below || above) k = below ? -b.kl_high : b.kl_high;
     if (below || above || ::fabsf(apart) > b.kl_log_ratio) slope = 0, rest = k;
     if (policy.kl == kK3Plus) return rest;

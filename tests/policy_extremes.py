@@ -63,36 +63,36 @@ def total(numbers: Sequence[Number]) -> Number:
 
 @dataclass
 class Completion:
-    """One sequence's valid tokens; old None: this policy."""
+    """The valid tokens of one given. Without old_logprobs the policy is its own."""
 
     logprob: list[float]
-    old: list[float] | None
     advantages: list[float]
-    reference: list[float] | None
-    sampling: list[float] | None
-    weights: list[float] | None
+    old_logprobs: list[float] | None = None
+    reference_logprobs: list[float] | None = None
+    sampling_logprobs: list[float] | None = None
+    token_weights: list[float] | None = None
 
 
-def per_token(sequence: Completion, options: PolicyOptions) -> list[tuple[Number, Real, Number]]:
+def per_token(given: Completion, options: PolicyOptions) -> list[tuple[Number, Real, Number]]:
     """Of each token, the policy term, its weight and kl_coef times the KL."""
-    count = len(sequence.logprob)
-    lp = [Number(x, [mpf(i == j) for j in range(count)]) for i, x in enumerate(sequence.logprob)]
-    old = sequence.logprob if sequence.old is None else sequence.old
+    count = len(given.logprob)
+    lp = [Number(x, [mpf(i == j) for j in range(count)]) for i, x in enumerate(given.logprob)]
+    old = given.logprob if given.old_logprobs is None else given.old_logprobs
     d = [x - mpf(o) for x, o in zip(lp, old, strict=True)]
     w = d
     if options.importance_level != "token":
         w = [total(d) * (mpf(1) / count if options.importance_level == "sequence" else 1)] * count
     low, high = _pair(options.log_ratio_clamp)
     w = [x.clamp(low, high) for x in w]
-    off_policy = _off_policy(old, sequence.sampling, options)
-    terms = _terms(lp, d, w, old, sequence.advantages, options, off_policy)
+    off_policy = _off_policy(old, given.sampling_logprobs, options)
+    terms = _terms(lp, d, w, old, given.advantages, options, off_policy)
     out = []
     for i, term in enumerate(terms):
         weight = mpf(1) if off_policy is None or options.loss_type == "vespo" else off_policy[i]
-        weight *= 1 if sequence.weights is None else sequence.weights[i]
+        weight *= 1 if given.token_weights is None else given.token_weights[i]
         kl = lp[i].fixed(0)
-        if sequence.reference is not None:
-            kl = options.kl_coef * _kl(lp[i], mpf(sequence.reference[i]), w[i], options)
+        if given.reference_logprobs is not None:
+            kl = options.kl_coef * _kl(lp[i], mpf(given.reference_logprobs[i]), w[i], options)
         out.append((term, weight, kl))
     return out
 
