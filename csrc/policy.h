@@ -143,7 +143,8 @@ KLDIV_HOST_DEVICE float kl_slope(const Policy& policy, float l, const PolicyToke
             slope = ::expm1f(x), k = slope - ::fminf(x, large);
             break;
     }
-    const bool below = k<-b.kl_high, above = k> b.kl_high;
+    const bool below = k < -b.kl_high;
+    const bool above = k > b.kl_high;
     if (below || above) k = below ? -b.kl_high : b.kl_high;
     if (below || above || ::fabsf(apart) > b.kl_log_ratio) slope = 0, rest = k;
     if (policy.kl == kK3Plus) return rest;
