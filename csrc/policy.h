@@ -4,8 +4,8 @@
 //   loss = weight * term(l) + kl_weight * KL(l),   l = log pi(y), of one token
 //
 // `policy_coefficient` is d loss / d l, float32 like the losses themselves. The terms, estimators and their sources are
-// those of kldiv_kernels/policy_terms.py and policy_weights.py, the gradients of finite ratios what autograd makes of
-// them there: min gives each side half where both are equal, a clamp keeps the gradient at its ends.
+// those of kldiv_kernels/policy_terms.py and policy_weights.py, and the gradients are what they have there: min gives
+// each side half where both are equal, a clamp keeps the gradient at its ends, a branch that is not taken has none.
 #pragma once
 
 #include <cmath>
@@ -57,6 +57,11 @@ KLDIV_HOST_DEVICE PolicyToken policy_token(const Policy& policy, int64_t rows, i
 struct Slope {
     float value, slope;
 };
+// 0 * inf is 0: what a bound cuts off, an advantage or a weight of 0 takes out, takes no part however large it is.
+KLDIV_HOST_DEVICE float times(float x, float y) {
+    const float product = x * y, sum = x + y;
+    return product != product && sum == sum ? 0 : product;
+}
 KLDIV_HOST_DEVICE Slope clamped(Slope x, float low, float high) {
     if (x.value < low) return {low, 0};
     if (x.value > high) return {high, 0};
@@ -69,8 +74,8 @@ KLDIV_HOST_DEVICE float slope_of_min(Slope x, Slope y) {
 KLDIV_HOST_DEVICE float clipped_slope(const PolicyBounds& b, float advantage, Slope ratio) {
     const float infinity = std::numeric_limits<float>::infinity();
     const Slope unclipped = clamped(ratio, -infinity, b.delta), inside = clamped(ratio, b.low, b.high);
-    const Slope x = {unclipped.value * advantage, unclipped.slope * advantage};
-    const Slope y = {inside.value * advantage, inside.slope * advantage};
+    const Slope x = {times(unclipped.value, advantage), times(unclipped.slope, advantage)};
+    const Slope y = {times(inside.value, advantage), times(inside.slope, advantage)};
     const Slope loss = {-::fminf(x.value, y.value), -slope_of_min(x, y)};
     if (!(advantage < 0) || b.dual_clip == infinity) return loss.slope;
     return slope_of_min(loss, {-b.dual_clip * advantage, 0});
@@ -96,42 +101,58 @@ KLDIV_HOST_DEVICE float term_slope(const Policy& policy, float l, const PolicyTo
         case kClipped:
             return clipped_slope(b, a, ratio);
         case kCispo:
-            return -::fminf(::fmaxf(ratio.value, b.low), b.high) * a;
+            return -times(::fminf(::fmaxf(ratio.value, b.low), b.high), a);
         case kSapo: {
             const float tau = a > 0 ? b.positive : b.negative, sigmoid = 1 / (1 + ::expf(-tau * (ratio.value - 1)));
-            return -4 * sigmoid * (1 - sigmoid) * a * ratio.slope;
+            return -times(4 * sigmoid * (1 - sigmoid) * a, ratio.slope);
         }
         case kReinforce:
             return -a;
         case kTopr:
             return -(a >= 0 ? 1 : ::fminf(ratio.value, 1)) * a;
         default:
-            return dppo_stops(policy, l, token) ? 0 : -::fminf(ratio.value, b.delta) * a;
+            return dppo_stops(policy, l, token) ? 0 : -times(::fminf(ratio.value, b.delta), a);
     }
 }
 
-KLDIV_HOST_DEVICE float kl_slope(const Policy& policy, float l, const PolicyToken& token, Slope ratio) {
+// With k(x) the estimate: by l, and of k * e^w where the ratio e^w corrects it (w: `log_ratio`).
+KLDIV_HOST_DEVICE float kl_slope(const Policy& policy, float l, const PolicyToken& token, Slope log_ratio) {
+    // Above it e^x - x - 1 is e^x.
+    constexpr float large = 80;
+    const float infinity = std::numeric_limits<float>::infinity();
     const PolicyBounds& b = policy.bounds;
-    const Slope x = clamped({token.reference - l, -1}, -b.kl_log_ratio, b.kl_log_ratio);
-    Slope kl;
+    const float apart = token.reference - l;
+    float x = apart < -b.kl_log_ratio ? -b.kl_log_ratio : (apart > b.kl_log_ratio ? b.kl_log_ratio : apart);
+    // k, k' by x, and k - k', which for k3 is -x to all its digits.
+    float k, slope, rest;
+    // e^x in two factors, where the ratio may take back what overflows.
+    float shift = 0;
     switch (policy.kl) {
         case kK1:
-            kl = {-x.value, -x.slope};
+            k = -x, slope = -1, rest = k - slope;
             break;
         case kK2:
-            kl = {0.5f * x.value * x.value, x.value * x.slope};
+            k = 0.5f * x * x, slope = x, rest = k - slope;
             break;
         case kAbs:
-            kl = {::fabsf(x.value), x.value > 0 ? x.slope : (x.value < 0 ? -x.slope : 0)};
+            k = ::fabsf(x), slope = x > 0 ? 1 : (x < 0 ? -1 : 0), rest = k - slope;
             break;
         default:
-            kl = {::expm1f(x.value) - x.value, ::expm1f(x.value) * x.slope};
+            rest = -x;
+            if (b.bias_correction != 0 && b.kl_high == infinity && x > large) shift = x - large, x = large;
+            slope = ::expm1f(x), k = slope - ::fminf(x, large);
             break;
     }
-    kl = clamped(kl, -b.kl_high, b.kl_high);
-    // Between the clamps value and slope add up to -x, which their difference would not have to all its digits.
-    if (policy.kl == kK3Plus) return kl.slope != 0 ? -x.value : kl.value;
-    return b.bias_correction != 0 ? kl.slope * ratio.value + kl.value * ratio.slope : kl.slope;
+    const bool below = k < -b.kl_high;
+    const bool above = k > b.kl_high;
+    if (below || above) k = below ? -b.kl_high : b.kl_high;
+    if (below || above || ::fabsf(apart) > b.kl_log_ratio) slope = 0, rest = k;
+    if (policy.kl == kK3Plus) return rest;
+    if (b.bias_correction == 0) return -slope;
+    // d(k e^w) = k' e^w d(w - l) + (k - k') e^w dw, and w moves with l or not at all.
+    const float scale = ::expf(log_ratio.value + shift);
+    if (log_ratio.slope == 0) return -times(slope, scale);
+    return slope == 0 ? times(k, scale) : times(rest, ::expf(log_ratio.value));
 }
 
 KLDIV_HOST_DEVICE float policy_coefficient(const Policy& policy, float l, const PolicyToken& token) {
@@ -139,11 +160,11 @@ KLDIV_HOST_DEVICE float policy_coefficient(const Policy& policy, float l, const 
     const bool own = token.anchor != token.anchor;
     const Slope log_ratio = clamped({own ? 0 : l - token.anchor, 1}, policy.bounds.log_low, policy.bounds.log_high);
     const float r = ::expf(log_ratio.value);
-    const Slope ratio = {r, r * log_ratio.slope};
-    // 0 * inf: a weight of 0 takes no part.
+    const Slope ratio = {r, times(r, log_ratio.slope)};
+    // A weight of 0 takes no part, whatever it stands beside.
     float out = 0;
-    if (token.weight != 0) out += token.weight * term_slope(policy, l, token, ratio);
-    if (token.kl_weight != 0) out += token.kl_weight * kl_slope(policy, l, token, ratio);
+    if (token.weight != 0) out += times(token.weight, term_slope(policy, l, token, ratio));
+    if (token.kl_weight != 0) out += token.kl_weight * kl_slope(policy, l, token, log_ratio);
     return out;
 }
 

@@ -1,7 +1,8 @@
 """Advantages from the rewards of groups of samples of one prompt.
 
 `groups` [B] holds one integer a sample, any values in any order; samples with the same integer form a group. Everything
-runs on the rewards' device, without a loop over groups, and without gradient.
+runs on the rewards' device, without a loop over groups, and without gradient, in float64 and on differences from a
+reward of the group: equal rewards have advantages of exactly 0, whatever their dtype and number.
 """
 
 from __future__ import annotations
@@ -25,10 +26,11 @@ def group_relative(rewards: Tensor, groups: Tensor, *, scale: bool = True, eps: 
     tensor([ 0.7100, -0.7100,  0.0000,  0.0000])
     """
     _check("group_relative", rewards, groups)
-    centred, count, index = _centred(rewards.detach(), groups)
-    if not scale:
-        return centred
-    return centred / (_unbiased_std(centred, count, index) + eps)
+    index = _index(groups)
+    centred, count = _centred(rewards, index)
+    if scale:
+        centred = centred / (_unbiased_variance(centred, count, index).sqrt() + eps)
+    return centred.to(rewards.dtype)
 
 
 def rloo(rewards: Tensor, groups: Tensor) -> Tensor:
@@ -41,8 +43,8 @@ def rloo(rewards: Tensor, groups: Tensor) -> Tensor:
     tensor([-1.5000, -3.0000,  4.5000])
     """
     _check("rloo", rewards, groups)
-    centred, count, _ = _centred(rewards.detach(), groups)
-    return centred * count / (count - 1).clamp_min(1)
+    centred, count = _centred(rewards, _index(groups))
+    return (centred * count / (count - 1).clamp_min(1)).to(rewards.dtype)
 
 
 def leave_one_out(rewards: Tensor, groups: Tensor, *, eps: float = 1e-6) -> Tensor:
@@ -56,16 +58,21 @@ def leave_one_out(rewards: Tensor, groups: Tensor, *, eps: float = 1e-6) -> Tens
     tensor([ 0.0000, -2.1200,  2.1200])
     """
     _check("leave_one_out", rewards, groups)
-    centred, count, index = _centred(rewards.detach(), groups)
+    index = _index(groups)
+    centred, count = _centred(rewards, index)
     others = (count - 1).clamp_min(1)
-    # With c the centred rewards, Σ c = 0: the others' mean is −c/(n − 1), their squares sum to Σ c² − c².
+    # With c the centred rewards, Σ c = 0: the others' mean is −c/(n − 1), their squares sum to Σ c² − c² − c²/(n − 1).
     mean = -centred / others
     squares = _sum(centred.square(), index)[index] - centred.square() - others * mean.square()
-    # A difference of sums: what is left of equal rewards is rounding, not a deviation.
-    noise = 16 * torch.finfo(centred.dtype).eps * _sum(centred.square(), index)[index]
-    deviation = (torch.where(squares > noise, squares, 0.0) / (others - 1).clamp_min(1)).sqrt()
+    variance = squares / (others - 1).clamp_min(1)
+    # That is at least a quarter of the largest c², but where the sample with that c² is left out: there it may be
+    # rounding, and the others are summed by themselves.
+    farthest = _farthest(centred, index)
+    of_rest = _unbiased_variance(*_centred(rewards, index, ~farthest), index)
+    variance = torch.where(farthest, of_rest, variance)
     advantage = centred - mean
-    return torch.where((deviation > 0) & (count > 2), advantage / (deviation + eps), advantage)
+    scaled = advantage / (variance.sqrt() + eps)
+    return torch.where((variance > 0) & (count > 2), scaled, advantage).to(rewards.dtype)
 
 
 def reinforce_plus_plus(
@@ -86,10 +93,9 @@ def reinforce_plus_plus(
     tensor([ 0.5477, -0.5477,  1.0954, -1.0954])
     """
     _check("reinforce_plus_plus", rewards, groups)
-    returns = rewards.detach() if groups is None else _centred(rewards.detach(), groups)[0]
-    if mask is None:
-        kept = torch.ones_like(returns, dtype=torch.bool)
-    else:
+    returns = rewards.detach().double() if groups is None else _centred(rewards, _index(groups))[0]
+    kept = torch.ones_like(returns, dtype=torch.bool)
+    if mask is not None:
         if mask.dim() != 2 or mask.shape[0] != rewards.shape[0] or mask.is_floating_point():
             raise ValueError(
                 f"reinforce_plus_plus: mask is {mask.dtype} {list(mask.shape)}; expected bool or integers "
@@ -97,10 +103,13 @@ def reinforce_plus_plus(
             )
         kept = mask != 0
         returns = returns[:, None].expand(mask.shape)
-    count = kept.sum()
-    centred = torch.where(kept, returns - torch.where(kept, returns, 0.0).sum() / count.clamp_min(1), 0.0)
-    variance = centred.square().sum() / (count - 1).clamp_min(1)
-    return centred * (variance + eps).rsqrt()
+    all_one = torch.zeros(kept.numel(), dtype=torch.int64, device=kept.device)
+    centred, count = _centred(returns.reshape(-1), all_one, kept.reshape(-1))
+    variance = _unbiased_variance(centred, count, all_one)
+    if groups is not None and mask is None:
+        # Their mean is 0 but for rounding.
+        centred = returns
+    return (centred * (variance + eps).rsqrt()).reshape(kept.shape).to(rewards.dtype)
 
 
 def _check(where: str, rewards: Tensor, groups: Tensor | None) -> None:
@@ -126,12 +135,33 @@ def _sum(values: Tensor, index: Tensor) -> Tensor:
     return values.new_zeros(max(values.numel(), 1)).index_add_(0, index, values)
 
 
-def _centred(rewards: Tensor, groups: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """rewards − mean of the group [B], size of the group [B], index of the group [B]."""
-    index = torch.unique(groups, return_inverse=True)[1]
-    count = _sum(torch.ones_like(rewards), index)[index]
-    return rewards - (_sum(rewards, index)[index] / count), count, index
+def _index(groups: Tensor) -> Tensor:
+    """The groups' numbers, from 0."""
+    index: Tensor = torch.unique(groups, return_inverse=True)[1]
+    return index
 
 
-def _unbiased_std(centred: Tensor, count: Tensor, index: Tensor) -> Tensor:
-    return (_sum(centred.square(), index)[index] / (count - 1).clamp_min(1)).sqrt()
+def _extreme(values: Tensor, index: Tensor, which: str) -> Tensor:
+    """[B], the "amin" or "amax" of its group."""
+    return torch.zeros_like(values).scatter_reduce_(0, index, values, which, include_self=False)[index]
+
+
+def _centred(rewards: Tensor, index: Tensor, kept: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    """reward − mean of the group [B], size of the group [B], float64; of the kept alone, and 0 for the others."""
+    rewards = rewards.detach().double()
+    kept = torch.ones_like(rewards, dtype=torch.bool) if kept is None else kept
+    lowest = _extreme(torch.where(kept, rewards, torch.inf), index, "amin")
+    above = torch.where(kept, rewards - lowest, 0.0)
+    count = _sum(kept.double(), index)[index]
+    return torch.where(kept, above - _sum(above, index)[index] / count, 0.0), count
+
+
+def _unbiased_variance(centred: Tensor, count: Tensor, index: Tensor) -> Tensor:
+    return _sum(centred.square(), index)[index] / (count - 1).clamp_min(1)
+
+
+def _farthest(centred: Tensor, index: Tensor) -> Tensor:
+    """[B] bool: in each group, the first of those with the largest |centred|."""
+    size, place = centred.abs(), torch.arange(centred.numel(), device=centred.device)
+    candidates = size == _extreme(size, index, "amax")
+    return place == _extreme(torch.where(candidates, place, centred.numel()), index, "amin")

@@ -101,7 +101,7 @@ def policy_loss(
         dual_clip: 1 or more; bounds the clipped loss by −dual_clip·A where A < 0. Default off (verl: 3).
         delta: upper bound of the unclipped ratio (two-sided GRPO, TRL); for dppo of the weight, there 20. Default off.
         log_ratio_clamp: the log-ratio at its level is clamped to ±this, or (low, high). Default 20, as in verl; off in
-            TRL and NeMo-RL, where a ratio that overflows may give NaN.
+            TRL and NeMo-RL, where a loss that no other bound holds may then overflow.
         sapo_temperatures: for A > 0 and otherwise; (1, 1.05).
         vespo_positive, vespo_negative: (k, λ) for A ≥ 0, (2, 3), and for A < 0, (3, 2).
         cov_selection: "clip" drops `cov_fraction` (2e-4) of the tokens, drawn from torch's random numbers, among those

@@ -49,7 +49,7 @@ def assemble(batch: Batch, options: PolicyOptions, shape: torch.Size) -> PolicyL
     if options.entropy_quantile < 1:
         kept = highest_entropy(batch.entropy, batch.valid, options.entropy_quantile)
     per_token = torch.where(_selected(batch, kept, options), weighted(term.per_token, batch, weight, options), 0.0)
-    kl = _kl(batch, level, options)
+    kl = _kl(batch, tokens, options)
     if kl is not None and options.kl_coef != 0:
         per_token = per_token + torch.where(batch.valid, options.kl_coef * kl, 0.0)
 
@@ -75,13 +75,10 @@ def _selected(batch: Batch, kept: Tensor, options: PolicyOptions) -> Tensor:
     )
 
 
-def _kl(batch: Batch, level: Tensor, options: PolicyOptions) -> Tensor | None:
+def _kl(batch: Batch, tokens: Tokens, options: PolicyOptions) -> Tensor | None:
     if batch.exact_kl is not None:
         return batch.exact_kl
-    if batch.reference is None:
-        return None
-    kl = sampled_kl(batch.logprob, batch.reference, options)
-    return kl * level.exp() if options.kl_bias_correction else kl
+    return None if batch.reference is None else sampled_kl(tokens, batch.reference, options)
 
 
 def _metrics(

@@ -1,4 +1,4 @@
-r"""The policy term of every loss type, per token [B, T], in plain PyTorch; gradients by autograd.
+r"""The policy term of every loss type, per token [B, T], in plain PyTorch; gradients by autograd and `policy_slopes`.
 
 Notation: π policy, μ the anchor (old) policy, A advantage, m mask, sg[·] no gradient;
 d_t = log π(y_t) − log μ(y_t), and w_t = d_t (token), Σ d m / Σ m (sequence) or Σ d m (sequence_sum); r = exp(w).
@@ -15,6 +15,9 @@ d_t = log π(y_t) − log μ(y_t), and w_t = d_t (token), Σ d m / Σ m (sequenc
     dppo_tv, dppo_kl                         −sg[min(r, delta)]·A·log π where the sampled token's probability has not
                                              moved too far in the direction of A                      [arXiv 2602.04879]
 
+Where a ratio overflows, the value and the gradient are those of the formula: a bound holds, and what it cuts off has
+the gradient 0; A = 0 makes the term 0.
+
 Sources: TRL 1.16 `GRPOTrainer._compute_loss` and `experimental.gmpo`, verl `core_algos`.
 """
 
@@ -27,6 +30,7 @@ import torch
 from torch import Tensor
 
 from kldiv_kernels.policy_options import CLIPPED, PolicyOptions, bounds
+from kldiv_kernels.policy_slopes import exp, times, with_slope
 
 # TRL's limits of the log of VESPO's sequence weight: 1e-8 to e^20, and of a token's contribution to it.
 _VESPO_LOW, _VESPO_HIGH = math.log(1e-8), 20.0
@@ -87,10 +91,10 @@ def policy_term(tokens: Tokens, options: PolicyOptions, log_weight: Tensor | Non
 
 
 def clipped_surrogate(tokens: Tokens, options: PolicyOptions) -> PolicyTerm:
-    advantages, ratio = tokens.advantages, tokens.level_log_ratio.exp()
+    advantages, ratio = tokens.advantages, exp(tokens.level_log_ratio)
     low, high = ratio_bounds(options)
     unclipped = ratio.clamp(max=options.delta) if options.delta < math.inf else ratio
-    loss = -torch.min(unclipped * advantages, ratio.clamp(low, high) * advantages)
+    loss = -torch.min(times(unclipped, advantages), times(ratio.clamp(low, high), advantages))
     clipped = {"low": (ratio < low) & (advantages < 0), "high": (ratio > high) & (advantages > 0)}
     if options.dual_clip < math.inf:
         most = -options.dual_clip * advantages
@@ -139,17 +143,23 @@ def _largest(key: Tensor, candidates: Tensor, mask: Tensor, fraction: float) -> 
     return (rank < wanted).reshape(key.shape) & candidates
 
 
+def score(tokens: Tokens, weight: Tensor) -> Tensor:
+    """−weight·A·log π, of which log π alone has a gradient."""
+    return -times(tokens.logprob, times(weight, tokens.advantages))
+
+
 def cispo(tokens: Tokens, options: PolicyOptions) -> PolicyTerm:
     low, high = ratio_bounds(options)
     ratio = tokens.level_log_ratio.detach().exp()
-    loss = -ratio.clamp(low, high) * tokens.advantages * tokens.logprob
     return PolicyTerm(
-        loss, {"low": (ratio < low) & (tokens.advantages < 0), "high": (ratio > high) & (tokens.advantages > 0)}
+        score(tokens, ratio.clamp(low, high)),
+        {"low": (ratio < low) & (tokens.advantages < 0), "high": (ratio > high) & (tokens.advantages > 0)},
     )
 
 
 def sapo(tokens: Tokens, options: PolicyOptions) -> PolicyTerm:
-    beyond = torch.expm1(tokens.level_log_ratio)
+    w = tokens.level_log_ratio
+    beyond = with_slope(torch.expm1(w.detach()), w, w.detach().exp())
     positive, negative = (4 / t * torch.sigmoid(t * beyond) for t in options.sapo_temperatures)
     return PolicyTerm(-torch.where(tokens.advantages > 0, positive, negative) * tokens.advantages)
 
@@ -165,7 +175,7 @@ def vespo(tokens: Tokens, options: PolicyOptions, log_weight: Tensor | None) -> 
             for k, rate in (options.vespo_positive, options.vespo_negative)
         )
         phi = torch.where(tokens.advantages >= 0, positive, negative).nan_to_num(nan=0.0, posinf=0.0)
-    return PolicyTerm(-phi * tokens.advantages * tokens.logprob)
+    return PolicyTerm(score(tokens, phi))
 
 
 def gmpo(tokens: Tokens, options: PolicyOptions) -> PolicyTerm:
@@ -178,17 +188,17 @@ def gmpo(tokens: Tokens, options: PolicyOptions) -> PolicyTerm:
         "low": (ratio < -options.clip_low) & (advantages < 0),
         "high": (ratio > options.clip_high) & (advantages > 0),
     }
-    return PolicyTerm(-advantages * mean.exp(), clipped)
+    return PolicyTerm(-times(exp(mean).expand_as(advantages), advantages), clipped)
 
 
 def reinforce(tokens: Tokens, options: PolicyOptions) -> PolicyTerm:
-    return PolicyTerm(-tokens.advantages * tokens.logprob)
+    return PolicyTerm(score(tokens, torch.ones_like(tokens.advantages)))
 
 
 def topr(tokens: Tokens, options: PolicyOptions) -> PolicyTerm:
     tapered = tokens.level_log_ratio.detach().exp().clamp_max(1)
     weight = torch.where(tokens.advantages >= 0, 1.0, tapered)
-    return PolicyTerm(-weight * tokens.advantages * tokens.logprob)
+    return PolicyTerm(score(tokens, weight))
 
 
 def dppo(tokens: Tokens, options: PolicyOptions) -> PolicyTerm:
@@ -205,5 +215,5 @@ def dppo(tokens: Tokens, options: PolicyOptions) -> PolicyTerm:
     weight = tokens.level_log_ratio.detach().exp().clamp_max(options.delta)
     # NaN is not dropped, but seen.
     kept = torch.where(tokens.advantages > 0, up, down) | (logprob + anchor).isnan()
-    loss = torch.where(kept, -weight * tokens.advantages * tokens.logprob, 0.0)
+    loss = torch.where(kept, score(tokens, weight), 0.0)
     return PolicyTerm(loss, {"low": ~down & (tokens.advantages < 0), "high": ~up & (tokens.advantages > 0)})

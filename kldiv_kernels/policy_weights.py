@@ -21,25 +21,61 @@ import torch
 from torch import Tensor
 
 from kldiv_kernels.policy_inputs import Batch
-from kldiv_kernels.policy_options import PolicyOptions
+from kldiv_kernels.policy_options import PolicyOptions, bounds
+from kldiv_kernels.policy_slopes import product, times, with_slope
+from kldiv_kernels.policy_terms import Tokens
+
+# Above it e^x − x − 1 is e^x in every precision, and e^x is finite in float32.
+_LARGE = 80.0
 
 
-def sampled_kl(logprob: Tensor, reference: Tensor, options: PolicyOptions) -> Tensor:
-    """The estimator `options.kl_estimator`, per token, before the bias correction."""
-    x = reference - logprob
-    if options.kl_log_ratio_clamp < math.inf:
-        x = x.clamp(-options.kl_log_ratio_clamp, options.kl_log_ratio_clamp)
+def sampled_kl(tokens: Tokens, reference: Tensor, options: PolicyOptions) -> Tensor:
+    """The estimator `options.kl_estimator`, per token, and its gradient; with the bias correction, if it is on.
+
+    With k(x) the estimate and w the log-ratio at its level, d(k·e^w) = k'·e^w·d(w − log π) + (k − k')·e^w·dw. For k3
+    k − k' is −x, whose digits a difference of two products would lose; the first part is 0 where w moves with this
+    token's log π alone, and then k' may be infinite.
+    """
+    k, slope, rest, shift = _estimate(reference - tokens.logprob.detach(), options)
+    if options.kl_estimator == "k3_plus":
+        return with_slope(k, tokens.logprob, rest)
+    if not options.kl_bias_correction:
+        return with_slope(k, tokens.logprob, -slope)
+    w, (low, high) = tokens.level_log_ratio.detach(), bounds(options.log_ratio_clamp)
+    scale = (w + shift).exp()
+    value = product(k, scale)
+    alone = (w > low) & (w < high)
+    if options.importance_level != "token":
+        alone = alone & (tokens.mask.sum(-1, keepdim=True) == 1)
+    apart = torch.where(alone, 0.0, tokens.level_log_ratio - tokens.logprob)
+    by_level = torch.where(slope == 0, value, product(rest, w.exp()))
+    return with_slope(with_slope(value, apart, product(slope, scale)), tokens.level_log_ratio, by_level)
+
+
+def _estimate(apart: Tensor, options: PolicyOptions) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """k, k' by x, k − k' and the exponent by whose power k and k' are to be multiplied, of x = `apart` before clamps.
+
+    k' is 0 where a clamp holds. The exponent is above 0 where e^x, but not necessarily e^x times the ratio, overflows.
+    """
+    x = apart.clamp(-options.kl_log_ratio_clamp, options.kl_log_ratio_clamp)
+    shift = torch.zeros_like(x)
     if options.kl_estimator == "k1":
-        kl = -x
+        k, slope = -x, torch.full_like(x, -1)
     elif options.kl_estimator == "k2":
-        kl = x.square() / 2
+        k, slope = x.square() / 2, x
     elif options.kl_estimator == "abs":
-        kl = x.abs()
+        k, slope = x.abs(), x.sign()
     else:
-        kl = torch.expm1(x) - x
-    if options.kl_clamp < math.inf:
-        kl = kl.clamp(-options.kl_clamp, options.kl_clamp)
-    return kl * (logprob - logprob.detach()).exp() if options.kl_estimator == "k3_plus" else kl
+        base = x.clamp(max=_LARGE)
+        if options.kl_bias_correction and options.kl_clamp == math.inf:
+            slope, shift = torch.expm1(base), x - base
+        else:
+            slope = torch.expm1(x)
+        k = slope - base
+    rest = -x if options.kl_estimator in ("k3", "k3_plus") else k - slope
+    held = (apart.abs() > options.kl_log_ratio_clamp) | (k.abs() > options.kl_clamp)
+    k = k.clamp(-options.kl_clamp, options.kl_clamp)
+    return k, torch.where(held, 0.0, slope), torch.where(held, k, rest), shift
 
 
 def off_policy_weight(batch: Batch, options: PolicyOptions) -> Tensor | None:
@@ -87,8 +123,8 @@ def weighted(values: Tensor, batch: Batch, weight: Tensor | None, options: Polic
     """Values of the policy term times the off-policy weight and the caller's."""
     # VESPO has the off-policy weight inside its own.
     if weight is not None and options.loss_type != "vespo":
-        values = values * weight
-    return values if batch.weights is None else values * batch.weights
+        values = times(values, weight)
+    return values if batch.weights is None else times(values, batch.weights)
 
 
 def aggregation_weights(

@@ -1,12 +1,16 @@
-"""Advantages against loops over the groups in float64."""
+"""Advantages against loops over the groups, in float64 and in fractions."""
 
 from __future__ import annotations
 
 import re
+import statistics
 from collections.abc import Callable
+from fractions import Fraction
 
 import pytest
 import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 from torch import Tensor
 
 from kldiv_kernels import advantages
@@ -30,7 +34,7 @@ def _per_group(function: Callable[[list[float], int], float], rewards: Tensor) -
 
 
 def _std(x: list[float]) -> float:
-    return torch.tensor(x, dtype=torch.float64).std().item() if len(x) > 1 else 0.0
+    return statistics.stdev(x) if len(x) > 1 else 0.0
 
 
 def _mean(x: list[float]) -> float:
@@ -79,6 +83,66 @@ def test_leave_one_out_where_the_others_agree() -> None:
         got = advantages.leave_one_out(torch.tensor([0.1, 0.1, 0.1, 0.9], dtype=dtype), torch.zeros(4).long())
         assert got[3].item() == pytest.approx(0.8)
         assert got[:3].abs().max() < 1
+
+
+REINFORCE: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
+    "batch": lambda r, g: advantages.reinforce_plus_plus(r),
+    "groups": advantages.reinforce_plus_plus,
+    "tokens": lambda r, g: advantages.reinforce_plus_plus(r, None, torch.rand(len(r), 3) < 0.7),
+    "tokens of groups": lambda r, g: advantages.reinforce_plus_plus(r, g, torch.rand(len(r), 3) < 0.7),
+}
+DTYPES = [torch.bfloat16, torch.float16, torch.float32, torch.float64]
+_generated = settings(
+    max_examples=100, deadline=None, derandomize=True, suppress_health_check=[HealthCheck.function_scoped_fixture]
+)
+
+
+@pytest.mark.parametrize("name", [*EXPECTED, *REINFORCE])
+@_generated
+@given(
+    st.sampled_from(DTYPES), st.sampled_from([1, 2, 3, 7, 8, 16, 100, 300, 1000]), st.floats(-100, 100),
+    st.floats(1e-8, 1e-3),
+)  # fmt: skip
+def test_equal_rewards_have_no_advantage(name: str, dtype: torch.dtype, size: int, reward: float, eps: float) -> None:
+    """Exactly: a mean that rounds is divided by the standard deviation of nothing but its own rounding."""
+    equal = torch.full((size,), reward, dtype=dtype)
+    if name in REINFORCE:
+        assert not REINFORCE[name](equal, torch.zeros(size).long()).any()
+    if name not in (*EXPECTED, "groups"):
+        return
+    # Beside groups that do not agree, in any order.
+    order = torch.randperm(size + 9)
+    rewards = torch.cat([equal, (50 * torch.randn(9)).to(dtype)])[order]
+    groups = torch.cat([torch.full((size,), 3), torch.tensor([8] * 5 + [1] * 4)])[order]
+    function = REINFORCE[name] if name in REINFORCE else EXPECTED[name][0]
+    got = function(rewards, groups)
+    assert got.dtype == dtype
+    assert not got[groups == 3].any()
+    assert got[groups != 3].all()
+    assert got.isfinite().all()
+
+
+@pytest.mark.parametrize("name", EXPECTED)
+@_generated
+@given(
+    st.sampled_from(DTYPES), st.integers(2, 12), st.sampled_from([0.0, 1e-3, 1.0, 30.0]),
+    st.sampled_from([0.0, 1.0, 100.0, 1e4]), st.sampled_from([0.0, 1e3, 3e4]), st.integers(0, 1000),
+)  # fmt: skip
+def test_offsets_and_outliers(
+    name: str, dtype: torch.dtype, size: int, spread: float, offset: float, outlier: float, seed: int
+) -> None:
+    """Rewards far from 0, nearly equal, or one far from the others, in all dtypes: the definition, rounded once."""
+    generator = torch.Generator().manual_seed(seed)
+    rewards = offset + spread * torch.randn(size, generator=generator, dtype=torch.float64)
+    rewards[seed % size] += outlier
+    rewards = rewards.to(dtype)
+    function, formula = EXPECTED[name]
+    members = [Fraction(x) for x in rewards.tolist()]
+    # Beyond float16's range an advantage is infinite, below it 0.
+    expected = torch.tensor([float(formula(members, i)) for i in range(size)], dtype=torch.float64).to(dtype)
+    got = function(rewards, torch.zeros(size).long())
+    relative = max(torch.finfo(dtype).eps, 1e-9)
+    assert torch.allclose(got.double(), expected.double(), rtol=relative, atol=relative * torch.finfo(dtype).tiny)
 
 
 @pytest.mark.parametrize("grouped", [True, False])

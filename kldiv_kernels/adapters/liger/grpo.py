@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from kldiv_kernels import inputs
 from kldiv_kernels.policy_options import CLIPPED, PolicyOptions, resolve
+from kldiv_kernels.policy_slopes import times
 from kldiv_kernels.policy_terms import Tokens, level_log_ratio, policy_term
 from kldiv_kernels.policy_weights import aggregate, sampled_kl
 from kldiv_kernels.stats import selective_log_softmax
@@ -112,12 +113,12 @@ def triton_grpo_loss(
     log_weight = None
     if loss_type == "vespo" and ratio is not None and vllm_is_ratio is not None:
         log_weight = _once(ratio.log(), valid, vllm_is_ratio)
-    term = policy_term(Tokens(logprob, old, advantages, valid, log_ratio, level), options, log_weight)
-    loss = term.per_token if ratio is None or loss_type == "vespo" else term.per_token * ratio
+    tokens = Tokens(logprob, old, advantages, valid, log_ratio, level)
+    term = policy_term(tokens, options, log_weight)
+    loss = term.per_token if ratio is None or loss_type == "vespo" else times(term.per_token, ratio)
     kl = None
     if beta != 0 and ref_logp is not None:
-        kl = sampled_kl(logprob, torch.where(valid, ref_logp.detach().to(now.dtype), now), options)
-        kl = kl * level.exp() if options.kl_bias_correction else kl
+        kl = sampled_kl(tokens, torch.where(valid, ref_logp.detach().to(now.dtype), now), options)
         loss = loss + beta * kl
         kl = torch.where(valid, kl.detach(), 0.0)
     loss = torch.where(valid, loss, 0.0)

@@ -46,6 +46,7 @@ from torch import Tensor
 from kldiv_kernels.adapters.verl.aggregation import agg_loss
 from kldiv_kernels.adapters.verl.config import read
 from kldiv_kernels.policy_options import PolicyOptions, resolve
+from kldiv_kernels.policy_slopes import times
 from kldiv_kernels.policy_terms import PolicyTerm, Tokens, level_log_ratio, policy_term, ratio_bounds
 from kldiv_kernels.policy_weights import aggregate
 
@@ -92,7 +93,8 @@ def _policy_loss(name: str) -> PolicyLossFn:
         if name == "dro":
             per_token = per_token + _dro_beta(where, config) / 2 * log_ratio.square()
         if rollout_is_weights is not None:
-            per_token = per_token * _weights(name, torch.where(valid, rollout_is_weights.detach(), 1.0), valid)
+            weights = _weights(name, torch.where(valid, rollout_is_weights.detach(), 1.0), valid)
+            per_token = times(per_token, weights.expand_as(per_token))
         if name == "geo_mean":
             total = aggregate(per_token, valid, "seq-mean-token-mean", None, count_empty=True)
         else:
