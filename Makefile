@@ -9,11 +9,13 @@
 #         needs packages of its own. verl 0.9.1 says Python < 3.13; its losses do not mind.
 # DEMO_OPTIONS  options of `kldiv demo`.
 # GPU_CHECK_OPTIONS  options of benchmarks/gpu_check.py.
+# FUZZ_EXAMPLES, FUZZ_OPTIONS  how many rows each property of `make fuzz` gets, and options of its pytest.
 PYTHON ?= python3
 TORCH ?= torch==2.13.0
 PEERS ?= liger-kernel==0.8.5 verl==0.9.1 tensordict==0.15.3 omegaconf==2.4.0 codetiming==1.4.0 pyvers==0.2.3 \
 	cloudpickle==3.1.3 orjson==3.13.0
 DEMO_OPTIONS ?= --output runs/demo
+FUZZ_EXAMPLES ?= 40000
 
 VENV := .venv
 PY := $(VENV)/bin/python
@@ -22,14 +24,14 @@ CUDA_HOST_SOURCES := $(shell find tests/cuda_host -name '*.h' -o -name '*.cpp' 2
 CXX_SOURCES := $(filter %.h %.cpp %.cuh %.cu,$(SOURCES)) $(CUDA_HOST_SOURCES)
 # What Triton's interpreter runs: the shared suite on the Triton backend (thinned, see tests/conftest.py), and its own.
 INTERPRETED_TESTS := $(addprefix tests/test_,$(addsuffix .py,statistics contract small_divergences autograd losses \
-	golden topk triton triton_launch triton_topk adapters_liger_parity))
+	golden user_rows topk triton triton_launch triton_topk adapters_liger_parity))
 # The shared suite on the cuda backend, its kernels compiled for the host and run by a model of a GPU.
 CUDA_HOST_TESTS := $(addprefix tests/test_,$(addsuffix .py,statistics contract small_divergences autograd losses golden \
-	determinism properties large policy policy_one_read topk topk_one_read topk_cuda labels_cuda \
+	user_rows determinism properties large policy policy_one_read topk topk_one_read topk_cuda labels_cuda \
 	cuda_one_read cuda_one_read_limits))
 PYTHON_SOURCES := $(wildcard kldiv_kernels tests benchmarks setup.py)
 
-.PHONY: demo test lint format sanitize bench gpu-check clean
+.PHONY: demo test lint format fuzz sanitize bench gpu-check clean
 
 demo: $(VENV)/.installed
 	$(VENV)/bin/kldiv demo $(DEMO_OPTIONS)
@@ -50,6 +52,10 @@ format: $(VENV)/.installed
 	$(PY) -m ruff check --fix $(PYTHON_SOURCES)
 	$(PY) -m ruff format $(PYTHON_SOURCES)
 	$(if $(CXX_SOURCES),$(VENV)/bin/clang-format -i $(CXX_SOURCES))
+
+# Rows as users have them, others at every call, for about ten minutes: what `make test` has no time for.
+fuzz: $(VENV)/.installed
+	KLDIV_FUZZ_EXAMPLES=$(FUZZ_EXAMPLES) $(PY) -m pytest -n 2 tests/test_user_rows.py $(FUZZ_OPTIONS)
 
 # The library built with AddressSanitizer and UndefinedBehaviorSanitizer, under the kernel tests.
 sanitize: $(VENV)/.installed

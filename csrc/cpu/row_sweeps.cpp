@@ -84,17 +84,19 @@ FirstSweep Row::first_sweep(int64_t block) const {
             const bool by_student = first_is_student(i);
             const float m_first = by_student ? m_s : m_t, m_second = by_student ? m_t : m_s;
             OnlineState& online = tile.online[i];
-            // The estimate so far, at first that of the row's first tile, where its columns have mass to speak of and
-            // the tile's rows are not so far apart that their exponentials leave the range of floats. Else the tile's
-            // own, from a sweep for its sums: moving away from an estimate that is off by 1 would cost the digits of a
-            // small divergence.
-            const SoftmaxState& first = by_student ? tile.s : tile.t;
+            // The estimate so far, at first that of the row's first tile, where the columns so far have mass to speak
+            // of in both rows, and the tile's rows are not so far apart that their exponentials leave the range of
+            // floats. Else the tile's own, from a sweep for its sums: a term that is taken under an estimate that is
+            // off by 1 and moved away from it has lost the digits of a small divergence, and under one that is off by
+            // 20 all.
             const bool first_tile = !out.online[i].started;
             const SoftmaxState &s = first_tile ? anchor_s_ : out.s, &t = first_tile ? anchor_t_ : out.t;
-            const SoftmaxState& so_far = by_student ? s : t;
+            const auto weighty = [](const SoftmaxState& so_far, const SoftmaxState& tile_state) {
+                return so_far.z * std::exp2(so_far.m - tile_state.m) >= 0.5;
+            };
             const double sign = by_student ? -1 : 1, apart = sign * (double(m_t) - m_s) * kExponentToLog;
             double delta = apart;
-            bool known = so_far.z * std::exp2(so_far.m - first.m) >= 0.5;
+            bool known = weighty(s, tile.s) && weighty(t, tile.t);
             if (known) {
                 delta = (first_tile ? sign * (t.lse() - s.lse()) : out.online[i].delta) - sign * between;
                 known = std::fabs(delta - apart) < 20;
@@ -106,7 +108,7 @@ FirstSweep Row::first_sweep(int64_t block) const {
             if (!std::isfinite(delta)) delta = 0;
             const float d = static_cast<float>(first_tile || !known ? round_to_grid(delta) : delta);
             online.delta = d + sign * between;
-            online.m = first.m;
+            online.m = by_student ? tile.s.m : tile.t.m;
             online.started = true;
             const double kappa = std::exp(d - apart);
             const OnlineTile how{m_first, m_second, d, static_cast<float>(kappa)};

@@ -47,20 +47,35 @@ void scale_tile(void* data, int columns, float factor) {
 // --- first sweep: sums of one row, and of two --------------------------------------------------------------------
 inline Floats exponent(Floats x, Floats m) { return fma(x, broadcast(kLog2e), -m); }
 
+// Sums go a run of columns at a time: thousands of equal terms, added to one large term one after the other, would
+// round the same way each time.
+constexpr int kRun = 16 * Floats::lanes;
+
 inline double sum_exp(const float* x, int columns, float m) {
     const Floats reference = broadcast(m);
     Floats z = broadcast(0.0f);
-    for (int i = 0; i < columns; i += Floats::lanes) z = z + exp2(exponent(load(x + i), reference));
+    for (int begin = 0; begin < columns; begin += kRun) {
+        const int end = std::min(columns, begin + kRun);
+        Floats run = broadcast(0.0f);
+        for (int i = begin; i < end; i += Floats::lanes) run = run + exp2(exponent(load(x + i), reference));
+        z = z + run;
+    }
     return sum(z);
 }
 
 inline void sum_exp_entropy(const float* x, int columns, float m, double* z_out, double* a_out) {
     const Floats reference = broadcast(m);
     Floats z = broadcast(0.0f), a = broadcast(0.0f);
-    for (int i = 0; i < columns; i += Floats::lanes) {
-        const Floats y = exponent(load(x + i), reference), e = exp2(y);
-        z = z + e;
-        a = fma(e, y, a);
+    for (int begin = 0; begin < columns; begin += kRun) {
+        const int end = std::min(columns, begin + kRun);
+        Floats run_z = broadcast(0.0f), run_a = broadcast(0.0f);
+        for (int i = begin; i < end; i += Floats::lanes) {
+            const Floats y = exponent(load(x + i), reference), e = exp2(y);
+            run_z = run_z + e;
+            run_a = fma(e, y, run_a);
+        }
+        z = z + run_z;
+        a = a + run_a;
     }
     *z_out = sum(z);
     *a_out = -sum(a) * kExponentToLog;
@@ -76,21 +91,28 @@ __attribute__((flatten)) void online_kl(const float* s, const float* t, int colu
     const Floats ms = broadcast(tile.m_second), mt = broadcast(tile.m_first), d = broadcast(tile.delta);
     const Floats k = broadcast(tile.kappa);
     Floats zs = broadcast(0.0f), zt = broadcast(0.0f), g = broadcast(0.0f);
-    for (int i = 0; i < columns; i += Floats::lanes) {
-        const Floats second = load(s + i), first = load(t + i);
-        const Floats q = exp2(exponent(second, ms)), p = exp2(exponent(first, mt));
-        // Nearly exact where the rows are close, and the same but for its sign with the rows exchanged.
-        const Floats u = (first - second) - d;
-        zs = zs + q;
-        zt = zt + p;
-        g = g + kl_term(p, q * k, u);
-        if constexpr (park == Park::both) {
-            store(x + i, q);
-            store(y + i, p);
-        } else if constexpr (park == Park::weighted) {
-            store(x + i, p);
-            store(y + i, p * u);
+    for (int begin = 0; begin < columns; begin += kRun) {
+        const int end = std::min(columns, begin + kRun);
+        Floats run_s = broadcast(0.0f), run_t = broadcast(0.0f), run_g = broadcast(0.0f);
+        for (int i = begin; i < end; i += Floats::lanes) {
+            const Floats second = load(s + i), first = load(t + i);
+            const Floats q = exp2(exponent(second, ms)), p = exp2(exponent(first, mt));
+            // Nearly exact where the rows are close, and the same but for its sign with the rows exchanged.
+            const Floats u = (first - second) - d;
+            run_s = run_s + q;
+            run_t = run_t + p;
+            run_g = run_g + kl_term(p, q * k, u);
+            if constexpr (park == Park::both) {
+                store(x + i, q);
+                store(y + i, p);
+            } else if constexpr (park == Park::weighted) {
+                store(x + i, p);
+                store(y + i, p * u);
+            }
         }
+        zs = zs + run_s;
+        zt = zt + run_t;
+        g = g + run_g;
     }
     *sums = {sum(zs), sum(zt), sum(g)};
 }
@@ -101,17 +123,24 @@ __attribute__((flatten)) void online_hellinger(const float* s, const float* t, i
     const Floats ms = broadcast(0.5f * tile.m_second), mt = broadcast(0.5f * tile.m_first);
     const Floats half = broadcast(0.5f * kLog2e), k = broadcast(std::sqrt(tile.kappa));
     Floats zs = broadcast(0.0f), zt = broadcast(0.0f), g = broadcast(0.0f);
-    for (int i = 0; i < columns; i += Floats::lanes) {
-        const Floats root_q = exp2(fma(load(s + i), half, -ms)), root_p = exp2(fma(load(t + i), half, -mt));
-        const Floats q = root_q * root_q;
-        zs = zs + q;
-        zt = zt + root_p * root_p;  // rounded as q is: equal rows have equal sums
-        const Floats difference = root_p - root_q * k;
-        g = fma(difference, difference, g);
-        if constexpr (park != Park::none) {
-            store(x + i, q);
-            store(y + i, root_p * root_q);
+    for (int begin = 0; begin < columns; begin += kRun) {
+        const int end = std::min(columns, begin + kRun);
+        Floats run_s = broadcast(0.0f), run_t = broadcast(0.0f), run_g = broadcast(0.0f);
+        for (int i = begin; i < end; i += Floats::lanes) {
+            const Floats root_q = exp2(fma(load(s + i), half, -ms)), root_p = exp2(fma(load(t + i), half, -mt));
+            const Floats q = root_q * root_q;
+            run_s = run_s + q;
+            run_t = run_t + root_p * root_p;  // rounded as q is: equal rows have equal sums
+            const Floats difference = root_p - root_q * k;
+            run_g = fma(difference, difference, run_g);
+            if constexpr (park != Park::none) {
+                store(x + i, q);
+                store(y + i, root_p * root_q);
+            }
         }
+        zs = zs + run_s;
+        zt = zt + run_t;
+        g = g + run_g;
     }
     *sums = {sum(zs), sum(zt), 0.5 * sum(g)};
 }
@@ -158,10 +187,8 @@ __attribute__((flatten)) void terms(const float* s, const float* t, int columns,
     const Normaliser<D> normaliser(row);
     const double unknown[kRowConstants] = {};
     const typename D::template Constants<Floats> constants(row.alpha, row.beta, unknown);
-    // A run at a time: thousands of equal terms, one after the other, would round the same way each time.
-    constexpr int run = 32 * Floats::lanes;
-    for (int begin = 0; begin < columns; begin += run) {
-        const int end = std::min(columns, begin + run);
+    for (int begin = 0; begin < columns; begin += kRun) {
+        const int end = std::min(columns, begin + kRun);
         Floats totals[D::sums], out[D::sums];
         for (Floats& total : totals) total = broadcast(0.0f);
         for (int i = begin; i < end; i += Floats::lanes) {
