@@ -1,8 +1,7 @@
 """Checks and normalises the arguments of the public functions, once, above the backends.
 
 Everything here costs O(tokens): the logits themselves are neither read nor copied. Values on the device (labels,
-excluded columns, parameters per token) are checked too, which waits for the device; not under torch.compile, nor while
-a CUDA graph is captured.
+excluded columns, parameters per token) are checked too, which waits for the device; not where `may_look_at` says no.
 """
 
 from __future__ import annotations
@@ -11,6 +10,8 @@ from collections.abc import Iterable
 
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor
+from torch.fx.experimental.proxy_tensor import get_proxy_mode
 
 from kldiv_kernels import backends, registry
 from kldiv_kernels.backends import Call
@@ -156,7 +157,7 @@ def _shape(tensor: Tensor) -> list[int]:
 def shared_columns(where: str, logits: Tensor, reference: Tensor | None, vocab_size: int | None) -> int:
     """The number of columns that are no padding, in both."""
     columns = logits.shape[-1] if vocab_size is None else vocab_size
-    if not isinstance(columns, int) or not 1 <= columns <= logits.shape[-1]:
+    if not isinstance(columns, (int, torch.SymInt)) or not 1 <= columns <= logits.shape[-1]:
         raise ValueError(f"{where}: vocab_size is {vocab_size}; expected 1 to {logits.shape[-1]}, the width of logits")
     if reference is None:
         return columns
@@ -228,9 +229,12 @@ def _exclude(where: str, exclude: Tensor | None, logits: Tensor, leading: torch.
     return table
 
 
-def _may_look_at(tensor: Tensor) -> bool:
-    """Whether values may decide what happens: not while torch.compile traces, nor while a CUDA graph is captured."""
-    if torch.compiler.is_compiling():
+def may_look_at(tensor: Tensor) -> bool:
+    """Whether values may decide what happens: not where a call is traced, transformed by torch.func or captured in a
+    CUDA graph, and of no tensor that has none."""
+    if torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active():
+        return False
+    if isinstance(tensor, FakeTensor) or tensor.device.type == "meta" or get_proxy_mode() is not None:
         return False
     return tensor.device.type != "cuda" or not torch.cuda.is_current_stream_capturing()
 
@@ -238,7 +242,7 @@ def _may_look_at(tensor: Tensor) -> bool:
 def _in_range(
     where: str, name: str, table: Tensor, allowed: Tensor, low: int, high: int, shape: torch.Size, also: str
 ) -> None:
-    if not _may_look_at(table):
+    if not may_look_at(table):
         return
     wrong = ~allowed & ((table < low) | (table >= high))
     if bool(wrong.any()):
@@ -313,7 +317,7 @@ def _parameter_type(where: str, name: str, value: Parameter, logits: Tensor, lea
 
 def _bounded(where: str, name: str, value: Parameter, bound: Bound, purpose: str) -> None:
     if isinstance(value, Tensor):
-        if not _may_look_at(value):
+        if not may_look_at(value):
             return
         outside = value[~torch.as_tensor(bound.allows(value))].reshape(-1)
         wrong = outside[0].item() if outside.numel() else None

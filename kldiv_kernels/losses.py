@@ -109,7 +109,8 @@ def token_scale(
     temperature: Parameter | None,
 ) -> Tensor:
     """What each token's divergence counts in a loss, [N]; `mask` [N], a temperature where it enters squared."""
-    rows = logits.shape[:-1].numel()
+    # Not shape.numel(), which torch.export makes a constant.
+    rows = logits.numel() // logits.shape[-1]
     dtype = torch.float64 if logits.dtype == torch.float64 else torch.float32
     scale = torch.ones(rows, dtype=dtype, device=logits.device) if weight is None else weight.reshape(-1).to(dtype)
     if temperature is not None:

@@ -21,7 +21,7 @@ from kldiv_kernels.backends import Call
 
 _CALL_SCHEMA = (
     "Tensor logits, Tensor? reference, Tensor? labels, Tensor? mask, Tensor? exclude, Tensor? token_parameters, "
-    "float[] parameters, str[] stats, int vocab_size, str backend"
+    "float[] parameters, str[] stats, SymInt vocab_size, str backend"
 )
 _CALL_ARGUMENTS = 10
 
@@ -121,7 +121,7 @@ _library.define(
 _library.define(
     f"topk({_CALL_SCHEMA}, Tensor teacher, Tensor scale, str kind, float alpha, float beta) -> (Tensor, Tensor, Tensor)"
 )
-_library.define("largest(Tensor logits, Tensor? mask, int k, int columns) -> Tensor")
+_library.define("largest(Tensor logits, Tensor? mask, int k, SymInt columns) -> Tensor")
 _library.define("with_gradient(Tensor value, Tensor logits, Tensor dlogits) -> Tensor")
 
 
