@@ -13,7 +13,7 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
 from torch.fx.experimental.proxy_tensor import get_proxy_mode
 
-from kldiv_kernels import backends, registry
+from kldiv_kernels import autograd, backends, registry
 from kldiv_kernels.backends import Call
 from kldiv_kernels.registry import Bound, Statistic
 
@@ -87,6 +87,7 @@ def logits_checked(where: str, logits: Tensor, name: str) -> None:
             f"{where}: {name} has stride {logits.stride(-1)} in the vocabulary dimension; expected 1 "
             f"(a transposed view needs .contiguous())"
         )
+    autograd.no_tangent(where, name, logits)
 
 
 def mask_checked(where: str, mask: Tensor | None, logits: Tensor, leading: torch.Size) -> Tensor | None:
@@ -232,7 +233,7 @@ def _exclude(where: str, exclude: Tensor | None, logits: Tensor, leading: torch.
 def may_look_at(tensor: Tensor) -> bool:
     """Whether values may decide what happens: not where a call is traced, transformed by torch.func or captured in a
     CUDA graph, and of no tensor that has none."""
-    if torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active():
+    if torch.compiler.is_compiling() or autograd.transformed():
         return False
     if isinstance(tensor, FakeTensor) or tensor.device.type == "meta" or get_proxy_mode() is not None:
         return False
@@ -283,7 +284,7 @@ def _parameters(
     rows = logits.numel() // logits.shape[-1]
     table = torch.stack(
         [
-            value.detach().to(dtype).reshape(-1)
+            value.to(dtype).reshape(-1)
             if isinstance(value, Tensor)
             else torch.full((rows,), float(value), dtype=dtype, device=logits.device)
             for value in given.values()
@@ -311,6 +312,7 @@ def _parameter_type(where: str, name: str, value: Parameter, logits: Tensor, lea
         _per_token(where, name, value, logits, leading)
         if value.requires_grad:
             raise ValueError(f"{where}: {name} requires grad; gradients flow to the logits only, pass {name}.detach()")
+        autograd.no_tangent(where, name, value)
     elif not isinstance(value, (int, float)) or isinstance(value, bool):
         raise TypeError(f"{where}: {name} is {type(value).__name__}; expected a float or a tensor {list(leading)}")
 

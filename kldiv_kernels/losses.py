@@ -8,7 +8,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from kldiv_kernels import inputs, ops, registry
+from kldiv_kernels import autograd, inputs, ops, registry
 from kldiv_kernels.inputs import Parameter
 
 Reduction = Literal["mean", "sum", "none"]
@@ -88,7 +88,8 @@ def divergence_loss(
     )  # fmt: skip
     student = torch.is_grad_enabled() and logits.requires_grad
     teacher = torch.is_grad_enabled() and reference_logits.requires_grad
-    if reduction != "none" and (student or teacher) and not scale.requires_grad:
+    known = not scale.requires_grad and not autograd.transformed()
+    if reduction != "none" and (student or teacher) and known:
         return ops.loss(call, chosen, scale[None], student, teacher)
     values = ops.statistics(call, chosen, student or teacher)
     return reduced(values[0], scale, reduction, leading)
@@ -112,7 +113,11 @@ def token_scale(
     # Not shape.numel(), which torch.export makes a constant.
     rows = logits.numel() // logits.shape[-1]
     dtype = torch.float64 if logits.dtype == torch.float64 else torch.float32
-    scale = torch.ones(rows, dtype=dtype, device=logits.device) if weight is None else weight.reshape(-1).to(dtype)
+    if weight is None:
+        scale = torch.ones(rows, dtype=dtype, device=logits.device)
+    else:
+        # A copy, which autograd keeps where it would not take a weight of torch.inference_mode.
+        scale = weight.reshape(-1).to(dtype, copy=True)
     if temperature is not None:
         scale = scale * (temperature.reshape(-1).to(dtype) if isinstance(temperature, Tensor) else temperature) ** 2
     if reduction == "mean":

@@ -25,7 +25,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from kldiv_kernels import backends, inputs, ops, registry, topk_inputs
+from kldiv_kernels import autograd, backends, inputs, ops, registry, topk_inputs
 from kldiv_kernels.backends import Call
 from kldiv_kernels.inputs import Parameter
 from kldiv_kernels.losses import Reduction, reduced, reduction_checked, token_scale
@@ -118,7 +118,7 @@ def topk_divergence_loss(
     theirs = theirs.to(scale.dtype)
     # float16 waits for the loss scale, as in `policy_loss`.
     wanted = torch.is_grad_enabled() and logits.requires_grad and logits.dtype != torch.float16
-    if wanted and reduction != "none" and not scale.requires_grad:
+    if wanted and reduction != "none" and not (scale.requires_grad or autograd.transformed()):
         call = inputs.prepare(
             where, logits, None, ids, stats=[registry.STATISTICS[name] for name in _statistics(tail)],
             temperature=temperature, reference_temperature=None, alpha=alpha, beta=beta, mask=valid, ignore_index=-1,
