@@ -20,6 +20,8 @@ from kldiv_kernels import backends
 
 # The leading arguments of an operator that are tensors, or None (`ops._CALL_SCHEMA`).
 _TENSORS = 6
+# Of the samples that torch.autograd.grad(is_grads_batched=True) makes, which are not torch.func's.
+_BATCHED = torch._C._dispatch_key_parse("Batched")
 _DOUBLE_BACKWARD = (
     "kldiv_kernels: double backward is not supported: the gradient of a divergence with respect to the logits "
     "has no second derivative here; call backward() without create_graph=True"
@@ -86,6 +88,9 @@ def _statistics_gradient(backward: Callable[..., Any], ctx: Any, values: Tensor 
     *kept, state = ctx.saved_tensors
     tensors = [saved if there is None else there for saved, there in zip(kept, ctx.of_inference, strict=True)]
     student, teacher = ctx.needs_input_grad[0], ctx.needs_input_grad[1]
+    if transformed():
+        # torch.func over backward alone, of a graph that was made without.
+        backward = _statistics_backward
     dlogits, dreference = backward(*tensors, *ctx.rest, state, values, student, teacher)
     return dlogits if student else None, dreference if teacher else None, *nothing
 
@@ -115,11 +120,17 @@ def _times_upstream(gradient: Tensor, upstream: Tensor) -> Tensor:
     """The gradient of the one-read form times the upstream scalar.
 
     In eager mode it is scaled in place, and not touched when the scalar is 1: the buffer is ours, and the graph
-    is freed after this backward. While the graph is kept (retain_graph) or traced by torch.compile, it is copied.
+    is freed after this backward. While the graph is kept (retain_graph) or traced by torch.compile, and for several
+    upstream scalars at once (vmap), it is copied.
     """
-    if type(gradient) is not Tensor or torch._C._autograd._get_current_graph_task_keep_graph():
+    if type(gradient) is not Tensor or _several(upstream) or torch._C._autograd._get_current_graph_task_keep_graph():
         return gradient * upstream
     return backends.scale_in_place(gradient, upstream)
+
+
+def _several(upstream: Tensor) -> bool:
+    """Whether vmap is at work, torch.func's or that of torch.autograd.grad(is_grads_batched=True)."""
+    return transformed() or torch._C._dispatch_keys(upstream).has(_BATCHED)
 
 
 def _save_nothing(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:

@@ -80,6 +80,22 @@ def test_jacobians_and_the_teacher(backend: str) -> None:
             _close(got, expected)
 
 
+@pytest.mark.parametrize("name", CALLS)
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_several_upstream_gradients_at_once(name: str, backend: str) -> None:
+    """Backward under vmap, of a graph that was made without: of the forms that read the logits once, too."""
+    x = given(2, 5)
+    leaf = x.logits.clone().requires_grad_()
+    value = CALLS[name].ours(x._replace(logits=leaf), backend=backend)
+    upstream = torch.randn(3, *value.shape)
+    (got,) = torch.autograd.grad(value, leaf, upstream, is_grads_batched=True, retain_graph=True)
+    exact = x.logits.double().requires_grad_()
+    expected = CALLS[name].definition(x._replace(logits=exact))
+    expected = torch.stack([torch.autograd.grad(expected, exact, u.double(), retain_graph=True)[0] for u in upstream])
+    _close(got, expected)
+    _close(vmap(lambda u: torch.autograd.grad(value, leaf, u)[0])(upstream), expected)
+
+
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_gradients_of_a_models_parameters(backend: str) -> None:
     """A sample each, as for differentially private training; masked samples of no token have none."""
