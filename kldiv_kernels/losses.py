@@ -9,11 +9,13 @@ import torch
 from torch import Tensor
 
 from kldiv_kernels import autograd, inputs, ops, registry
+from kldiv_kernels.dtensors import on_replicas
 from kldiv_kernels.inputs import Parameter
 
 Reduction = Literal["mean", "sum", "none"]
 
 
+@on_replicas
 def divergence_loss(
     logits: Tensor,
     reference_logits: Tensor,

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from kldiv_kernels import autograd, backends, inputs, ops, policy_inputs, policy_one_read
+from kldiv_kernels.dtensors import on_replicas
 from kldiv_kernels.inputs import Parameter
 from kldiv_kernels.policy_assembly import PolicyLoss, assemble
 from kldiv_kernels.policy_options import EXACT_KL, resolve
@@ -16,6 +17,7 @@ from kldiv_kernels.policy_options import EXACT_KL, resolve
 _NO_TOKEN = -(2**63)
 
 
+@on_replicas
 def policy_loss(
     logits: Tensor,
     token_ids: Tensor,

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from kldiv_kernels import inputs, ops
+from kldiv_kernels.dtensors import on_replicas
 from kldiv_kernels.inputs import Parameter
 from kldiv_kernels.registry import STATISTICS
 
@@ -25,6 +26,7 @@ class TokenStats(dict[str, Tensor]):
             ) from None
 
 
+@on_replicas
 def token_stats(
     logits: Tensor,
     reference_logits: Tensor | None = None,

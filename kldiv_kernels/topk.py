@@ -9,6 +9,7 @@ from torch import Tensor
 
 from kldiv_kernels import autograd, inputs, ops, topk_inputs
 from kldiv_kernels.backends import native
+from kldiv_kernels.dtensors import on_replicas
 from kldiv_kernels.inputs import Parameter
 from kldiv_kernels.stats import TokenStats, selective_log_softmax, token_stats
 
@@ -21,6 +22,7 @@ class TopK(NamedTuple):
     log_mass: Tensor
 
 
+@on_replicas
 def topk(
     logits: Tensor,
     k: int,
@@ -49,6 +51,7 @@ def topk(
     return TopK(values, ids, mass if mask is None else torch.where(mask != 0, mass, 0.0))
 
 
+@on_replicas
 def topk_token_stats(
     logits: Tensor,
     topk_ids: Tensor,

@@ -27,6 +27,7 @@ from torch import Tensor
 
 from kldiv_kernels import autograd, backends, inputs, ops, registry, topk_inputs
 from kldiv_kernels.backends import Call
+from kldiv_kernels.dtensors import on_replicas
 from kldiv_kernels.inputs import Parameter
 from kldiv_kernels.losses import Reduction, reduced, reduction_checked, token_scale
 from kldiv_kernels.stats import token_stats
@@ -41,6 +42,7 @@ _RAW = ("forward_kl", "reverse_kl", "jeffreys", "cross_entropy")
 _LINEAR = ("forward_kl", "cross_entropy")
 
 
+@on_replicas
 def topk_divergence_loss(
     logits: Tensor,
     topk_ids: Tensor,
@@ -149,6 +151,7 @@ def topk_divergence_loss(
     return reduced(values.reshape(-1), scale, reduction, leading)
 
 
+@on_replicas
 def topk_divergence_from_logits(
     logits: Tensor,
     reference_logits: Tensor,
