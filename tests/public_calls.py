@@ -118,7 +118,7 @@ def _with_rest(logq: Tensor, ids: Tensor) -> Tensor:
     return torch.cat([among, torch.log1p(-among.exp().sum(-1, keepdim=True))], dim=-1)
 
 
-def _bucket(x: Given, ids: Tensor) -> Tensor:
+def bucket(x: Given, ids: Tensor) -> Tensor:
     return _kl(_with_rest(_logq(x.teacher), ids), _with_rest(_logq(x.logits), ids))
 
 
@@ -169,11 +169,11 @@ CALLS = {
     "policy_loss of sequences": PublicCall(_gspo_ours, _gspo),
     "topk_divergence_loss": PublicCall(
         lambda x, **options: kk.topk_divergence_loss(x.logits, x.ids, x.topk_logprobs, mask=x.mask, **options),
-        lambda x: _mean(_bucket(x, x.ids), x.mask),
+        lambda x: _mean(bucket(x, x.ids), x.mask),
     ),
     "topk_divergence_from_logits": PublicCall(
         lambda x, **options: kk.topk_divergence_from_logits(x.logits, x.teacher, k=3, reduction="none", **options),
-        lambda x: _bucket(x, x.teacher.topk(3, -1).indices),
+        lambda x: bucket(x, x.teacher.topk(3, -1).indices),
     ),
     "topk_token_stats": PublicCall(_topk_stats_ours, _topk_stats),
     "topk": PublicCall(

@@ -174,7 +174,7 @@ def test_second_derivatives_are_refused(name: str) -> None:
             second(grad(f))(*x)
 
 
-@pytest.mark.parametrize("name", CALLS)
+@pytest.mark.parametrize("name", ["divergence_loss", "entropy"])
 def test_compiled(name: str) -> None:
     x = given(3, 5)
     transform = vmap(grad(_of(CALLS[name].ours)))
