@@ -2,8 +2,8 @@
 
 `register` gives an operator of the dispatcher its backward. PyTorch transforms no such operator, so under torch.func
 (`grad`, `vjp`, `jacrev`, `vmap`) `Statistics` and `StatisticsBackward` stand for two of them: samples are more rows.
-Of the operators that find their gradient on the way none has such a form, because nobody has asked for it yet when they
-run: every loss is then made of `statistics`.
+The other operators find a gradient before anyone asks for it, which no transform can follow: every loss is then made of
+`statistics`.
 """
 
 from __future__ import annotations
