@@ -1,8 +1,7 @@
 """Checks and normalises the arguments of the public functions, once, above the backends.
 
 Everything here costs O(tokens): the logits themselves are neither read nor copied. Values on the device (labels,
-excluded columns, parameters per token) are checked too, which waits for the device; not under torch.compile, nor while
-a CUDA graph is captured.
+excluded columns, parameters per token) are checked too, which waits for the device; not where `may_look_at` says no.
 """
 
 from __future__ import annotations
@@ -11,8 +10,10 @@ from collections.abc import Iterable
 
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor
+from torch.fx.experimental.proxy_tensor import get_proxy_mode
 
-from kldiv_kernels import backends, registry
+from kldiv_kernels import autograd, backends, registry
 from kldiv_kernels.backends import Call
 from kldiv_kernels.registry import Bound, Statistic
 
@@ -86,6 +87,7 @@ def logits_checked(where: str, logits: Tensor, name: str) -> None:
             f"{where}: {name} has stride {logits.stride(-1)} in the vocabulary dimension; expected 1 "
             f"(a transposed view needs .contiguous())"
         )
+    autograd.no_tangent(where, name, logits)
 
 
 def mask_checked(where: str, mask: Tensor | None, logits: Tensor, leading: torch.Size) -> Tensor | None:
@@ -156,7 +158,7 @@ def _shape(tensor: Tensor) -> list[int]:
 def shared_columns(where: str, logits: Tensor, reference: Tensor | None, vocab_size: int | None) -> int:
     """The number of columns that are no padding, in both."""
     columns = logits.shape[-1] if vocab_size is None else vocab_size
-    if not isinstance(columns, int) or not 1 <= columns <= logits.shape[-1]:
+    if not isinstance(columns, (int, torch.SymInt)) or not 1 <= columns <= logits.shape[-1]:
         raise ValueError(f"{where}: vocab_size is {vocab_size}; expected 1 to {logits.shape[-1]}, the width of logits")
     if reference is None:
         return columns
@@ -228,9 +230,12 @@ def _exclude(where: str, exclude: Tensor | None, logits: Tensor, leading: torch.
     return table
 
 
-def _may_look_at(tensor: Tensor) -> bool:
-    """Whether values may decide what happens: not while torch.compile traces, nor while a CUDA graph is captured."""
-    if torch.compiler.is_compiling():
+def may_look_at(tensor: Tensor) -> bool:
+    """Whether values may decide what happens: not where a call is traced, transformed by torch.func or captured in a
+    CUDA graph, and of no tensor that has none."""
+    if torch.compiler.is_compiling() or autograd.transformed():
+        return False
+    if isinstance(tensor, FakeTensor) or tensor.device.type == "meta" or get_proxy_mode() is not None:
         return False
     return tensor.device.type != "cuda" or not torch.cuda.is_current_stream_capturing()
 
@@ -238,7 +243,7 @@ def _may_look_at(tensor: Tensor) -> bool:
 def _in_range(
     where: str, name: str, table: Tensor, allowed: Tensor, low: int, high: int, shape: torch.Size, also: str
 ) -> None:
-    if not _may_look_at(table):
+    if not may_look_at(table):
         return
     wrong = ~allowed & ((table < low) | (table >= high))
     if bool(wrong.any()):
@@ -279,7 +284,7 @@ def _parameters(
     rows = logits.numel() // logits.shape[-1]
     table = torch.stack(
         [
-            value.detach().to(dtype).reshape(-1)
+            value.to(dtype).reshape(-1)
             if isinstance(value, Tensor)
             else torch.full((rows,), float(value), dtype=dtype, device=logits.device)
             for value in given.values()
@@ -321,13 +326,14 @@ def _parameter_type(where: str, name: str, value: Parameter, logits: Tensor, lea
         _per_token(where, name, value, logits, leading)
         if value.requires_grad:
             raise ValueError(f"{where}: {name} requires grad; gradients flow to the logits only, pass {name}.detach()")
+        autograd.no_tangent(where, name, value)
     elif not isinstance(value, (int, float)) or isinstance(value, bool):
         raise TypeError(f"{where}: {name} is {type(value).__name__}; expected a float or a tensor {list(leading)}")
 
 
 def _bounded(where: str, name: str, value: Parameter, bound: Bound, purpose: str) -> None:
     if isinstance(value, Tensor):
-        if not _may_look_at(value):
+        if not may_look_at(value):
             return
         outside = value[~torch.as_tensor(bound.allows(value))].reshape(-1)
         wrong = outside[0].item() if outside.numel() else None

@@ -8,12 +8,14 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from kldiv_kernels import inputs, ops, registry
+from kldiv_kernels import autograd, inputs, ops, registry
+from kldiv_kernels.dtensors import on_replicas
 from kldiv_kernels.inputs import Parameter
 
 Reduction = Literal["mean", "sum", "none"]
 
 
+@on_replicas
 def divergence_loss(
     logits: Tensor,
     reference_logits: Tensor,
@@ -93,7 +95,8 @@ def divergence_loss(
     teacher = torch.is_grad_enabled() and reference_logits.requires_grad
     # float16 waits for the loss scale, without which most of its gradient would round to 0.
     waits = any(wanted and x.dtype == torch.float16 for wanted, x in ((student, logits), (teacher, reference_logits)))
-    if reduction != "none" and (student or teacher) and not waits and not scale.requires_grad:
+    known = not scale.requires_grad and not autograd.transformed()
+    if reduction != "none" and (student or teacher) and known and not waits:
         return ops.loss(call, chosen, scale[None], student, teacher)
     values = ops.statistics(call, chosen, student or teacher)
     return reduced(values[0], scale, reduction, leading)
@@ -114,9 +117,14 @@ def token_scale(
     temperature: Parameter | None,
 ) -> Tensor:
     """What each token's divergence counts in a loss, [N]; `mask` [N], a temperature where it enters squared."""
-    rows = logits.shape[:-1].numel()
+    # Not shape.numel(), which torch.export makes a constant.
+    rows = logits.numel() // logits.shape[-1]
     dtype = torch.float64 if logits.dtype == torch.float64 else torch.float32
-    scale = torch.ones(rows, dtype=dtype, device=logits.device) if weight is None else weight.reshape(-1).to(dtype)
+    if weight is None:
+        scale = torch.ones(rows, dtype=dtype, device=logits.device)
+    else:
+        # A copy, which autograd keeps where it would not take a weight of torch.inference_mode.
+        scale = weight.reshape(-1).to(dtype, copy=True)
     if temperature is not None:
         scale = scale * (temperature.reshape(-1).to(dtype) if isinstance(temperature, Tensor) else temperature) ** 2
     if reduction == "mean":

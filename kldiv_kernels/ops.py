@@ -9,27 +9,31 @@ that it sees through (`backends/triton/ops.py`).
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from kldiv_kernels import backends, inputs
+from kldiv_kernels import autograd, backends, inputs
 from kldiv_kernels.backends import Call
 
 _CALL_SCHEMA = (
     "Tensor logits, Tensor? reference, Tensor? labels, Tensor? mask, Tensor? exclude, Tensor? token_parameters, "
-    "float[] parameters, str[] stats, int vocab_size, str backend"
+    "float[] parameters, str[] stats, SymInt vocab_size, str backend"
 )
 _CALL_ARGUMENTS = 10
 
 
 def statistics(call: Call, backend: str, with_state: bool) -> Tensor:
     """Values [value_rows, N], differentiable."""
+    values: Tensor
+    if autograd.transformed():
+        # Which of the tensors a transform wants a gradient of is not to be seen from here: the state is always kept.
+        values, _ = autograd.transformable_statistics(*inputs.operator_arguments(call, backend), True)
+        return values
     prefix, arguments = _operators(call, backend)
-    values: Tensor = getattr(torch.ops.kldiv_kernels, f"{prefix}statistics")(*arguments, with_state)[0]
+    values = getattr(torch.ops.kldiv_kernels, f"{prefix}statistics")(*arguments, with_state)[0]
     return values
 
 
@@ -121,7 +125,7 @@ _library.define(
 _library.define(
     f"topk({_CALL_SCHEMA}, Tensor teacher, Tensor scale, str kind, float alpha, float beta) -> (Tensor, Tensor, Tensor)"
 )
-_library.define("largest(Tensor logits, Tensor? mask, int k, int columns) -> Tensor")
+_library.define("largest(Tensor logits, Tensor? mask, int k, SymInt columns) -> Tensor")
 _library.define("with_gradient(Tensor value, Tensor logits, Tensor dlogits) -> Tensor")
 
 
@@ -253,91 +257,5 @@ torch.library.register_fake("kldiv_kernels::topk", _fake_topk)
 torch.library.register_fake("kldiv_kernels::largest", _fake_largest)
 torch.library.register_fake("kldiv_kernels::with_gradient", _with_gradient)
 
-
-def _save_statistics(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-    ctx.mark_non_differentiable(output[1])
-    ctx.set_materialize_grads(False)
-    ctx.save_for_backward(*inputs[:6], output[1])
-    ctx.rest = inputs[6:-1]
-
-
-def _statistics_gradient(backward: str, ctx: Any, values: Tensor | None, _: Any) -> tuple[Any, ...]:
-    nothing = (None,) * (5 + len(ctx.rest))
-    if values is None:
-        return None, None, *nothing
-    *tensors, saved = ctx.saved_tensors
-    student, teacher = ctx.needs_input_grad[0], ctx.needs_input_grad[1]
-    operator = getattr(torch.ops.kldiv_kernels, backward)
-    dlogits, dreference = operator(*tensors, *ctx.rest, saved, values, student, teacher)
-    return dlogits if student else None, dreference if teacher else None, *nothing
-
-
-def _save_loss(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    _, values, dlogits, dreference = output
-    ctx.mark_non_differentiable(values, dlogits, dreference)
-    ctx.set_materialize_grads(False)
-    ctx.save_for_backward(dlogits, dreference)
-    ctx.inputs = len(inputs)
-
-
-_DOUBLE_BACKWARD = (
-    "kldiv_kernels: double backward is not supported: the gradient of a divergence with respect to the logits "
-    "has no second derivative here; call backward() without create_graph=True"
-)
-
-
-def _loss_gradient(ctx: Any, loss: Tensor | None, *_: Any) -> tuple[Any, ...]:
-    nothing = (None,) * (ctx.inputs - 2)
-    if loss is None:
-        return None, None, *nothing
-    if torch.is_grad_enabled():
-        raise RuntimeError(_DOUBLE_BACKWARD)
-    gradients = [
-        _times_upstream(gradient, loss) if needed else None
-        for gradient, needed in zip(ctx.saved_tensors, ctx.needs_input_grad, strict=False)
-    ]
-    return *gradients, *nothing
-
-
-def _times_upstream(gradient: Tensor, upstream: Tensor) -> Tensor:
-    """The gradient of the one-read form times the upstream scalar.
-
-    In eager mode it is scaled in place, and not touched when the scalar is 1: the buffer is ours, and the graph
-    is freed after this backward. While the graph is kept (retain_graph) or traced by torch.compile, it is copied.
-    """
-    if type(gradient) is not Tensor or torch._C._autograd._get_current_graph_task_keep_graph():
-        return gradient * upstream
-    return backends.scale_in_place(gradient, upstream)
-
-
-def _save_nothing(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
-    pass
-
-
-def _no_double_backward(ctx: Any, *gradients: Any) -> None:
-    raise RuntimeError(_DOUBLE_BACKWARD)
-
-
-def register_autograd(prefix: str) -> None:
-    """Autograd of the three operators whose names start with this."""
-    statistics, backward = f"{prefix}statistics", f"{prefix}statistics_backward"
-    for name, function, save in (
-        (statistics, functools.partial(_statistics_gradient, backward), _save_statistics),
-        (backward, _no_double_backward, _save_nothing),
-        (f"{prefix}loss", _loss_gradient, _save_loss),
-    ):
-        torch.library.register_autograd(f"kldiv_kernels::{name}", function, setup_context=save)
-
-
-def _save_gradient(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    ctx.save_for_backward(inputs[2])
-
-
-def _given_gradient(ctx: Any, upstream: Tensor) -> tuple[None, Tensor, None]:
-    if torch.is_grad_enabled():
-        raise RuntimeError(_DOUBLE_BACKWARD)
-    return None, _times_upstream(ctx.saved_tensors[0], upstream), None
-
-
-register_autograd("")
-torch.library.register_autograd("kldiv_kernels::with_gradient", _given_gradient, setup_context=_save_gradient)
+autograd.register("")
+autograd.register_given_gradient()

@@ -7,7 +7,8 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from kldiv_kernels import backends, inputs, ops, policy_inputs, policy_one_read
+from kldiv_kernels import autograd, backends, inputs, ops, policy_inputs, policy_one_read
+from kldiv_kernels.dtensors import on_replicas
 from kldiv_kernels.inputs import Parameter
 from kldiv_kernels.policy_assembly import PolicyLoss, assemble
 from kldiv_kernels.policy_options import EXACT_KL, resolve
@@ -16,6 +17,7 @@ from kldiv_kernels.policy_options import EXACT_KL, resolve
 _NO_TOKEN = -(2**63)
 
 
+@on_replicas
 def policy_loss(
     logits: Tensor,
     token_ids: Tensor,
@@ -193,7 +195,7 @@ def policy_loss(
     needs_gradient = torch.is_grad_enabled() and logits.requires_grad
     one_read = needs_gradient and not per_token_gradient and policy_one_read.applies(options, tensors)
     # float16 waits for the loss scale, without which most of its gradient would round to 0.
-    one_read = one_read and logits.dtype != torch.float16 and _has_one_read(chosen)
+    one_read = one_read and logits.dtype != torch.float16 and not autograd.transformed() and _has_one_read(chosen)
     if one_read:
         known = policy_one_read.known(tensors, valid, options, call.stats)
         values, dlogits = ops.policy_loss(

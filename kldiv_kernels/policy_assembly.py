@@ -104,4 +104,4 @@ def _metrics(
     means = dict(zip(tokens, (table.sum(1) / count.clamp_min(1)).unbind(), strict=True))
     # Ratios are positive: a 0 in place of the masked ones leaves the largest alone, and is that of no token.
     ratios = table[list(tokens).index("ratio_mean")]
-    return {"tokens": count, **means, "ratio_max": ratios.amax() if len(ratios) else count.to(ratio.dtype)}
+    return {"tokens": count, **means, "ratio_max": ratios.amax() if ratios.numel() else count.to(ratio.dtype)}

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from kldiv_kernels import inputs, ops
+from kldiv_kernels.dtensors import on_replicas
 from kldiv_kernels.inputs import Parameter
 from kldiv_kernels.registry import STATISTICS
 
@@ -25,6 +26,7 @@ class TokenStats(dict[str, Tensor]):
             ) from None
 
 
+@on_replicas
 def token_stats(
     logits: Tensor,
     reference_logits: Tensor | None = None,
@@ -49,7 +51,7 @@ def token_stats(
 
     Args:
         logits: [*, V], the student (policy); any leading strides, unit stride in V. float32, bfloat16, float16, or
-            float64 (reference backend).
+            float64 (reference backend). A DTensor here or below: replicated; the results are then, too.
         reference_logits: [*, V], the teacher; needed by statistics that compare two rows. May require grad.
         labels: [*] integers for logprob and reference_logprob, or [*, K] for K labels a token. A label equal to
             `ignore_index` (default -100) makes those statistics 0 there, without gradient.
@@ -68,7 +70,8 @@ def token_stats(
 
     Raises:
         TypeError, ValueError, IndexError: naming the argument, what it was and what is allowed. The values of labels,
-        exclude and parameters per token are not checked under torch.compile, nor while a CUDA graph is captured.
+        exclude and parameters per token are not checked where a call is compiled, exported, transformed by torch.func
+        or captured in a CUDA graph. NotImplementedError from forward-mode differentiation.
 
     >>> import torch, kldiv_kernels as kk
     >>> logits = torch.tensor([[2.0, 0.5, -1.0, 0.0]], requires_grad=True)

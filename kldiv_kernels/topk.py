@@ -7,8 +7,9 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from kldiv_kernels import inputs, ops, topk_inputs
+from kldiv_kernels import autograd, inputs, ops, topk_inputs
 from kldiv_kernels.backends import native
+from kldiv_kernels.dtensors import on_replicas
 from kldiv_kernels.inputs import Parameter
 from kldiv_kernels.stats import TokenStats, selective_log_softmax, token_stats
 
@@ -21,6 +22,7 @@ class TopK(NamedTuple):
     log_mass: Tensor
 
 
+@on_replicas
 def topk(
     logits: Tensor,
     k: int,
@@ -49,6 +51,7 @@ def topk(
     return TopK(values, ids, mass if mask is None else torch.where(mask != 0, mass, 0.0))
 
 
+@on_replicas
 def topk_token_stats(
     logits: Tensor,
     topk_ids: Tensor,
@@ -143,7 +146,7 @@ def largest(where: str, logits: Tensor, k: int, vocab_size: int | None, mask: Te
     columns = inputs.shared_columns(where, logits, None, vocab_size)
     if not isinstance(k, int) or not 1 <= k <= columns:
         raise ValueError(f"{where}: k is {k!r}; expected 1 to {columns}, the vocabulary size")
-    if backend in ("auto", "cpu") and native.selects(logits):
+    if backend in ("auto", "cpu") and native.selects(logits) and not autograd.transformed():
         flat = inputs.mask_checked(where, mask, logits, logits.shape[:-1])
         return ops.largest(logits.detach(), flat, k, columns).reshape(*logits.shape[:-1], k)
     return logits.detach()[..., :columns].topk(k, dim=-1).indices

@@ -26,8 +26,9 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from kldiv_kernels import backends, inputs, ops, registry, topk_inputs
+from kldiv_kernels import autograd, backends, inputs, ops, registry, topk_inputs
 from kldiv_kernels.backends import Call
+from kldiv_kernels.dtensors import on_replicas
 from kldiv_kernels.inputs import Parameter
 from kldiv_kernels.losses import Reduction, reduced, reduction_checked, token_scale
 from kldiv_kernels.stats import token_stats
@@ -42,6 +43,7 @@ _RAW = ("forward_kl", "reverse_kl", "jeffreys", "cross_entropy")
 _LINEAR = ("forward_kl", "cross_entropy")
 
 
+@on_replicas
 def topk_divergence_loss(
     logits: Tensor,
     topk_ids: Tensor,
@@ -130,7 +132,7 @@ def topk_divergence_loss(
     theirs = theirs.to(scale.dtype)
     # float16 waits for the loss scale, as in `policy_loss`.
     wanted = torch.is_grad_enabled() and logits.requires_grad and logits.dtype != torch.float16
-    if wanted and reduction != "none" and not scale.requires_grad:
+    if wanted and reduction != "none" and not (scale.requires_grad or autograd.transformed()):
         call = inputs.prepare(
             where, logits, None, ids, stats=[registry.STATISTICS[name] for name in _statistics(tail)],
             temperature=temperature, reference_temperature=None, alpha=alpha, beta=beta, mask=valid, ignore_index=-1,
@@ -161,6 +163,7 @@ def topk_divergence_loss(
     return reduced(values.reshape(-1), scale, reduction, leading)
 
 
+@on_replicas
 def topk_divergence_from_logits(
     logits: Tensor,
     reference_logits: Tensor,

@@ -25,7 +25,7 @@ _STATE_OF_ROW, _STATE_OF_STATISTIC = 4, 7
 def architectures() -> str:
     """What the library was compiled for, such as "80;90+PTX"; "" where it has no CUDA part."""
     operators = torch.ops.kldiv_kernels_native
-    return str(operators.cuda_archs()) if native.load() is None and hasattr(operators, "cuda_archs") else ""
+    return str(native.ask(operators.cuda_archs)) if native.load() is None and hasattr(operators, "cuda_archs") else ""
 
 
 def serves(archs: str, capability: int) -> bool:
@@ -64,7 +64,7 @@ def _refusal() -> str | None:
         )
     if not torch.cuda.is_available():
         return "there is no CUDA device here" if torch.version.cuda else "this PyTorch is built without CUDA"
-    driver = str(torch.ops.kldiv_kernels_native.cuda_refusal())
+    driver = str(native.ask(torch.ops.kldiv_kernels_native.cuda_refusal))
     if driver:
         return driver
     try:
@@ -111,7 +111,7 @@ class CudaBackend(native.Compiled):
     @torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
     def _served(self) -> frozenset[str]:
         if self._names is None:
-            self._names = frozenset(self._operators().cuda_served())
+            self._names = frozenset(native.ask(self._operators().cuda_served))
         return self._names
 
     def unavailable(self) -> str | None:

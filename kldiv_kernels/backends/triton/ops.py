@@ -18,10 +18,10 @@ import torch
 from torch import Tensor
 from torch.library import triton_op, wrap_triton
 
-from kldiv_kernels import registry
+from kldiv_kernels import autograd, registry
 from kldiv_kernels.backends import Call
 from kldiv_kernels.backends.triton.launch import Launch
-from kldiv_kernels.ops import or_empty, register_autograd, weighted_sum
+from kldiv_kernels.ops import or_empty, weighted_sum
 
 
 def arguments(call: Call, version: str) -> tuple[object, ...]:
@@ -92,4 +92,4 @@ def loss(
     return weighted_sum(coefficients, values), values, or_empty(dlogits, logits), or_empty(dreference, logits)
 
 
-register_autograd("triton_")
+autograd.register("triton_")
