@@ -238,7 +238,7 @@ def test_a_bad_logit_spoils_its_row_alone(where: str, bad: float) -> None:
 def test_a_label_beyond_the_vocabulary_that_nobody_checked(
     stats: tuple[str, ...], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(inputs, "_may_look_at", lambda tensor: False)
+    monkeypatch.setattr(inputs, "may_look_at", lambda tensor: False)
     logits, labels = torch.randn(3, 120), _labels(3, 100, 6)
     labels[1, 2] = 100
     wide = logits.clone().requires_grad_()
