@@ -115,8 +115,8 @@ void Row::gradient_of(bool student, int64_t block) const {
     const Gradient& to = student ? job_.d_student : job_.d_teacher;
     char* row = to.data + index_ * to.width * to.element_bytes();
     const double share = student ? share_s_ : share_t_;
-    // An infinite sum (an infinite divergence) times a softmax of 0 must stay 0, and outweighs a column's own terms
-    // where the softmax is not; see below.
+    // An infinite sum (an infinite divergence) times a softmax of 0 must stay 0, and outweighs all own terms; see
+    // below.
     const bool plain = std::isfinite(share);
     const float kernel_share = plain ? static_cast<float>(share) : 0.0f;
     const Softmax& softmax = student ? normalised_.s : normalised_.t;
@@ -161,7 +161,7 @@ void Row::gradient_of(bool student, int64_t block) const {
             for (int i = 0; i < count; ++i) {
                 const double exponent = double(x[i]) * kLog2e - softmax.m;
                 const double q = std::exp2(exponent) * softmax.inverse_z;
-                if (!(q <= 0)) b.out[i] = static_cast<float>(q * share);
+                b.out[i] = q <= 0 ? 0 : static_cast<float>(q * share);
             }
         }
         auto label = std::lower_bound(label_weights.begin(), label_weights.end(), LabelWeight{start, 0}, before);

@@ -122,8 +122,8 @@ struct Compute : Cta<D, element> {
 #pragma unroll
             for (int i = 0; i < kColumns; ++i) {
                 const Element<float> e = element_of<D>(n, opaque(s.x[i]), opaque(t.x[i]));
-                // 0 * inf: a column without mass takes no share of an infinite sum, which outweighs others' own terms.
-                g.x[i] = e.q == 0 ? result.weight * D::grad_logq(e, constants) : result.share * e.q;
+                // 0 * inf: a column without mass takes no share of an infinite sum, which outweighs all own terms.
+                g.x[i] = e.q == 0 ? 0.0f : result.share * e.q;
             }
         }
         return g;

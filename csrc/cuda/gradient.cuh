@@ -116,7 +116,8 @@ KLDIV_DEVICE void slice_gradient(const SweepArguments& a, const RowInput& row, c
             const int code = call.stats[i];
             const float c = *coefficient;
             coefficient += (code == kLogprob || code == kReferenceLogprob ? call.labels_per_row : 1) * call.rows;
-            if (code < k_entropy || c == 0) continue;
+            // An infinite share outweighs the columns' own terms.
+            if (code < k_entropy || c == 0 || abs(dense.factor) == infinity) continue;
             const Resolved resolved = resolve(code, row.alpha, row.beta);
             const float* k_at = call.state + (kStateOfRow + i * kStateOfStatistic + 2) * call.rows + index;
             with_divergence(resolved.code, [&](auto divergence) {
@@ -131,9 +132,7 @@ KLDIV_DEVICE void slice_gradient(const SweepArguments& a, const RowInput& row, c
 #pragma unroll
                     for (int j = 0; j < kColumns; ++j) {
                         const Element<float> e = element_of<D>(n, opaque(pair.s.x[j]), opaque(pair.t.x[j]));
-                        const float own = student ? D::grad_logq(e, constants) : D::grad_logp(e, constants);
-                        // An infinite share outweighs a column's own terms.
-                        g.x[j] = abs(g.x[j]) == infinity ? g.x[j] : fma(c, own, g.x[j]);
+                        g.x[j] = fma(c, student ? D::grad_logq(e, constants) : D::grad_logp(e, constants), g.x[j]);
                     }
                 }
             });

@@ -65,10 +65,11 @@ KLDIV_DEVICE float compare_outcomes(const TopK& topk, float scale, X x, T t, Put
                 for (int i = 0; i < kColumns; ++i) {
                     if (start + i >= count) continue;
                     const Element<float> e = element_of<D>(n, s.x[i], p.x[i]);
-                    // 0 * inf: an outcome without mass takes no share of an infinite sum, which outweighs others'
+                    // 0 * inf: an outcome without mass takes no share of an infinite sum, which outweighs all own
                     // terms.
-                    const float share = e.q == 0 ? 0.0f : e.q * done.sum_q, own = D::grad_logq(e, constants);
-                    put(start + i, times(scale, abs(share) == infinity ? -share : own - share));
+                    const float share = e.q == 0 ? 0.0f : e.q * done.sum_q;
+                    const float own = abs(done.sum_q) == infinity ? 0.0f : D::grad_logq(e, constants);
+                    put(start + i, times(scale, own - share));
                 }
             }
         }

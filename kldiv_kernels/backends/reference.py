@@ -223,9 +223,9 @@ class _Rows:
         g = term(elements)
         assert isinstance(g, Tensor)
         total = g.sum(dim=1, keepdim=True)
-        # A column without mass takes no share of an infinite sum; in the others it outweighs the column's own term.
+        # A column without mass takes no share of an infinite sum, which outweighs all own terms.
         taken = torch.where(share == 0, torch.zeros_like(share), share * total)
-        return c * torch.where(total.isinf() & (share != 0), -taken, g - taken)
+        return c * torch.where(total.isinf(), -taken, g - taken)
 
 
 def _read(logits: Tensor, index: Tensor, columns: int, exclude: Tensor | None, dtype: torch.dtype) -> Tensor:

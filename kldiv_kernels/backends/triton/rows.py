@@ -112,10 +112,9 @@ def normalised(s, t, s_side, t_side, row, TEACHER: tl.constexpr):
 
 @triton.jit
 def with_share(g, share, softmax):
-    """g + share · softmax. 0 · ∞: a column without mass takes no share of an infinite sum, which outweighs the
-    own terms of the others."""
+    """g + share · softmax. A column without mass takes no share of an infinite sum, which outweighs all own terms."""
     taken = tl.where(softmax == 0.0, 0.0, share * softmax)
-    return tl.where(tl.abs(taken) == float("inf"), taken, g + taken)
+    return tl.where(tl.abs(share) == float("inf"), taken, g + taken)
 
 
 @triton.jit
