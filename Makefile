@@ -24,11 +24,11 @@ CUDA_HOST_SOURCES := $(shell find tests/cuda_host -name '*.h' -o -name '*.cpp' 2
 CXX_SOURCES := $(filter %.h %.cpp %.cuh %.cu,$(SOURCES)) $(CUDA_HOST_SOURCES)
 # What Triton's interpreter runs: the shared suite on the Triton backend (thinned, see tests/conftest.py), and its own.
 INTERPRETED_TESTS := $(addprefix tests/test_,$(addsuffix .py,statistics contract small_divergences autograd losses \
-	golden user_rows topk triton triton_launch triton_topk adapters_liger_parity))
+	golden user_rows topk topk_rounding triton triton_launch triton_topk adapters_liger_parity))
 # The shared suite on the cuda backend, its kernels compiled for the host and run by a model of a GPU.
 CUDA_HOST_TESTS := $(addprefix tests/test_,$(addsuffix .py,statistics contract small_divergences autograd losses golden \
-	user_rows determinism properties large policy policy_one_read topk topk_one_read topk_cuda labels_cuda \
-	cuda_one_read cuda_one_read_limits))
+	user_rows determinism properties large policy policy_one_read policy_extremes topk topk_rounding topk_one_read \
+	topk_cuda labels_cuda cuda_one_read cuda_one_read_limits))
 PYTHON_SOURCES := $(wildcard kldiv_kernels tests benchmarks setup.py)
 
 .PHONY: demo test lint format fuzz sanitize bench gpu-check clean

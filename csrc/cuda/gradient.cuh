@@ -112,12 +112,13 @@ KLDIV_DEVICE void slice_gradient(const SweepArguments& a, const RowInput& row, c
             g.x[i] = q == 0 ? 0.0f : dense.factor * e;
         }
         const float* coefficient = call.coefficients + index;
-        for (int i = 0; i < call.stat_count; ++i) {
+        // An infinite share outweighs the columns' own terms. (Asked before the loop: nothing is kept for it within.)
+        const bool own_terms = abs(dense.factor) != infinity;
+        for (int i = 0; own_terms && i < call.stat_count; ++i) {
             const int code = call.stats[i];
             const float c = *coefficient;
             coefficient += (code == kLogprob || code == kReferenceLogprob ? call.labels_per_row : 1) * call.rows;
-            // An infinite share outweighs the columns' own terms.
-            if (code < k_entropy || c == 0 || abs(dense.factor) == infinity) continue;
+            if (code < k_entropy || c == 0) continue;
             const Resolved resolved = resolve(code, row.alpha, row.beta);
             const float* k_at = call.state + (kStateOfRow + i * kStateOfStatistic + 2) * call.rows + index;
             with_divergence(resolved.code, [&](auto divergence) {
