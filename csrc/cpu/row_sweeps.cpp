@@ -266,6 +266,8 @@ void Row::finish_first(FirstSweep whole) {
     if (tail_ >= 0) {
         SoftmaxState tail = whole.tail;
         tail.normalise();
+        // In an exponent that the saved state, and the kernels, hold: far below the labels not every integer is one.
+        tail.rebase(static_cast<float>(tail.m));
         FinishedStatistic& f = finished_[tail_];
         f.value = std::isnan(lse_s_) ? kNaN : (tail.has_mass() ? tail.lse() - lse_s_ : -kInfinity);
         f.k[0] = tail.m;
