@@ -84,33 +84,36 @@ void Row::resolve() {
 
 int64_t Row::blocks() const { return (job_.columns + kBlock - 1) / kBlock; }
 
-void Row::load(bool student, int64_t start, int count, float* to) const {
+void Row::load(bool student, int64_t start, int count, float scale, float offset, float* to) const {
     const Rows& rows = student ? job_.student : job_.teacher;
     const char* from = (student ? s_ : t_) + start * rows.element_bytes();
-    job_.kernels->load[static_cast<int>(rows.dtype)](from, count, student ? scale_s_ : scale_t_,
-                                                     student ? offset_s_ : offset_t_, to);
+    job_.kernels->load[static_cast<int>(rows.dtype)](from, count, scale, offset, to);
     if (exclude_ >= start && exclude_ < start + count) to[exclude_ - start] = kNoMass;
+}
+
+void Row::load(bool student, int64_t start, int count, float* to) const {
+    load(student, start, count, student ? scale_s_ : scale_t_, student ? offset_s_ : offset_t_, to);
 }
 
 Loaded Row::measured_load(bool student, int64_t start, int count, float* to, float* offset) const {
     const Rows& rows = student ? job_.student : job_.teacher;
     const float scale = student ? scale_s_ : scale_t_;
     const char* from = (student ? s_ : t_) + start * rows.element_bytes();
-    const auto load = job_.kernels->measured_load[static_cast<int>(rows.dtype)];
-    Loaded loaded = load(from, count, scale, *offset, to);
+    const auto measure = job_.kernels->measured_load[static_cast<int>(rows.dtype)];
+    Loaded loaded = measure(from, count, scale, *offset, to);
     if (exclude_ >= start && exclude_ < start + count) {
         const int at = static_cast<int>(exclude_ - start);
         Buffers rest;
-        loaded.largest = std::max(load(from, at, 1, 0, rest.s).largest,
-                                  load(from + (at + 1) * rows.element_bytes(), count - at - 1, 1, 0, rest.s).largest);
+        loaded.largest =
+            std::max(measure(from, at, 1, 0, rest.s).largest,
+                     measure(from + (at + 1) * rows.element_bytes(), count - at - 1, 1, 0, rest.s).largest);
         loaded.has_no_mass = true;
         to[at] = kNoMass;
     }
     if (loaded.largest <= kNoMass) loaded.largest = -std::numeric_limits<float>::infinity();
     if (std::isfinite(loaded.largest) && (double(loaded.largest) - *offset) * scale > kFarAboveOffset) {
         *offset = loaded.largest;
-        job_.kernels->load[static_cast<int>(rows.dtype)](from, count, scale, *offset, to);
-        if (exclude_ >= start && exclude_ < start + count) to[exclude_ - start] = kNoMass;
+        load(student, start, count, scale, *offset, to);
     }
     return loaded;
 }

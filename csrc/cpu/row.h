@@ -96,7 +96,8 @@ class Row {
     int find(int64_t start, int count, float logit) const;
     // Takes the tile's largest logit for the offset where it is far above.
     Loaded measured_load(bool student, int64_t start, int count, float* to, float* offset) const;
-    void load(bool student, int64_t start, int count, float* to) const;
+    void load(bool student, int64_t start, int count, float scale, float offset, float* to) const;
+    void load(bool student, int64_t start, int count, float* to) const;  // as the row's finished softmax has it
     float scaled(bool student, float logit) const {
         return scaled_one(logit, student ? offset_s_ : offset_t_, student ? scale_s_ : scale_t_);
     }

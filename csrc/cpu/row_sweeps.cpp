@@ -217,9 +217,7 @@ void FirstSweep::merge(const FirstSweep& other, const bool* wanted) {
 
 int Row::find(int64_t start, int count, float logit) const {
     Buffers b;
-    const Rows& rows = job_.student;
-    job_.kernels->load[static_cast<int>(rows.dtype)](s_ + start * rows.element_bytes(), count, 1, 0, b.s);
-    if (exclude_ >= start && exclude_ < start + count) b.s[exclude_ - start] = kNoMass;
+    load(true, start, count, 1, 0, b.s);
     return static_cast<int>(std::find(b.s, b.s + count, scaled_one(logit, 0, 1)) - b.s);
 }
 
