@@ -29,9 +29,9 @@ INTERPRETED_TESTS := $(addprefix tests/test_,$(addsuffix .py,statistics contract
 CUDA_HOST_TESTS := $(addprefix tests/test_,$(addsuffix .py,statistics contract small_divergences autograd losses golden \
 	user_rows determinism properties large policy policy_one_read policy_extremes topk topk_rounding topk_one_read \
 	topk_cuda labels_cuda cuda_one_read cuda_one_read_limits))
-PYTHON_SOURCES := $(wildcard kldiv_kernels tests benchmarks setup.py)
+PYTHON_SOURCES := $(wildcard kldiv_kernels tests benchmarks docs examples setup.py)
 
-.PHONY: demo test lint format fuzz sanitize bench gpu-check clean
+.PHONY: demo test lint format docs fuzz sanitize bench gpu-check clean
 
 demo: $(VENV)/.installed
 	$(VENV)/bin/kldiv demo $(DEMO_OPTIONS)
@@ -52,6 +52,11 @@ format: $(VENV)/.installed
 	$(PY) -m ruff check --fix $(PYTHON_SOURCES)
 	$(PY) -m ruff format $(PYTHON_SOURCES)
 	$(if $(CXX_SOURCES),$(VENV)/bin/clang-format -i $(CXX_SOURCES))
+
+# Without a warning, or not at all.
+docs: $(VENV)/.installed
+	$(PY) -m sphinx -q -W --keep-going -b html docs docs/_build/html
+	@echo "docs/_build/html/index.html"
 
 # Rows as users have them, others at every call, for about ten minutes: what `make test` has no time for.
 fuzz: $(VENV)/.installed
