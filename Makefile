@@ -23,12 +23,17 @@ SOURCES := $(shell find csrc -type f 2>/dev/null)
 CUDA_HOST_SOURCES := $(shell find tests/cuda_host -name '*.h' -o -name '*.cpp' 2>/dev/null)
 CXX_SOURCES := $(filter %.h %.cpp %.cuh %.cu,$(SOURCES)) $(CUDA_HOST_SOURCES)
 # What Triton's interpreter runs: the shared suite on the Triton backend (thinned, see tests/conftest.py), and its own.
-INTERPRETED_TESTS := $(addprefix tests/test_,$(addsuffix .py,statistics contract small_divergences autograd losses \
-	golden user_rows topk topk_rounding triton triton_launch triton_topk adapters_liger_parity))
+INTERPRETED_TESTS := $(addprefix tests/,$(addsuffix .py,\
+	$(addprefix core/test_,statistics contract small_divergences autograd losses golden user_rows) \
+	$(addprefix top_k/test_,topk topk_rounding) $(addprefix backends/test_,triton triton_launch triton_topk) \
+	adapters/test_adapters_liger_parity))
 # The shared suite on the cuda backend, its kernels compiled for the host and run by a model of a GPU.
-CUDA_HOST_TESTS := $(addprefix tests/test_,$(addsuffix .py,statistics contract small_divergences autograd losses golden \
-	user_rows determinism properties large policy policy_one_read policy_extremes topk topk_rounding topk_one_read \
-	topk_cuda labels_cuda cuda_one_read cuda_one_read_limits))
+CUDA_HOST_TESTS := $(addprefix tests/,$(addsuffix .py,\
+	$(addprefix core/test_,statistics contract small_divergences autograd losses golden user_rows determinism properties \
+		large) \
+	$(addprefix policy/test_,policy policy_one_read policy_extremes) \
+	$(addprefix top_k/test_,topk topk_rounding topk_one_read topk_cuda) \
+	$(addprefix backends/test_,labels_cuda cuda_one_read cuda_one_read_limits)))
 PYTHON_SOURCES := $(wildcard kldiv_kernels tests benchmarks docs examples setup.py)
 
 .PHONY: demo test lint format docs fuzz sanitize bench gpu-check clean
@@ -60,11 +65,11 @@ docs: $(VENV)/.installed
 
 # Rows as users have them, others at every call, for about ten minutes: what `make test` has no time for.
 fuzz: $(VENV)/.installed
-	KLDIV_FUZZ_EXAMPLES=$(FUZZ_EXAMPLES) $(PY) -m pytest -n 2 tests/test_user_rows.py $(FUZZ_OPTIONS)
+	KLDIV_FUZZ_EXAMPLES=$(FUZZ_EXAMPLES) $(PY) -m pytest -n 2 tests/core/test_user_rows.py $(FUZZ_OPTIONS)
 
 # The library built with AddressSanitizer and UndefinedBehaviorSanitizer, under the kernel tests.
 sanitize: $(VENV)/.installed
-	PYTHON=$(PY) bash tests/run_sanitized.sh
+	PYTHON=$(PY) bash tests/build/run_sanitized.sh
 
 bench: $(VENV)/.installed
 	$(VENV)/bin/kldiv bench --output runs/bench

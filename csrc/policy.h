@@ -4,7 +4,7 @@
 //   loss = weight * term(l) + kl_weight * KL(l),   l = log pi(y), of one token
 //
 // `policy_coefficient` is d loss / d l, float32 like the losses themselves. The terms, estimators and their sources are
-// those of kldiv_kernels/policy_terms.py and policy_weights.py, and the gradients are what they have there: min gives
+// those of kldiv_kernels/policy/terms.py and weights.py, and the gradients are what they have there: min gives
 // each side half where both are equal, a clamp keeps the gradient at its ends, a branch that is not taken has none.
 #pragma once
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from kldiv_kernels import advantages, nn
+from kldiv_kernels import nn
 from kldiv_kernels.backends import backends
 from kldiv_kernels.losses import (
     alpha_beta_divergence,
@@ -24,12 +24,10 @@ from kldiv_kernels.losses import (
     tvd,
 )
 from kldiv_kernels.planning import Plan, plan
-from kldiv_kernels.policy import policy_loss
-from kldiv_kernels.policy_assembly import PolicyLoss
+from kldiv_kernels.policy import PolicyLoss, advantages, policy_loss
 from kldiv_kernels.registry import register_statistic, unregister_statistic
 from kldiv_kernels.stats import TokenStats, entropy, selective_log_softmax, token_stats
-from kldiv_kernels.topk import TopK, topk, topk_token_stats
-from kldiv_kernels.topk_divergences import topk_divergence_from_logits, topk_divergence_loss
+from kldiv_kernels.top_k import TopK, topk, topk_divergence_from_logits, topk_divergence_loss, topk_token_stats
 from kldiv_kernels.version import __version__
 
 __all__ = [

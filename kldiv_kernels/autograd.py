@@ -16,8 +16,8 @@ import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
-from kldiv_kernels import backends
-
+# (gradient, upstream scalar) -> their product, in the gradient's memory (`backends.scale_in_place`).
+Scale = Callable[[Tensor, Tensor], Tensor]
 # The leading arguments of an operator that are tensors, or None (`ops._CALL_SCHEMA`).
 _TENSORS = 6
 # Of the samples that torch.autograd.grad(is_grads_batched=True) makes, which are not torch.func's.
@@ -48,24 +48,42 @@ def no_tangent(where: str, name: str, tensor: Tensor) -> None:
         raise NotImplementedError(f"{where}: {name} has a tangent; {_FORWARD_MODE}")
 
 
-def register(prefix: str) -> None:
-    """Autograd of the three operators whose names start with this."""
+def register(prefix: str, scale: Scale) -> None:
+    """Autograd of the three operators whose names start with this. `scale` multiplies a gradient in place."""
     statistics, backward = f"{prefix}statistics", f"{prefix}statistics_backward"
     for name, function, save in (
         (statistics, functools.partial(_statistics_gradient, _operator(backward)), _save_statistics),
         (backward, _no_double_backward, _save_nothing),
-        (f"{prefix}loss", _loss_gradient, _save_loss),
+        (f"{prefix}loss", functools.partial(_loss_gradient, scale), _save_loss),
     ):
         torch.library.register_autograd(f"kldiv_kernels::{name}", function, setup_context=save)
 
 
-def register_given_gradient() -> None:
+def register_given_gradient(scale: Scale) -> None:
     """Autograd of `with_gradient`."""
-    torch.library.register_autograd("kldiv_kernels::with_gradient", _given_gradient, setup_context=_save_gradient)
+    torch.library.register_autograd(
+        "kldiv_kernels::with_gradient", functools.partial(_given_gradient, scale), setup_context=_save_gradient
+    )
 
 
 def _operator(name: str) -> Any:
     return getattr(torch.ops.kldiv_kernels, name)
+
+
+def or_empty(gradient: Tensor | None, like: Tensor) -> Tensor:
+    """An operator returns tensors: an empty one for a gradient that nobody asked for."""
+    return like.new_empty(0) if gradient is None else gradient
+
+
+def reduced(
+    coefficients: Tensor, values: Tensor, dlogits: Tensor | None, dreference: Tensor | None, logits: Tensor
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """What the operator `loss` returns: Σ coefficients · values, the values, and both gradients.
+
+    A token of weight 0 takes no part, whatever its value is: 0 · inf is not NaN here.
+    """
+    total = torch.where(coefficients == 0, torch.zeros_like(values), coefficients * values).sum()
+    return total, values, or_empty(dlogits, logits), or_empty(dreference, logits)
 
 
 def _save_statistics(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
@@ -103,20 +121,20 @@ def _save_loss(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) ->
     ctx.inputs = len(inputs)
 
 
-def _loss_gradient(ctx: Any, loss: Tensor | None, *_: Any) -> tuple[Any, ...]:
+def _loss_gradient(scale: Scale, ctx: Any, loss: Tensor | None, *_: Any) -> tuple[Any, ...]:
     nothing = (None,) * (ctx.inputs - 2)
     if loss is None:
         return None, None, *nothing
     if torch.is_grad_enabled():
         raise RuntimeError(_DOUBLE_BACKWARD)
     gradients = [
-        _times_upstream(gradient, loss) if needed else None
+        _times_upstream(gradient, loss, scale) if needed else None
         for gradient, needed in zip(ctx.saved_tensors, ctx.needs_input_grad, strict=False)
     ]
     return *gradients, *nothing
 
 
-def _times_upstream(gradient: Tensor, upstream: Tensor) -> Tensor:
+def _times_upstream(gradient: Tensor, upstream: Tensor, scale: Scale) -> Tensor:
     """The gradient of the one-read form times the upstream scalar.
 
     In eager mode it is scaled in place, and not touched when the scalar is 1: the buffer is ours, and the graph
@@ -125,7 +143,7 @@ def _times_upstream(gradient: Tensor, upstream: Tensor) -> Tensor:
     """
     if type(gradient) is not Tensor or _several(upstream) or torch._C._autograd._get_current_graph_task_keep_graph():
         return gradient * upstream
-    return backends.scale_in_place(gradient, upstream)
+    return scale(gradient, upstream)
 
 
 def _several(upstream: Tensor) -> bool:
@@ -145,10 +163,10 @@ def _save_gradient(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
     ctx.save_for_backward(inputs[2])
 
 
-def _given_gradient(ctx: Any, upstream: Tensor) -> tuple[None, Tensor, None]:
+def _given_gradient(scale: Scale, ctx: Any, upstream: Tensor) -> tuple[None, Tensor, None]:
     if torch.is_grad_enabled():
         raise RuntimeError(_DOUBLE_BACKWARD)
-    return None, _times_upstream(ctx.saved_tensors[0], upstream), None
+    return None, _times_upstream(ctx.saved_tensors[0], upstream, scale), None
 
 
 class StatisticsBackward(torch.autograd.Function):

@@ -21,12 +21,11 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from kldiv_kernels import registry, topk_inputs
+from kldiv_kernels import registry, top_k
 from kldiv_kernels.backends import names as backend_names
 from kldiv_kernels.losses import divergence_loss
 from kldiv_kernels.stats import selective_log_softmax, token_stats
-from kldiv_kernels.topk import topk_token_stats
-from kldiv_kernels.topk_divergences import topk_divergence_loss
+from kldiv_kernels.top_k import topk_divergence_loss, topk_token_stats
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -151,10 +150,10 @@ def topk_distillation_loss(
             return loss
         logprob = selective_log_softmax(logits, targets, mask=target, vocab_size=vocab_size, backend=options.backend)
     else:
-        where, looks = "topk_distillation_loss", topk_inputs.looks_at(logits, None)
-        ids, logprobs = topk_inputs.teacher_checked(where, topk_ids, topk_logprobs, logits, vocab_size, looks)
+        where, looks = "topk_distillation_loss", top_k.looks_at(logits, None)
+        ids, logprobs = top_k.teacher_checked(where, topk_ids, topk_logprobs, logits, vocab_size, looks)
         if tail == "bucket":
-            rows["tail_logprob"] = topk_inputs.tail_of(
+            rows["tail_logprob"] = top_k.tail_of(
                 where, logprobs, ids, vocab_size, given=topk_logprobs.dtype, floor=None, check=looks
             )
         student = topk_token_stats(

@@ -11,10 +11,9 @@ from torch.nn import Module
 
 from kldiv_kernels import inputs, registry
 from kldiv_kernels.losses import divergence_loss
-from kldiv_kernels.policy import policy_loss
-from kldiv_kernels.policy_assembly import PolicyLoss as PolicyLossResult
-from kldiv_kernels.policy_options import OPTION_NAMES, resolve
-from kldiv_kernels.topk_divergences import topk_divergence_loss
+from kldiv_kernels.policy import OPTION_NAMES, policy_loss, resolve
+from kldiv_kernels.policy import PolicyLoss as PolicyLossResult
+from kldiv_kernels.top_k import topk_divergence_loss
 
 _PER_CALL = ("weight", "labels", "mask", "normalizer", "exclude", "tail_logprob")
 _POLICY_PER_CALL = (

@@ -137,15 +137,6 @@ def _call(arguments: tuple[Any, ...]) -> tuple[Call, backends.Backend]:
     return call, backends.get(backend)
 
 
-def or_empty(gradient: Tensor | None, like: Tensor) -> Tensor:
-    return like.new_empty(0) if gradient is None else gradient
-
-
-def weighted_sum(coefficients: Tensor, values: Tensor) -> Tensor:
-    """A token of weight 0 takes no part, whatever its value is: 0 * inf is not NaN here."""
-    return torch.where(coefficients == 0, torch.zeros_like(values), coefficients * values).sum()
-
-
 def _statistics(*arguments: Any) -> tuple[Tensor, Tensor]:
     call, backend = _call(arguments[:_CALL_ARGUMENTS])
     return backend.forward(call, arguments[_CALL_ARGUMENTS])
@@ -154,14 +145,14 @@ def _statistics(*arguments: Any) -> tuple[Tensor, Tensor]:
 def _statistics_backward(*arguments: Any) -> tuple[Tensor, Tensor]:
     call, backend = _call(arguments[:_CALL_ARGUMENTS])
     dlogits, dreference = backend.backward(call, *arguments[_CALL_ARGUMENTS:])
-    return or_empty(dlogits, call.logits), or_empty(dreference, call.logits)
+    return autograd.or_empty(dlogits, call.logits), autograd.or_empty(dreference, call.logits)
 
 
 def _loss(*arguments: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     call, backend = _call(arguments[:_CALL_ARGUMENTS])
     coefficients = arguments[_CALL_ARGUMENTS]
     values, dlogits, dreference = backend.one_read(call, *arguments[_CALL_ARGUMENTS:])
-    return weighted_sum(coefficients, values), values, or_empty(dlogits, call.logits), or_empty(dreference, call.logits)
+    return autograd.reduced(coefficients, values, dlogits, dreference, call.logits)
 
 
 def _policy(*arguments: Any) -> tuple[Tensor, Tensor]:
@@ -257,5 +248,5 @@ torch.library.register_fake("kldiv_kernels::topk", _fake_topk)
 torch.library.register_fake("kldiv_kernels::largest", _fake_largest)
 torch.library.register_fake("kldiv_kernels::with_gradient", _with_gradient)
 
-autograd.register("")
-autograd.register_given_gradient()
+autograd.register("", backends.scale_in_place)
+autograd.register_given_gradient(backends.scale_in_place)

@@ -9,7 +9,8 @@ from typing import Any
 
 import torch
 
-from kldiv_kernels.backends import Call, native
+from kldiv_kernels.backends import native
+from kldiv_kernels.backends.interface import Call
 from kldiv_kernels.backends.strides import joined
 
 OLDEST = 80

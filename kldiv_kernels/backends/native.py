@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import _disable_current_modes
 
-from kldiv_kernels.backends import Call
+from kldiv_kernels.backends.interface import Call
 
 LIBRARY = Path(__file__).resolve().parent.parent / "libkldiv_kernels.so"
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)

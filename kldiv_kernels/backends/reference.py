@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from kldiv_kernels.backends import Call, value_rows
+from kldiv_kernels.backends.interface import Call, value_rows
 from kldiv_kernels.divergences import Elements, Term
 from kldiv_kernels.registry import STATISTICS, Statistic
 

@@ -29,7 +29,7 @@ from kldiv_kernels.distillation import (
     topk_distillation_loss,
 )
 from kldiv_kernels.stats import selective_log_softmax, token_stats
-from kldiv_kernels.topk_divergences import topk_divergence_loss
+from kldiv_kernels.top_k import topk_divergence_loss
 from kldiv_kernels.trainer import cached
 
 _ROWS = ("topk_ids", "topk_logprobs")

@@ -14,7 +14,7 @@ from typing import Annotated, Any
 import torch
 import typer
 
-from kldiv_kernels.policy_options import CHOICES, LOSS_TYPES, resolve
+from kldiv_kernels.policy import CHOICES, LOSS_TYPES, resolve
 from kldiv_kernels.trainer.options import load_model, load_tokenizer, require, require_backend, require_source
 
 

@@ -9,10 +9,17 @@ import torch
 from torch import Tensor, nn
 
 from kldiv_kernels import inputs
-from kldiv_kernels.policy_options import CLIPPED, PolicyOptions, resolve
-from kldiv_kernels.policy_slopes import times
-from kldiv_kernels.policy_terms import Tokens, level_log_ratio, policy_term
-from kldiv_kernels.policy_weights import aggregate, sampled_kl
+from kldiv_kernels.policy import (
+    CLIPPED,
+    PolicyOptions,
+    Tokens,
+    aggregate,
+    level_log_ratio,
+    policy_term,
+    resolve,
+    sampled_kl,
+    times,
+)
 from kldiv_kernels.stats import selective_log_softmax
 
 _LOSS_TYPES = ("grpo", "bnpo", "dr_grpo", "dapo", "luspo", "cispo", "sapo", "vespo")

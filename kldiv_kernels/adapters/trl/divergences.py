@@ -21,7 +21,7 @@ from kldiv_kernels.adapters.trl.calls import backend_for, bound, dtype_of, is_se
 from kldiv_kernels.adapters.trl.topk import serves_topk, topk_divergence
 from kldiv_kernels.losses import divergence_loss
 from kldiv_kernels.stats import token_stats
-from kldiv_kernels.topk_divergences import Support
+from kldiv_kernels.top_k import Support
 
 # Whose top k IW-OPD takes.
 _SUPPORT: dict[float, Support] = {0: "teacher", 1: "student"}

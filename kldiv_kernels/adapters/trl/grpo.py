@@ -15,8 +15,7 @@ from trl.trainer.utils import use_adapter
 from kldiv_kernels.adapters.trl import grpo_entropy, grpo_metrics
 from kldiv_kernels.adapters.trl.grpo_options import is_windowed, policy_arguments, resolved
 from kldiv_kernels.adapters.trl.scoring import LogitsOfCompletion, Score, run_outside_autocast
-from kldiv_kernels.policy import policy_loss
-from kldiv_kernels.policy_options import DPPO, EXACT_KL
+from kldiv_kernels.policy import DPPO, EXACT_KL, policy_loss
 from kldiv_kernels.stats import selective_log_softmax, token_stats
 
 _SCORING_INPUTS = inspect.signature(grpo_trainer.GRPOTrainer._get_per_token_logps_and_entropies).parameters

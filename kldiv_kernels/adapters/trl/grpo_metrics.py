@@ -10,10 +10,7 @@ import torch
 from torch import Tensor
 from trl.trainer.utils import nanmax, nanmin
 
-from kldiv_kernels.policy_assembly import PolicyLoss
-from kldiv_kernels.policy_options import CLIPPED, PolicyOptions
-from kldiv_kernels.policy_terms import level_log_ratio, ratio_bounds
-from kldiv_kernels.policy_weights import highest_entropy
+from kldiv_kernels.policy import CLIPPED, PolicyLoss, PolicyOptions, highest_entropy, level_log_ratio, ratio_bounds
 
 _TRL_NAMES = {"entropy": "entropy", "kl": "kl", "exact_kl": "kl"}
 # With the smallest or largest of a mean over the tokens of each sequence.

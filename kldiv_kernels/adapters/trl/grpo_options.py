@@ -7,8 +7,7 @@ import math
 from collections.abc import Mapping
 from typing import Any
 
-from kldiv_kernels.policy import policy_loss
-from kldiv_kernels.policy_options import EXACT_KL, OPTION_NAMES, PolicyOptions, resolve
+from kldiv_kernels.policy import EXACT_KL, OPTION_NAMES, PolicyOptions, policy_loss, resolve
 
 _WHERE = "GRPOTrainer"
 _TRL_LOSS_TYPES = ("grpo", "bnpo", "dr_grpo", "dapo", "luspo", "cispo", "sapo", "vespo")

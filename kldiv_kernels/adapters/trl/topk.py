@@ -20,7 +20,7 @@ from typing import Any
 from torch import Tensor
 
 from kldiv_kernels.adapters.trl.calls import backend_for, bound, dtype_of, is_served
-from kldiv_kernels.topk_divergences import Support, topk_divergence_from_logits
+from kldiv_kernels.top_k import Support, topk_divergence_from_logits
 
 
 def topk_loss(original: Callable[..., Tensor], backend: str) -> Callable[..., Tensor]:

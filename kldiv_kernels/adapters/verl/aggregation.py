@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from kldiv_kernels.policy_weights import aggregate
+from kldiv_kernels.policy import aggregate
 
 _MODES = ("token-mean", "token-sum", "seq-mean-token-sum", "seq-mean-token-sum-norm", "seq-mean-token-mean")
 

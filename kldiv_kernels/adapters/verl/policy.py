@@ -45,10 +45,17 @@ from torch import Tensor
 
 from kldiv_kernels.adapters.verl.aggregation import agg_loss
 from kldiv_kernels.adapters.verl.config import read
-from kldiv_kernels.policy_options import PolicyOptions, resolve
-from kldiv_kernels.policy_slopes import times
-from kldiv_kernels.policy_terms import PolicyTerm, Tokens, level_log_ratio, policy_term, ratio_bounds
-from kldiv_kernels.policy_weights import aggregate
+from kldiv_kernels.policy import (
+    PolicyOptions,
+    PolicyTerm,
+    Tokens,
+    aggregate,
+    level_log_ratio,
+    policy_term,
+    ratio_bounds,
+    resolve,
+    times,
+)
 
 PolicyLossFn = Callable[..., tuple[Tensor, dict[str, float]]]
 

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from kldiv_kernels import registry
-from kldiv_kernels.backends import Call
+from kldiv_kernels.backends.interface import Call
 from kldiv_kernels.backends.strides import leading
 
 if TYPE_CHECKING:

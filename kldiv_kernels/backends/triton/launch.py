@@ -13,7 +13,7 @@ import triton
 from torch import Tensor
 
 from kldiv_kernels import registry
-from kldiv_kernels.backends import Call, value_rows
+from kldiv_kernels.backends.interface import Call, value_rows
 from kldiv_kernels.backends.strides import leading
 from kldiv_kernels.backends.triton import kernels, state, table
 from kldiv_kernels.backends.triton.bind import Bound, bind, unspecialised

@@ -19,9 +19,9 @@ from torch import Tensor
 from torch.library import triton_op, wrap_triton
 
 from kldiv_kernels import autograd, registry
-from kldiv_kernels.backends import Call
+from kldiv_kernels.backends.interface import Call
+from kldiv_kernels.backends.scaling import scale_in_place
 from kldiv_kernels.backends.triton.launch import Launch
-from kldiv_kernels.ops import or_empty, weighted_sum
 
 
 def arguments(call: Call, version: str) -> tuple[object, ...]:
@@ -78,7 +78,7 @@ def statistics_backward(
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     launch = _launch(logits, reference, labels, mask, exclude, token_parameters, stats, vocab_size)
     dlogits, dreference = launch.gradients(state, coefficients.contiguous(), student, teacher)
-    return or_empty(dlogits, logits), or_empty(dreference, logits)
+    return autograd.or_empty(dlogits, logits), autograd.or_empty(dreference, logits)
 
 
 @triton_op("kldiv_kernels::triton_loss", mutates_args={})
@@ -89,7 +89,7 @@ def loss(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     launch = _launch(logits, reference, labels, mask, exclude, token_parameters, stats, vocab_size)
     values, dlogits, dreference = launch.loss(coefficients.contiguous(), student, teacher)
-    return weighted_sum(coefficients, values), values, or_empty(dlogits, logits), or_empty(dreference, logits)
+    return autograd.reduced(coefficients, values, dlogits, dreference, logits)
 
 
-autograd.register("triton_")
+autograd.register("triton_", scale_in_place)

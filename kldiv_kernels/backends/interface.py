@@ -1,0 +1,97 @@
+"""What is asked of a backend, and what a backend is.
+
+A backend turns a `Call` into per-token statistics, turns per-token coefficients into gradients of the logits,
+and, when the coefficients are known beforehand, does both at once. Public functions validate above it: a
+backend never sees a bad shape.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Protocol, runtime_checkable
+
+from torch import Tensor
+
+from kldiv_kernels import registry
+
+
+@dataclass(frozen=True)
+class Call:
+    """What is asked of a backend. N rows are the leading dimensions of `logits` flattened.
+
+    logits, reference [*, V], unit stride in V; labels [N, K] int64, -1 where absent; mask [N] bool;
+    exclude [N] int64, -1 for none; token_parameters [4, N] float32 overrides
+    parameters = (temperature, reference temperature, alpha, beta); columns from `vocab_size` on are padding.
+    """
+
+    logits: Tensor
+    reference: Tensor | None
+    labels: Tensor | None
+    mask: Tensor | None
+    exclude: Tensor | None
+    token_parameters: Tensor | None
+    parameters: tuple[float, float, float, float]
+    stats: tuple[str, ...]
+    vocab_size: int
+
+    @property
+    def rows(self) -> int:
+        return self.logits.numel() // max(1, self.logits.shape[-1])
+
+    @property
+    def labels_per_row(self) -> int:
+        return 1 if self.labels is None else self.labels.shape[1]
+
+
+def value_rows(stats: tuple[str, ...], labels_per_row: int) -> int:
+    """Rows of the [rows, N] table of values: one a statistic, one a label for the labelled ones."""
+    return sum(labels_per_row if registry.STATISTICS[name].per_label else 1 for name in stats)
+
+
+class Backend(Protocol):
+    """One way of computing; see the table of backends in the README."""
+
+    name: str
+
+    def unavailable(self) -> str | None:
+        """Why this backend cannot be used in this process, or None."""
+
+    def unsupported(self, call: Call) -> str | None:
+        """Why it does not serve this call, or None."""
+
+    def state_rows(self, stats: tuple[str, ...]) -> int:
+        """Floats a row that `forward` saves for `backward`."""
+
+    def forward(self, call: Call, with_state: bool) -> tuple[Tensor, Tensor]:
+        """Values [value_rows, N] and state [state_rows, N] (or [0, N])."""
+
+    def backward(
+        self, call: Call, state: Tensor, coefficients: Tensor, student: bool, reference: bool
+    ) -> tuple[Tensor | None, Tensor | None]:
+        """Gradients of sum(coefficients * values), in the logits' dtype and shape."""
+
+    def one_read(
+        self, call: Call, coefficients: Tensor, student: bool, reference: bool
+    ) -> tuple[Tensor, Tensor | None, Tensor | None]:
+        """forward and backward together."""
+
+
+@runtime_checkable
+class OneReadPolicy(Protocol):
+    """A backend that goes from the values of a row to the gradient of its policy loss by itself."""
+
+    def policy(
+        self, call: Call, coefficients: Tensor, tokens: Tensor, term: str, kl: str, bounds: list[float]
+    ) -> tuple[Tensor, Tensor]:
+        """Values [value_rows, N] and dlogits; the arguments are those of `policy.one_read.Known`."""
+
+
+@runtime_checkable
+class OneReadTopK(Protocol):
+    """A backend that goes from the log-probabilities of a row to the gradient of its top-k divergence by itself."""
+
+    def topk(
+        self, call: Call, teacher: Tensor, scale: Tensor, kind: str, alpha: float, beta: float
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Values [value_rows, N], divergences [N] and dlogits of Σ scale · divergence, for statistics ("logprob",) or
+        ("logprob", "tail_logprob"), of which `teacher` [N, value_rows] has the other side."""

@@ -1,0 +1,47 @@
+"""Losses of the GRPO family from raw logits, their options, and advantages.
+
+`loss` has the public function, `options` what it can be told, `terms` the surrogates, `weights` what a token counts,
+`slopes` gradients that are known beforehand, `one_read` the form whose gradient comes out of the same read.
+"""
+
+from __future__ import annotations
+
+from kldiv_kernels.policy import advantages
+from kldiv_kernels.policy.assembly import PolicyLoss
+from kldiv_kernels.policy.loss import policy_loss
+from kldiv_kernels.policy.options import (
+    CHOICES,
+    CLIPPED,
+    DPPO,
+    EXACT_KL,
+    LOSS_TYPES,
+    OPTION_NAMES,
+    PolicyOptions,
+    resolve,
+)
+from kldiv_kernels.policy.slopes import times
+from kldiv_kernels.policy.terms import PolicyTerm, Tokens, level_log_ratio, policy_term, ratio_bounds
+from kldiv_kernels.policy.weights import aggregate, highest_entropy, sampled_kl
+
+__all__ = [
+    "CHOICES",
+    "CLIPPED",
+    "DPPO",
+    "EXACT_KL",
+    "LOSS_TYPES",
+    "OPTION_NAMES",
+    "PolicyLoss",
+    "PolicyOptions",
+    "PolicyTerm",
+    "Tokens",
+    "advantages",
+    "aggregate",
+    "highest_entropy",
+    "level_log_ratio",
+    "policy_loss",
+    "policy_term",
+    "ratio_bounds",
+    "resolve",
+    "sampled_kl",
+    "times",
+]

@@ -1,0 +1,107 @@
+"""From per-token values to the policy loss: term, selection, weights, KL, entropy bonus, aggregation, metrics."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from kldiv_kernels.policy.inputs import Batch
+from kldiv_kernels.policy.options import INF, PolicyOptions
+from kldiv_kernels.policy.terms import PolicyTerm, Tokens, level_log_ratio, policy_term
+from kldiv_kernels.policy.weights import (
+    aggregate,
+    highest_entropy,
+    off_policy_weight,
+    on_policy_sequences,
+    sampled_kl,
+    weighted,
+)
+
+
+@dataclass(frozen=True)
+class PolicyLoss:
+    """What `policy_loss` returns.
+
+    loss: scalar, differentiable. per_token_loss: [B, T] (or [N]): policy term, weights and KL penalty before
+    aggregation and without the entropy bonus, 0 where masked; differentiable with `per_token_gradient=True`. metrics:
+    scalars on the logits' device, without gradient; nothing waits for the device until one is read. logprob, entropy:
+    [B, T] (or [N]), of this policy, in nats, without gradient; 0 where masked.
+    """
+
+    loss: Tensor
+    per_token_loss: Tensor
+    metrics: dict[str, Tensor]
+    logprob: Tensor
+    entropy: Tensor
+
+
+def assemble(batch: Batch, options: PolicyOptions, shape: torch.Size) -> PolicyLoss:
+    """The loss of a batch; `shape` is that of per_token_loss."""
+    log_ratio = batch.logprob - batch.anchor
+    level = level_log_ratio(log_ratio, batch.valid, options)
+    tokens = Tokens(batch.logprob, batch.anchor, batch.advantages, batch.valid, log_ratio, level)
+    weight = off_policy_weight(batch, options)
+    term = policy_term(tokens, options, None if weight is None else weight.log())
+
+    kept = batch.valid
+    if options.entropy_quantile < 1:
+        kept = highest_entropy(batch.entropy, batch.valid, options.entropy_quantile)
+    per_token = torch.where(_selected(batch, kept, options), weighted(term.per_token, batch, weight, options), 0.0)
+    kl = _kl(batch, tokens, options)
+    if kl is not None and options.kl_coef != 0:
+        per_token = per_token + torch.where(batch.valid, options.kl_coef * kl, 0.0)
+
+    count_empty = options.count_empty_sequences
+    loss = aggregate(per_token, batch.valid, options.aggregation, batch.normalizer, count_empty)
+    if options.entropy_coef != 0:
+        how, normalizer = ("token-mean", None)
+        if options.entropy_aggregation == "loss":
+            how, normalizer = options.aggregation, batch.normalizer
+        loss = loss - options.entropy_coef * aggregate(batch.entropy, kept, how, normalizer, count_empty)
+    with torch.no_grad():
+        metrics = _metrics(batch, term, level, kl, weight)
+    logprob, entropy = (x.detach().reshape(shape) for x in (batch.logprob, batch.entropy))
+    return PolicyLoss(loss, per_token.reshape(shape), metrics, logprob, entropy)
+
+
+def _selected(batch: Batch, kept: Tensor, options: PolicyOptions) -> Tensor:
+    if options.off_policy_threshold == INF:
+        return kept
+    sampling = batch.old if batch.sampling is None else batch.sampling
+    return kept & on_policy_sequences(
+        batch.logprob, sampling, batch.advantages, batch.valid, options.off_policy_threshold
+    )
+
+
+def _kl(batch: Batch, tokens: Tokens, options: PolicyOptions) -> Tensor | None:
+    if batch.exact_kl is not None:
+        return batch.exact_kl
+    return None if batch.reference is None else sampled_kl(tokens, batch.reference, options)
+
+
+def _metrics(
+    batch: Batch, term: PolicyTerm, level: Tensor, kl: Tensor | None, weight: Tensor | None
+) -> dict[str, Tensor]:
+    ratio, moved = level.exp(), batch.logprob - batch.old
+    tokens = {
+        "entropy": batch.entropy,
+        "ratio_mean": ratio,
+        "approx_kl": torch.expm1(moved) - moved,
+        **{f"clip_fraction_{name}": where for name, where in term.clipped.items()},
+    }
+    if kl is not None:
+        tokens["kl" if batch.exact_kl is None else "exact_kl"] = kl
+    if batch.sampling is not None:
+        tokens["sampling_kl"] = batch.sampling - batch.old
+    if weight is not None:
+        tokens["off_policy_weight"] = weight
+    # Together: on a GPU each operation on so few numbers takes as long as on many.
+    table = torch.stack([x.detach().to(ratio.dtype) for x in tokens.values()]).flatten(1)
+    table = table.masked_fill(~batch.valid.reshape(1, -1), 0.0)
+    count = batch.valid.sum()
+    means = dict(zip(tokens, (table.sum(1) / count.clamp_min(1)).unbind(), strict=True))
+    # Ratios are positive: a 0 in place of the masked ones leaves the largest alone, and is that of no token.
+    ratios = table[list(tokens).index("ratio_mean")]
+    return {"tokens": count, **means, "ratio_max": ratios.amax() if ratios.numel() else count.to(ratio.dtype)}

@@ -1,0 +1,220 @@
+"""Policy-gradient losses of the GRPO family: the logits by kernels, the rest on [batch, tokens]."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from kldiv_kernels import autograd, backends, inputs, ops
+from kldiv_kernels.dtensors import on_replicas
+from kldiv_kernels.inputs import Parameter
+from kldiv_kernels.policy import inputs as policy_inputs
+from kldiv_kernels.policy import one_read
+from kldiv_kernels.policy.assembly import PolicyLoss, assemble
+from kldiv_kernels.policy.options import EXACT_KL, resolve
+
+# Given for ignored tokens, which are masked: no token has this number.
+_NO_TOKEN = -(2**63)
+
+
+@on_replicas
+def policy_loss(
+    logits: Tensor,
+    token_ids: Tensor,
+    advantages: Tensor,
+    *,
+    loss_type: str | None = None,
+    preset: str | None = None,
+    old_logprobs: Tensor | None = None,
+    reference_logprobs: Tensor | None = None,
+    reference_logits: Tensor | None = None,
+    sampling_logprobs: Tensor | None = None,
+    anchor_logprobs: Tensor | None = None,
+    token_weights: Tensor | None = None,
+    mask: Tensor | None = None,
+    importance_level: str | None = None,
+    clip_low: float | None = None,
+    clip_high: float | None = None,
+    clip_absolute: bool | None = None,
+    dual_clip: float | None = None,
+    delta: float | None = None,
+    log_ratio_clamp: float | tuple[float, float] | None = None,
+    sapo_temperatures: tuple[float, float] | None = None,
+    vespo_positive: tuple[float, float] | None = None,
+    vespo_negative: tuple[float, float] | None = None,
+    cov_selection: str | None = None,
+    cov_fraction: float | None = None,
+    cov_bounds: tuple[float, float] | None = None,
+    cov_kl_coef: float | None = None,
+    off_policy: str | None = None,
+    off_policy_min: float | None = None,
+    off_policy_max: float | None = None,
+    off_policy_threshold: float | None = None,
+    kl_coef: float | None = None,
+    kl_estimator: str | None = None,
+    kl_bias_correction: bool | None = None,
+    kl_log_ratio_clamp: float | None = None,
+    kl_clamp: float | None = None,
+    entropy_coef: float | None = None,
+    entropy_quantile: float | None = None,
+    entropy_aggregation: str | None = None,
+    aggregation: str | None = None,
+    normalizer: float | Tensor | None = None,
+    count_empty_sequences: bool | None = None,
+    per_token_gradient: bool = False,
+    temperature: Parameter = 1.0,
+    ignore_index: int = -100,
+    vocab_size: int | None = None,
+    backend: str = "auto",
+) -> PolicyLoss:
+    r"""Loss of a policy π = softmax(logits/τ) on sampled tokens, with its KL penalty and entropy bonus.
+
+    loss = aggregate(term·selection·weights + kl_coef·KL) − entropy_coef·aggregate(entropy); `policy_terms` has the
+    formula of each term. Log-probabilities are in nats at temperature τ.
+    Values and the gradient of the logits come out of one pass over them where a token's gradient depends on that token
+    alone (grpo, bnpo, dr_grpo, dapo, luspo, cispo, sapo, reinforce and dppo without options that look at sequences or
+    the batch; bfloat16 and float32 on the `cpu` and `cuda` backends); else they are read again for the gradient.
+    An option left at None takes the preset's default, which is the one given here without a preset; `math.inf` turns
+    a bound off.
+
+    Args:
+        logits: [B, T, V], position t predicting token t of the completion; or [N, V] for packed tokens, with [N] in
+            place of [B, T] below and without anything that needs sequences.
+        token_ids: [B, T] integers. A token equal to `ignore_index` (default -100) is masked.
+        advantages: [B], or [B, T] for one a token.
+        loss_type: grpo (default), bnpo, dr_grpo, dapo, luspo: the clipped surrogate, which differ in `aggregation`
+            only; gspo: the same on the sequence's ratio; cispo, sapo, vespo, gmpo, reinforce, topr, dppo_tv, dppo_kl.
+        preset: "trl" (1.16), "verl" or "nemo_rl": that framework's defaults for the loss type (`policy_options`);
+            what is given beside it counts. Their default loss_type is dapo, the token mean.
+        old_logprobs: [B, T], the policy that the advantages belong to. Default: this one, so that the ratio is 1; topr
+            and dppo need them.
+        reference_logprobs, reference_logits: [B, T] or [B, T, V] (at the same temperature), for the KL: one of them.
+            With kl_coef 0 the KL is a metric only.
+        sampling_logprobs: [B, T], from the engine that sampled the tokens; a NaN there counts as old_logprobs.
+        anchor_logprobs: [B, T], the denominator of the ratio in place of old_logprobs (a mixture with a teacher, say).
+        token_weights: [B, T], multiplies the policy term, without gradient.
+        mask: [B, T] bool or integers; where it is 0 no argument is looked at, NaN or not.
+        importance_level: "token"; "sequence": the mean log-ratio of the sequence, as in GSPO and all frameworks (for
+            topr in verl); "sequence_sum": its sum (topr, as in the paper). Default: the loss type's own.
+        clip_low, clip_high: the ratio is clipped to [1 − clip_low, 1 + clip_high], for cispo too, as in verl, NeMo-RL
+            and SkyRL; gmpo clips the log-ratio to [−clip_low, clip_high]; for dppo they bound the probability's move.
+            0.2 each. `clip_absolute=True`: [clip_low, clip_high] itself, TRL's cispo (with clip_low=0; its
+            documentation recommends clip_high=5, its default is 0.2 too).
+        dual_clip: 1 or more; bounds the clipped loss by −dual_clip·A where A < 0. Default off (verl: 3).
+        delta: upper bound of the unclipped ratio (two-sided GRPO, TRL); for dppo of the weight, there 20. Default off.
+        log_ratio_clamp: the log-ratio at its level is clamped to ±this, or (low, high). Default 20, as in verl; off in
+            TRL and NeMo-RL, where a loss that no other bound holds may then overflow.
+        sapo_temperatures: for A > 0 and otherwise; (1, 1.05).
+        vespo_positive, vespo_negative: (k, λ) for A ≥ 0, (2, 3), and for A < 0, (3, 2).
+        cov_selection: "clip" drops `cov_fraction` (2e-4) of the tokens, drawn from torch's random numbers, among those
+            whose covariance of log-probability and advantage is inside `cov_bounds` (1, 5); "kl" adds
+            cov_kl_coef·|log-ratio| (1) to the cov_fraction with the highest; KL-Cov as published has clip_low=1,
+            clip_high=inf beside it. Default "none".
+        off_policy: what the weight π_old/π_sampling does when sampling_logprobs are given: "token_truncate" (default,
+            verl's) or "token_mask" (IcePop) by off_policy_min (0) and off_policy_max (2; TRL 3), "sequence_truncate" or
+            "sequence_mask" (TRL) by the product over the sequence, "none". A mask is 0 outside the bounds.
+        off_policy_threshold: drops sequences with A < 0 whose mean log π_sampling − log π (without sampling_logprobs:
+            π_old) is above it. Default off.
+        kl_coef, kl_estimator: 0 and "k3". k1, k2, k3, abs, k3_plus estimate KL(π‖π_ref) from the sampled tokens;
+            forward_kl KL(π_ref‖π), reverse_kl KL(π‖π_ref), js (β = ½) and hellinger are exact, from reference_logits.
+            Which way each one's gradient points is in `policy_weights`. k3_plus is verl's "k3+" and NeMo-RL's k3.
+        kl_bias_correction: multiplies a sampled estimator by the ratio, with gradient. Default False; True in TRL.
+        kl_log_ratio_clamp, kl_clamp: bounds of |log π_ref − log π| and of the estimate. Default off, as in TRL; 20 and
+            10 in verl (k3) and NeMo-RL.
+        entropy_coef: of the exact entropy, which has a gradient. 0.
+        entropy_quantile: the fraction of tokens, those with the highest entropy, that keep policy term and bonus. 1.
+        entropy_aggregation: "loss" (default, verl): as the loss; "token-mean" (TRL): over this call's tokens.
+        aggregation: "token-mean", "seq-mean-token-mean", "seq-mean-token-sum", "token-sum". Default, as in
+            TRL: seq-mean-token-mean for grpo, sapo, gspo and gmpo, -token-sum for luspo, token-sum for dr_grpo,
+            token-mean for the others.
+        normalizer: number or scalar tensor by which the sum over tokens or sequences is divided in place of the number
+            here: give the number over all ranks and accumulation steps. dr_grpo needs it: sequences × longest length.
+        count_empty_sequences: whether a sequence without tokens counts as one in a mean over sequences. True, as in
+            TRL; False in verl and NeMo-RL.
+        per_token_gradient: whether per_token_loss has a gradient as well, for a reduction of your own. The logits are
+            then read a second time for the gradient.
+        temperature, vocab_size, backend: see `token_stats`.
+
+    Returns:
+        PolicyLoss, float32 (float64 for float64 logits); without a valid token loss and gradient are 0. metrics:
+        tokens (their number), ratio_max, and as means over the valid tokens entropy, ratio_mean, approx_kl (k3 of
+        KL(π_old‖π)) and, where they apply, clip_fraction_low, clip_fraction_high, clip_fraction_dual,
+        clip_fraction_cov, kl (the estimate), exact_kl, sampling_kl (log π_sampling − log π_old), off_policy_weight.
+
+    Raises:
+        TypeError, ValueError: naming the argument, what it was and what is allowed. RuntimeError from a double
+        backward.
+
+    >>> import torch, kldiv_kernels as kk
+    >>> logits = torch.tensor([[[2.0, 0.5, -1.0], [0.0, 1.0, 0.0]]], requires_grad=True)
+    >>> tokens, old = torch.tensor([[0, 1]]), torch.tensor([[-0.5, -0.5]])
+    >>> out = kk.policy_loss(logits, tokens, torch.tensor([1.0]), old_logprobs=old, entropy_coef=0.01)
+    >>> out.loss.backward()
+    >>> round(out.loss.item(), 4), round(out.metrics["clip_fraction_high"].item(), 2)
+    (-1.0829, 0.5)
+    """
+    where = "policy_loss"
+    options = resolve(
+        where, preset,
+        {
+            "loss_type": loss_type, "importance_level": importance_level, "clip_low": clip_low,
+            "clip_high": clip_high, "clip_absolute": clip_absolute, "dual_clip": dual_clip, "delta": delta,
+            "log_ratio_clamp": log_ratio_clamp, "sapo_temperatures": sapo_temperatures,
+            "vespo_positive": vespo_positive, "vespo_negative": vespo_negative, "cov_selection": cov_selection,
+            "cov_fraction": cov_fraction, "cov_bounds": cov_bounds, "cov_kl_coef": cov_kl_coef,
+            "off_policy": off_policy, "off_policy_min": off_policy_min, "off_policy_max": off_policy_max,
+            "off_policy_threshold": off_policy_threshold, "kl_coef": kl_coef, "kl_estimator": kl_estimator,
+            "kl_bias_correction": kl_bias_correction, "kl_log_ratio_clamp": kl_log_ratio_clamp, "kl_clamp": kl_clamp,
+            "entropy_coef": entropy_coef, "entropy_quantile": entropy_quantile,
+            "entropy_aggregation": entropy_aggregation, "aggregation": aggregation,
+            "count_empty_sequences": count_empty_sequences,
+        },
+    )  # fmt: skip
+    tensors = policy_inputs.Tensors(
+        token_ids, advantages, mask, old_logprobs, reference_logprobs, reference_logits, sampling_logprobs,
+        anchor_logprobs, token_weights, normalizer,
+    )  # fmt: skip
+    corrects = any(option is not None for option in (off_policy, off_policy_min, off_policy_max))
+    policy_inputs.check(where, logits, tensors, options, corrects)
+    valid = policy_inputs.valid_tokens(tensors, ignore_index)
+    stats = ["logprob", "entropy"]
+    if reference_logits is not None:
+        stats.append(options.kl_estimator if options.kl_estimator in EXACT_KL else "reference_logprob")
+        reference_logits = reference_logits.detach()
+    try:
+        call = inputs.prepare(
+            where, logits, reference_logits, torch.where(valid, token_ids, 0),
+            stats=inputs.statistics(stats, where), temperature=temperature, reference_temperature=None, alpha=0.5,
+            beta=0.5, mask=valid, ignore_index=_NO_TOKEN, vocab_size=vocab_size, exclude=None,
+        )  # fmt: skip
+    except IndexError as error:
+        # A token outside the vocabulary: it is called a label there, and IndexError is for labels.
+        found = str(error).replace(f"{where}: labels", f"{where}: token_ids").replace(str(_NO_TOKEN), str(ignore_index))
+        raise ValueError(found) from None
+    chosen = inputs.select(call, backend, where)
+    needs_gradient = torch.is_grad_enabled() and logits.requires_grad
+    fused = needs_gradient and not per_token_gradient and one_read.applies(options, tensors)
+    # float16 waits for the loss scale, without which most of its gradient would round to 0.
+    fused = fused and logits.dtype != torch.float16 and not autograd.transformed() and _has_one_read(chosen)
+    if fused:
+        known = one_read.known(tensors, valid, options, call.stats)
+        values, dlogits = ops.policy_loss(
+            call, chosen, known.coefficients, known.tokens, known.term, known.kl, known.bounds
+        )
+    else:
+        values = ops.statistics(call, chosen, needs_gradient)
+    named = dict(zip(call.stats, values, strict=True))
+    out = assemble(policy_inputs.prepare(tensors, valid, named), options, token_ids.shape)
+    loss = ops.with_gradient(out.loss, logits, dlogits) if fused else out.loss
+    per_token = out.per_token_loss if per_token_gradient else out.per_token_loss.detach()
+    return PolicyLoss(loss, per_token, out.metrics, out.logprob, out.entropy)
+
+
+def _serves_policy(backend: str) -> bool:
+    return isinstance(backends.get(backend), backends.OneReadPolicy)
+
+
+# torch.compile takes the answer as it is instead of tracing it.
+_has_one_read: Callable[[str], bool] = torch.compiler.assume_constant_result(_serves_policy)  # type: ignore[no-untyped-call]

@@ -1,0 +1,95 @@
+"""The policy losses whose gradient comes out of the pass that reads the logits: those of a token by itself.
+
+The gradient of such a loss by the token's log-probability follows from that log-probability and from what is known
+before the pass, so a kernel can go from the values of a row to its gradient while the row is on chip: one read of the
+logits, one write of their gradient. `csrc/policy.h` has the formulas of the coefficient.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from kldiv_kernels.policy.inputs import Batch, Tensors, prepare
+from kldiv_kernels.policy.options import CLIPPED, EXACT_KL, INF, PolicyOptions, bounds
+from kldiv_kernels.policy.terms import ratio_bounds
+from kldiv_kernels.policy.weights import aggregation_weights, off_policy_weight, weighted
+
+_TERMS = ("cispo", "sapo", "reinforce", "topr", "dppo_tv", "dppo_kl")
+
+
+@dataclass(frozen=True)
+class Known:
+    """What is known before the pass, as the operator takes it.
+
+    coefficients [statistics, N], tokens [5, N] (csrc/policy.h), float32.
+    """
+
+    coefficients: Tensor
+    tokens: Tensor
+    term: str
+    kl: str
+    bounds: list[float]
+
+
+def applies(options: PolicyOptions, tensors: Tensors) -> bool:
+    """Whether a token's gradient depends on its own log-probability and nothing else that the pass finds."""
+    if options.loss_type not in (*CLIPPED, *_TERMS) or options.importance_level != "token":
+        return False
+    if options.cov_selection != "none" or options.entropy_quantile < 1 or options.off_policy_threshold < INF:
+        return False
+    if tensors.sampling_logprobs is not None and options.off_policy != "none" and tensors.old_logprobs is None:
+        return False
+    sampled = options.kl_coef != 0 and options.kl_estimator not in EXACT_KL
+    return not (sampled and tensors.reference_logits is not None)
+
+
+def known(tensors: Tensors, valid: Tensor, options: PolicyOptions, stats: tuple[str, ...]) -> Known:
+    # The policy's own log-probabilities are not there yet. NaN is what the operator takes for them, where they stand in
+    # for the anchor's.
+    unknown = torch.zeros(valid.shape, dtype=torch.float32, device=valid.device).masked_fill(valid, torch.nan)
+    batch = prepare(tensors, valid, {"logprob": unknown, "entropy": unknown})
+    scale = _scale(batch, options)
+    weight = off_policy_weight(batch, options)
+    nothing = torch.zeros_like(scale)
+    policy_weight = weighted(scale, batch, weight, options)
+    if tensors.old_logprobs is not None or tensors.anchor_logprobs is not None:
+        # A NaN that was given is none of those, and is to be seen.
+        policy_weight = torch.where(batch.anchor.isnan(), torch.nan, policy_weight)
+    exact = options.kl_estimator in EXACT_KL
+    tokens = [
+        policy_weight,
+        batch.advantages,
+        batch.anchor,
+        nothing if batch.reference is None else batch.reference,
+        nothing if exact or batch.reference is None else options.kl_coef * scale,
+    ]
+    coefficients = dict.fromkeys(stats, nothing)
+    if options.entropy_coef != 0:
+        how = scale if options.entropy_aggregation == "loss" else aggregation_weights(batch.valid, scale.dtype)
+        coefficients["entropy"] = -options.entropy_coef * how
+    if exact and options.kl_coef != 0:
+        coefficients[options.kl_estimator] = options.kl_coef * scale
+    low, high = (options.clip_low, options.clip_high) if options.loss_type.startswith("dppo") else ratio_bounds(options)
+    return Known(
+        _rows([coefficients[name] for name in stats]),
+        _rows(tokens),
+        "clipped" if options.loss_type in CLIPPED else options.loss_type,
+        "k3" if exact else options.kl_estimator,
+        [
+            low, high, options.delta, options.dual_clip, *bounds(options.log_ratio_clamp), *options.sapo_temperatures,
+            options.kl_log_ratio_clamp, options.kl_clamp, float(options.kl_bias_correction),
+        ],
+    )  # fmt: skip
+
+
+def _scale(batch: Batch, options: PolicyOptions) -> Tensor:
+    return aggregation_weights(
+        batch.valid, batch.logprob.dtype, options.aggregation, batch.normalizer, options.count_empty_sequences
+    )
+
+
+def _rows(tensors: list[Tensor]) -> Tensor:
+    return torch.stack([tensor.reshape(-1) for tensor in tensors])

@@ -1,0 +1,155 @@
+r"""What stands beside the policy term: KL estimators, off-policy corrections, token selection and aggregation.
+
+x = log π_ref − log π of the sampled token, y ~ π. The gradient that autograd gives, in expectation (the sample is
+fixed, so a good estimate of a value need not have the gradient of what it estimates):
+
+    k1       −x                      KL(π‖π_ref)      0: useless as a loss
+    k2       x²/2                    biased           ∇KL(π‖π_ref)
+    k3       e^x − x − 1             KL(π‖π_ref)      ∇KL(π_ref‖π), the other direction
+    abs      |x|                     biased           ∇ of no KL
+    k3_plus  k3·exp(lp − sg[lp])     KL(π‖π_ref)      ∇KL(π‖π_ref); the gradient of k2 token by token
+    r·k3     (kl_bias_correction)    KL(π‖π_ref)      ∇KL(π‖π_ref), also when y ~ π_old
+
+Sources: J. Schulman, "Approximating KL divergence" (2020); TRL 1.16, verl and NeMo-RL for the clamps and the ratio.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+from kldiv_kernels.policy.inputs import Batch
+from kldiv_kernels.policy.options import PolicyOptions, bounds
+from kldiv_kernels.policy.slopes import product, times, with_slope
+from kldiv_kernels.policy.terms import Tokens
+
+# Above it e^x − x − 1 is e^x in every precision, and e^x is finite in float32.
+_LARGE = 80.0
+
+
+def sampled_kl(tokens: Tokens, reference: Tensor, options: PolicyOptions) -> Tensor:
+    """The estimator `options.kl_estimator`, per token, and its gradient; with the bias correction, if it is on.
+
+    With k(x) the estimate and w the log-ratio at its level, d(k·e^w) = k'·e^w·d(w − log π) + (k − k')·e^w·dw. For k3
+    k − k' is −x, whose digits a difference of two products would lose; the first part is 0 where w moves with this
+    token's log π alone, and then k' may be infinite.
+    """
+    k, slope, rest, shift = _estimate(reference - tokens.logprob.detach(), options)
+    if options.kl_estimator == "k3_plus":
+        return with_slope(k, tokens.logprob, rest)
+    if not options.kl_bias_correction:
+        return with_slope(k, tokens.logprob, -slope)
+    w, (low, high) = tokens.level_log_ratio.detach(), bounds(options.log_ratio_clamp)
+    scale = (w + shift).exp()
+    value = product(k, scale)
+    alone = (w > low) & (w < high)
+    if options.importance_level != "token":
+        alone = alone & (tokens.mask.sum(-1, keepdim=True) == 1)
+    apart = torch.where(alone, 0.0, tokens.level_log_ratio - tokens.logprob)
+    by_level = torch.where(slope == 0, value, product(rest, w.exp()))
+    return with_slope(with_slope(value, apart, product(slope, scale)), tokens.level_log_ratio, by_level)
+
+
+def _estimate(apart: Tensor, options: PolicyOptions) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """k, k' by x, k − k' and the exponent by whose power k and k' are to be multiplied, of x = `apart` before clamps.
+
+    k' is 0 where a clamp holds. The exponent is above 0 where e^x, but not necessarily e^x times the ratio, overflows.
+    """
+    x = apart.clamp(-options.kl_log_ratio_clamp, options.kl_log_ratio_clamp)
+    shift = torch.zeros_like(x)
+    if options.kl_estimator == "k1":
+        k, slope = -x, torch.full_like(x, -1)
+    elif options.kl_estimator == "k2":
+        k, slope = x.square() / 2, x
+    elif options.kl_estimator == "abs":
+        k, slope = x.abs(), x.sign()
+    else:
+        base = x.clamp(max=_LARGE)
+        if options.kl_bias_correction and options.kl_clamp == math.inf:
+            slope, shift = torch.expm1(base), x - base
+        else:
+            slope = torch.expm1(x)
+        k = slope - base
+    rest = -x if options.kl_estimator in ("k3", "k3_plus") else k - slope
+    held = (apart.abs() > options.kl_log_ratio_clamp) | (k.abs() > options.kl_clamp)
+    k = k.clamp(-options.kl_clamp, options.kl_clamp)
+    return k, torch.where(held, 0.0, slope), torch.where(held, k, rest), shift
+
+
+def off_policy_weight(batch: Batch, options: PolicyOptions) -> Tensor | None:
+    """[B, T], π_old/π_sampling of a token or the product over its sequence: truncated to, or 0 outside, the bounds.
+
+    None where there is no such correction.
+    """
+    if batch.sampling is None or options.off_policy == "none":
+        return None
+    log_weight = (batch.old - batch.sampling) * batch.valid
+    if options.off_policy.startswith("sequence"):
+        log_weight = log_weight.sum(-1, keepdim=True).expand_as(batch.old)
+    weight = log_weight.exp()
+    low, high = options.off_policy_min, options.off_policy_max
+    if options.off_policy.endswith("truncate"):
+        return weight.clamp(low, high)
+    return torch.where((weight < low) | (weight > high), 0.0, weight)
+
+
+def on_policy_sequences(
+    logprob: Tensor, sampling: Tensor, advantages: Tensor, mask: Tensor, threshold: float
+) -> Tensor:
+    """Off-policy sequence mask (DeepSeek-V3.2), bool [B, T]: False in a sequence whose mean log π_sampling − log π is
+    above the threshold, where the advantage is negative."""
+    drift = ((sampling - logprob.detach()) * mask).sum(-1, keepdim=True)
+    return (advantages >= 0) | (drift / mask.sum(-1, keepdim=True).clamp_min(1) <= threshold)
+
+
+def highest_entropy(entropy: Tensor, mask: Tensor, fraction: float) -> Tensor:
+    """Bool [B, T]: the tokens whose entropy is at least the (1 − fraction)-quantile over the mask.
+
+    torch.quantile (linear interpolation), written so that the number of tokens stays on the device.
+    """
+    if entropy.numel() == 0:
+        return mask
+    ordered = torch.where(mask, entropy.detach(), torch.inf).reshape(-1).sort().values
+    position = (mask.sum() - 1).clamp_min(0).double() * (1 - fraction)
+    below, above = position.floor(), position.ceil()
+    # gather, because indexing by a tensor without dimensions would wait for its value.
+    low, high = (ordered.gather(0, at.long().reshape(1)) for at in (below, above))
+    return mask & (entropy.detach() >= low + (high - low) * (position - below).to(low.dtype))
+
+
+def weighted(values: Tensor, batch: Batch, weight: Tensor | None, options: PolicyOptions) -> Tensor:
+    """Values of the policy term times the off-policy weight and the caller's."""
+    # VESPO has the off-policy weight inside its own.
+    if weight is not None and options.loss_type != "vespo":
+        values = times(values, weight)
+    return values if batch.weights is None else times(values, batch.weights)
+
+
+def aggregation_weights(
+    mask: Tensor,
+    dtype: torch.dtype,
+    aggregation: str = "token-mean",
+    normalizer: float | Tensor | None = None,
+    count_empty: bool = True,
+) -> Tensor:
+    """What each token counts in the loss: [B, T], 0 where the mask is False."""
+    counts = mask.sum(-1, keepdim=True)
+    if normalizer is None:
+        if aggregation == "token-mean":
+            normalizer = counts.sum().clamp_min(1)
+        elif aggregation == "token-sum":
+            normalizer = 1.0
+        else:
+            normalizer = max(counts.numel(), 1) if count_empty else (counts > 0).sum().clamp_min(1)
+    weights = mask.to(dtype) / normalizer
+    return weights / counts.clamp_min(1) if aggregation == "seq-mean-token-mean" else weights
+
+
+def aggregate(
+    values: Tensor, mask: Tensor, aggregation: str, normalizer: float | Tensor | None, count_empty: bool
+) -> Tensor:
+    """The scalar of per-token values [B, T]; 0 without tokens."""
+    weights = aggregation_weights(mask, values.dtype, aggregation, normalizer, count_empty)
+    return (torch.where(mask, values, 0.0) * weights).sum()

@@ -1,0 +1,115 @@
+"""The package as others get it: an sdist and a wheel, installed where the source tree is not.
+
+PyTorch is not installed anew: the clean environment reads it from this one.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import sys
+import tarfile
+import zipfile
+from pathlib import Path
+
+import numpy
+import pytest
+import torch
+
+ROOT = Path(__file__).resolve().parents[2]
+NOT_SOURCES = (".git", ".venv", ".*_cache", "__pycache__", "build", "dist", "runs", "*.egg-info", "*.so")
+# Everything that an installation needs is in this environment.
+PIP_INSTALL = ("install", "--quiet", "--no-index", "--no-deps", "--no-build-isolation", "--disable-pip-version-check")
+
+pytestmark = pytest.mark.packaging
+
+SMOKE = """
+import torch, kldiv_kernels as kk
+from pathlib import Path
+assert Path(kk.__file__).is_relative_to({installed!r}), kk.__file__
+def run(backend):
+    torch.manual_seed(0)
+    student = torch.randn(4, 1001, dtype=torch.bfloat16).mul_(3).requires_grad_()
+    teacher = torch.randn(4, 1001, dtype=torch.bfloat16).mul_(3)
+    loss = kk.js_divergence(student, teacher, beta=0.3, backend=backend)
+    loss.backward()
+    return loss, student.grad
+mine, reference = run({backend!r}), run("reference")
+assert mine[1].abs().max() > 0
+for one, other in zip(mine, reference):
+    torch.testing.assert_close(one, other)
+print(kk.backends()["cpu"])
+"""
+
+
+def run(*command: str | Path, **environment: str) -> subprocess.CompletedProcess[str]:
+    inherited = {name: value for name, value in os.environ.items() if name not in ("PYTHONPATH", "KLDIV_BUILD", "CXX")}
+    # Away from the source tree: `python -c` imports from the current folder first.
+    return subprocess.run(
+        [str(part) for part in command], capture_output=True, text=True, check=False, cwd=os.sep,
+        # The CUDA part is compiled where the environment of these tests is made; here it would take minutes each time.
+        env={**inherited, "KLDIV_CUDA": "0", **environment},
+    )  # fmt: skip
+
+
+def succeeds(*command: str | Path, **environment: str) -> str:
+    done = run(*command, **environment)
+    assert done.returncode == 0, f"{done.stdout}\n{done.stderr}"
+    return done.stdout
+
+
+@pytest.fixture
+def sources(tmp_path: Path) -> Path:
+    """The source tree without anything built in it."""
+    return shutil.copytree(ROOT, tmp_path / "sources", ignore=shutil.ignore_patterns(*NOT_SOURCES))
+
+
+def test_sdist_and_wheel_install_and_work(sources: Path, tmp_path: Path) -> None:
+    dist = tmp_path / "dist"
+    # Without --sdist or --wheel, `build` makes the wheel from the sdist: what the sdist lacks is missed here.
+    succeeds(sys.executable, "-m", "build", "--no-isolation", "--outdir", dist, sources)
+    (sdist,) = dist.glob("*.tar.gz")
+    (wheel,) = dist.glob("*.whl")
+    with tarfile.open(sdist) as archive:
+        packed = {name.partition("/")[2] for name in archive.getnames()}
+    expected = {str(path.relative_to(sources)) for path in (sources / "csrc").rglob("*") if path.is_file()}
+    assert expected | {"LICENSE", "pyproject.toml", "setup.py"} <= packed
+    with zipfile.ZipFile(wheel) as archive:
+        installed = archive.namelist()
+    assert "kldiv_kernels/libkldiv_kernels.so" in installed
+    assert "kldiv_kernels/py.typed" in installed
+    assert not [name for name in installed if name.startswith(("csrc", "tests", "benchmarks"))]
+
+    environment = tmp_path / "clean"
+    succeeds(sys.executable, "-m", "venv", environment)
+    python = environment / "bin" / "python"
+    succeeds(python, "-m", "pip", *PIP_INSTALL, wheel)
+    site = Path(succeeds(python, "-c", "import sysconfig; print(sysconfig.get_path('platlib'))").strip())
+    # Lines of a .pth file come after the environment's own packages, and the .pth files there are not read.
+    borrowed = {str(Path(package.__file__ or "").parent.parent) for package in (torch, numpy)}
+    (site / "borrowed.pth").write_text("\n".join(borrowed))
+    smoke = SMOKE.format(installed=str(environment), backend="cpu")
+    assert succeeds(python, "-c", smoke).strip() == "available"
+    assert "forward_kl" in succeeds(environment / "bin" / "kldiv", "plan", "--help")
+
+
+def test_without_the_compiled_part(sources: Path, tmp_path: Path) -> None:
+    target = tmp_path / "site"
+    # CXX names no compiler: KLDIV_BUILD=0 must not look for one.
+    succeeds(
+        sys.executable, "-m", "pip", *PIP_INSTALL, "--target", target, sources, KLDIV_BUILD="0", CXX="/nonexistent"
+    )  # fmt: skip
+    smoke = SMOKE.format(installed=str(target), backend="auto")
+    said = succeeds(sys.executable, "-c", smoke, PYTHONPATH=str(target))
+    assert "KLDIV_BUILD=0" in said
+    assert not list(target.rglob("kldiv_kernels/*.so"))
+
+
+def test_no_compiler_says_what_to_install(sources: Path, tmp_path: Path) -> None:
+    done = run(
+        sys.executable, "-m", "pip", *PIP_INSTALL, "--target", tmp_path / "site", sources, CXX="/nonexistent/g++"
+    )
+    assert done.returncode != 0
+    assert "apt-get install g++" in done.stdout + done.stderr
+    assert "KLDIV_BUILD=0" in done.stdout + done.stderr
