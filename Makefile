@@ -69,7 +69,7 @@ fuzz: $(VENV)/.installed
 
 # The library built with AddressSanitizer and UndefinedBehaviorSanitizer, under the kernel tests.
 sanitize: $(VENV)/.installed
-	PYTHON=$(PY) bash tests/build/run_sanitized.sh
+	PYTHON=$(PY) bash tests/building/run_sanitized.sh
 
 bench: $(VENV)/.installed
 	$(VENV)/bin/kldiv bench --output runs/bench

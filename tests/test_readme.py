@@ -19,7 +19,7 @@ from kldiv_kernels.registry import STATISTICS, Statistic
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text()
 COMMANDS = [line for block in re.findall(r"```console\n(.*?)```", README, re.S) for line in block.splitlines()]
-# Run by .ci/run, by tests/build/test_packaging.py and by tests/gpu_check/test_gpu_check.py.
+# Run by .ci/run, by tests/building/test_packaging.py and by tests/gpu_check/test_gpu_check.py.
 ELSEWHERE = ("make demo", "make test", "make gpu-check", "pip install ")
 # The README's runs are long or need the demo's models: the same commands on small data.
 SMALLER = {

@@ -1,6 +1,6 @@
 """What each CUDA kernel takes of each target: registers, spilled bytes, stack, shared memory, blocks a processor.
 
-`python tests/build/cuda_resources.py` compiles what a build of the library would compile (minutes for all targets,
+`python tests/building/cuda_resources.py` compiles what a build of the library would compile (minutes for all targets,
 nothing where it has been built) and writes benchmarks/cuda_resources.json from what ptxas said. `--log FILE` reads
 only that.
 """

@@ -16,5 +16,5 @@ export LD_PRELOAD=$runtime ASAN_OPTIONS=detect_leaks=0 # PyTorch leaks by design
 for isa in ${KLDIV_SANITIZE_ISAS:-avx512 avx2 baseline}; do
     KLDIV_CPU_ISA=$isa KLDIV_EXPECT_UNDER="$root/$folder" \
         "$python" -m pytest -q -p no:cacheprovider --rootdir "$root" -c "$root/pyproject.toml" \
-        "$root/tests/build/test_sanitized.py" "$@"
+        "$root/tests/building/test_sanitized.py" "$@"
 done

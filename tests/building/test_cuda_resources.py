@@ -71,7 +71,7 @@ def test_every_kernel_is_there_for_every_target(table: dict[str, Any]) -> None:
     recorded = {row["kernel"]: {int(key[3:]) for key in row if key.startswith("sm_")} for row in table["kernels"]}
     for kernel, targets in recorded.items():
         wanted = {target for target in resources.TARGETS if resources.runs_on(kernel, target)}
-        assert targets == wanted, f"{kernel}; run: python tests/build/cuda_resources.py"
+        assert targets == wanted, f"{kernel}; run: python tests/building/cuda_resources.py"
     text = "\n".join(path.read_text() for path in resources.SOURCES.glob("*.cuh"))
     written = set(re.findall(r"^KLDIV_KERNEL\([^)]*\)\s+(\w+)\(", text, re.MULTILINE))
     assert {"one_read", "sweep", "gradient"} <= written
@@ -112,7 +112,7 @@ def test_the_numbers_are_those_of_the_kernels_here(table: dict[str, Any], tmp_pa
     compiled = _of({"kernels": resources.rows(resources.ptxas_said(done.stdout + done.stderr))}, "sm_90")
     assert compiled
     recorded = _of(table, "sm_90")
-    assert compiled == {name: recorded.get(name) for name in compiled}, "run: python tests/build/cuda_resources.py"
+    assert compiled == {name: recorded.get(name) for name in compiled}, "run: python tests/building/cuda_resources.py"
 
 
 def _cuobjdump() -> str | None:
@@ -152,5 +152,5 @@ def test_the_numbers_are_those_of_the_library(table: dict[str, Any]) -> None:
         if key.startswith("sm_")
     }
     different = {key: (used, recorded.get(key)) for key, used in built.items() if recorded.get(key) != used}
-    assert not different, "run: python tests/build/cuda_resources.py"
+    assert not different, "run: python tests/building/cuda_resources.py"
     assert {kernel for kernel, _ in built} == {row["kernel"] for row in table["kernels"]}
