@@ -136,7 +136,7 @@ def with_includes(source: Path) -> list[Path]:
 
 
 def compile_cuda(nvcc: Nvcc) -> list[str]:
-    """The objects of csrc/cuda/*.cu; those whose sources have not changed are not compiled again."""
+    """The objects of csrc/cuda/**/*.cu; those whose sources have not changed are not compiled again."""
     folder = ROOT / "build" / "cuda"
     folder.mkdir(parents=True, exist_ok=True)
     flags = nvcc.flags()
@@ -159,7 +159,7 @@ def compile_cuda(nvcc: Nvcc) -> list[str]:
 
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     with ThreadPoolExecutor(int(os.environ.get("MAX_JOBS") or cores)) as pool:
-        running = [pool.submit(compiled, source) for source in sorted((ROOT / "csrc" / "cuda").glob("*.cu"))]
+        running = [pool.submit(compiled, source) for source in sorted((ROOT / "csrc" / "cuda").rglob("*.cu"))]
         try:
             objects = [one.result() for one in running]
         except BaseException:

@@ -4,8 +4,8 @@
 #include <cstdio>
 #include <exception>
 
-#include "../csrc/cuda/one_read.cuh"
-#include "../csrc/cuda/runtime.cuh"
+#include "../csrc/cuda/one_read/kernel.cuh"
+#include "../csrc/cuda/machine/runtime.cuh"
 
 namespace {
 

@@ -14,7 +14,7 @@
 //   needs_p         false for a statistic of the student alone
 //   roots           whether it uses sqrt p and sqrt q
 //   grad_needs_row  whether its gradient uses constants of the finished row
-//   parks           whether it has grad_logq_over_q = grad_logq / q, which a CUDA kernel keeps (cuda/compute.cuh)
+//   parks           whether it has grad_logq_over_q = grad_logq / q, which a CUDA kernel keeps (cuda/one_read/compute.cuh)
 //   Constants<F>    what its loops use of alpha, beta and the finished row (k: see Finished)
 //   infinite_where_q_is_zero(alpha), infinite_where_p_is_zero(alpha): then sum[0] (log_sum) comes to `finish` infinite
 // Columns without mass in either row come with lp = lq about -1e30 and p = q = 0, and contribute nothing.

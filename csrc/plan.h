@@ -54,10 +54,10 @@ constexpr int64_t kOneReadColumns = 8;  // that a thread takes at a time: a row 
 // Columns of a row in a CTA of a cluster: a multiple of 64, so that slices start at multiples of 128 bytes.
 int64_t cluster_slice(int64_t columns, int cluster);
 // Shared memory of the one-read kernel in front of the rows' slots: barriers, results of rows, what warps exchange
-// (cuda/one_read_parts.cuh, Shared), and two exchanges of 32 bytes a CTA, double-buffered.
+// (cuda/one_read/parts.cuh, Shared), and two exchanges of 32 bytes a CTA, double-buffered.
 constexpr int64_t kOneReadHead = 2688, kOneReadExchange = 2 * 2 * 32;
 int64_t one_read_head_bytes(int cluster);
-// Behind the slots, in the kernel of top-k losses (cuda/one_read_topk.cuh): two numbers an outcome, and the labels'
+// Behind the slots, in the kernel of top-k losses (cuda/one_read/topk_kernel.cuh): two numbers an outcome, and the labels'
 // gradients of two rows. A thread has two labels.
 constexpr int64_t kMostLabels = 2 * kComputeThreads;
 constexpr int64_t multiple_of_16(int64_t bytes) { return (bytes + 15) / 16 * 16; }

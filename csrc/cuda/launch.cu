@@ -3,11 +3,11 @@
 #include <algorithm>
 #include <stdexcept>
 
-#include "kernels.h"
-#include "runtime.cuh"
-#include "coefficients.cuh"
-#include "gradient.cuh"
-#include "one_read_topk.cuh"
+#include "one_read/kernels.h"
+#include "machine/runtime.cuh"
+#include "two_sweep/coefficients.cuh"
+#include "two_sweep/gradient.cuh"
+#include "one_read/topk_kernel.cuh"
 
 namespace kldiv::gpu {
 

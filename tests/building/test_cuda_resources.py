@@ -19,7 +19,7 @@ import cuda_resources as resources
 
 LIBRARY = resources.ROOT / "kldiv_kernels" / "libkldiv_kernels.so"
 # The file that is compiled anew: the kernels that most calls run.
-CHECKED = "one_read_bfloat16.cu"
+CHECKED = "bfloat16.cu"
 SAID = """\
 ptxas info    : Compiling entry function '_ZN5kldiv3gpu5sweepILi9EEEvNS0_14SweepArgumentsE' for 'sm_90'
 ptxas info    : Function properties for _ZN5kldiv3gpu5sweepILi9EEEvNS0_14SweepArgumentsE
@@ -72,7 +72,7 @@ def test_every_kernel_is_there_for_every_target(table: dict[str, Any]) -> None:
     for kernel, targets in recorded.items():
         wanted = {target for target in resources.TARGETS if resources.runs_on(kernel, target)}
         assert targets == wanted, f"{kernel}; run: python tests/building/cuda_resources.py"
-    text = "\n".join(path.read_text() for path in resources.SOURCES.glob("*.cuh"))
+    text = "\n".join(path.read_text() for path in resources.SOURCES.rglob("*.cuh"))
     written = set(re.findall(r"^KLDIV_KERNEL\([^)]*\)\s+(\w+)\(", text, re.MULTILINE))
     assert {"one_read", "sweep", "gradient"} <= written
     assert {kernel.split()[0] for kernel in recorded} == written
@@ -105,7 +105,7 @@ def test_the_numbers_are_those_of_the_kernels_here(table: dict[str, Any], tmp_pa
     flags = resources.build_script()["NVCC_FLAGS"]
     command = ["nvcc", *flags, "-gencode", "arch=compute_90,code=sm_90", "-cubin"]
     done = subprocess.run(
-        [*command, str(resources.SOURCES / CHECKED), "-o", str(tmp_path / "checked.cubin")],
+        [*command, str(resources.SOURCES / "one_read" / CHECKED), "-o", str(tmp_path / "checked.cubin")],
         capture_output=True, text=True, check=False,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr

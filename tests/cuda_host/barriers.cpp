@@ -1,7 +1,7 @@
 // Where threads meet: warps, named barriers, the cluster's barrier, mbarriers.
 #include "cluster.h"
 
-#include "cuda/ptx.cuh"
+#include "cuda/machine/ptx.cuh"
 
 namespace kldiv::gpu {
 namespace host {

@@ -10,7 +10,7 @@
 #include "fiber.h"
 #include "machine.h"
 
-#include "cuda/runtime.cuh"
+#include "cuda/machine/runtime.cuh"
 
 namespace kldiv::gpu::host {
 

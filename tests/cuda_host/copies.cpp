@@ -4,7 +4,7 @@
 #include <algorithm>
 #include <cstring>
 
-#include "cuda/ptx.cuh"
+#include "cuda/machine/ptx.cuh"
 
 #ifdef KLDIV_HOST_ASAN
 #include <sanitizer/asan_interface.h>

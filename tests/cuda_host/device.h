@@ -3,7 +3,7 @@
 
 #include <string>
 
-#include "cuda/runtime.cuh"
+#include "cuda/machine/runtime.cuh"
 
 namespace kldiv::gpu::host {
 

@@ -10,7 +10,7 @@
 #include <utility>
 #include <vector>
 
-#include "cuda/columns.cuh"
+#include "cuda/row/columns.cuh"
 #include "cuda/job.h"
 
 #if defined(__SANITIZE_ADDRESS__)

@@ -11,8 +11,8 @@
 #include <cstdio>
 #include <stdexcept>
 
-#include "cuda/kernels.h"
-#include "cuda/one_read_topk.cuh"
+#include "cuda/one_read/kernels.h"
+#include "cuda/one_read/topk_kernel.cuh"
 #include "mutant.h"
 #include "mutant_problems.h"
 

@@ -42,7 +42,7 @@ def functions() -> dict[str, bool]:
     They are those of ``ptx.cuh`` that return nothing, behind the section on arithmetic. What the model cannot show is
     said in the comment above the function.
     """
-    text = (CUDA / "ptx.cuh").read_text()
+    text = (CUDA / "machine" / "ptx.cuh").read_text()
     acting = text[text.index("// --- warps and blocks") :]
     declared = re.findall(r"((?:^//[^\n]*\n)*)^KLDIV_DEVICE void (\w+)\(", acting, re.M)
     assert len(declared) > 10, "ptx.cuh is not laid out as it was"
@@ -64,7 +64,7 @@ def _rewritten() -> tuple[list[Mutation], dict[str, str]]:
     mutations: list[Mutation] = []
     headers = {}
     pattern = re.compile(rf"(?<![\w:.`])({'|'.join(functions())})\(")
-    for path in sorted(CUDA.glob("*.cuh")):
+    for path in sorted(CUDA.rglob("*.cuh")):
         if path.name in ("ptx.cuh", "runtime.cuh"):
             continue
         text = path.read_text()
@@ -91,9 +91,9 @@ def program(*, sanitize: bool = False) -> Path:
     """The driver with the guarded kernels."""
     copy = FOLDER / "mutants"
     _, headers = _rewritten()
-    for path in [*CUDA.parent.glob("*.h"), CUDA.parent / "plan.cpp", *CUDA.glob("*.*")]:
+    for path in [*CUDA.parent.glob("*.h"), CUDA.parent / "plan.cpp", *CUDA.rglob("*.*")]:
         to = copy / path.relative_to(CUDA.parent)
-        text = headers[path.name] if path.parent == CUDA and path.name in headers else path.read_text()
+        text = headers[path.name] if CUDA in path.parents and path.name in headers else path.read_text()
         if to.exists() and to.read_text() == text:
             continue
         to.parent.mkdir(parents=True, exist_ok=True)

@@ -1,4 +1,4 @@
-// csrc/cuda/ptx.cuh for the host: the same names, on the machine of machine.h.
+// csrc/cuda/machine/ptx.cuh for the host: the same names, on the machine of machine.h.
 #pragma once
 
 #include <cmath>

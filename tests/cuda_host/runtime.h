@@ -1,4 +1,4 @@
-// csrc/cuda/runtime.cuh for the host: devices that the environment names, and launches that have ended when they
+// csrc/cuda/machine/runtime.cuh for the host: devices that the environment names, and launches that have ended when they
 // return.
 //
 // KLDIV_HOST_DEVICE           sm_80, sm_86, sm_89, sm_90 (default), sm_100 or sm_120

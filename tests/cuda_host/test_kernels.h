@@ -4,8 +4,8 @@
 #include <cstdint>
 #include <vector>
 
-#include "cuda/ptx.cuh"
-#include "cuda/runtime.cuh"
+#include "cuda/machine/ptx.cuh"
+#include "cuda/machine/runtime.cuh"
 
 namespace kldiv::gpu {
 

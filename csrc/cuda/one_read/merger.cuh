@@ -2,7 +2,7 @@
 // finishes it.
 #pragma once
 
-#include "one_read_parts.cuh"
+#include "parts.cuh"
 
 namespace kldiv::gpu {
 

@@ -1,8 +1,8 @@
 // Eight neighbouring columns of a row at a time, in registers: how they are read, rounded and written.
 #pragma once
 
-#include "../plan.h"
-#include "lanes.cuh"
+#include "../../plan.h"
+#include "../machine/lanes.cuh"
 
 namespace kldiv::gpu {
 

@@ -1,7 +1,7 @@
 // Between the two sweeps of a top-k loss (sweeps.cuh, gradient.cuh): from values to coefficients.
 #pragma once
 
-#include "outcomes.cuh"
+#include "../row/outcomes.cuh"
 
 namespace kldiv::gpu {
 

@@ -14,7 +14,7 @@
 #pragma once
 
 #include "labels.cuh"
-#include "row.cuh"
+#include "../row/row.cuh"
 
 namespace kldiv::gpu {
 

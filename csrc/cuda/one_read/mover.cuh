@@ -2,7 +2,7 @@
 // student's logits were.
 #pragma once
 
-#include "one_read_parts.cuh"
+#include "parts.cuh"
 
 namespace kldiv::gpu {
 

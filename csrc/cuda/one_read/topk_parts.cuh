@@ -1,7 +1,7 @@
-// What the roles of the one-read kernel of top-k divergences (one_read_topk.cuh) share.
+// What the roles of the one-read kernel of top-k divergences (topk_kernel.cuh) share.
 #pragma once
 
-#include "one_read_parts.cuh"
+#include "parts.cuh"
 
 namespace kldiv::gpu {
 

@@ -1,7 +1,7 @@
 // Where the launchers find the one-read kernels: a file compiles those of one element type.
 #pragma once
 
-#include "one_read.cuh"
+#include "kernel.cuh"
 
 namespace kldiv::gpu {
 

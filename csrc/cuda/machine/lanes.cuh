@@ -5,7 +5,7 @@
 #include <cmath>
 #include <limits>
 
-#include "../policy.h"
+#include "../../policy.h"
 #include "ptx.cuh"
 
 #ifdef __CUDACC__
@@ -42,8 +42,8 @@ KLDIV_DEVICE float exp2(float x) { return exp2_approx(x); }
 KLDIV_DEVICE float log(float x) { return log2_approx(x) * kLn2; }
 KLDIV_DEVICE bool is_nan(float x) { return x != x; }
 
-#include "../fast_math.h"
-#include "../divergences.h"
+#include "../../fast_math.h"
+#include "../../divergences.h"
 
 // e^x - 1 - x, accurate for small x: Taylor, error 4e-9 x^2 on [-1/2, 1/2].
 KLDIV_DEVICE float expm1_minus(float x) {

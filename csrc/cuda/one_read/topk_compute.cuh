@@ -1,4 +1,4 @@
-// The compute warps of one_read_topk.cuh: they sweep a CTA's slice of a row without the row's labels, and turn it into
+// The compute warps of topk_kernel.cuh: they sweep a CTA's slice of a row without the row's labels, and turn it into
 // the gradient.
 #pragma once
 

@@ -3,7 +3,7 @@
 
 #include <type_traits>
 
-#include "job.h"
+#include "../job.h"
 #include "state.cuh"
 
 namespace kldiv::gpu {

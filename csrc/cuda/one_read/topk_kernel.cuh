@@ -1,4 +1,4 @@
-// The one-read kernel of top-k divergences (outcomes.cuh): the roles and the order of one_read.cuh, 1u + 1u.
+// The one-read kernel of top-k divergences (outcomes.cuh): the roles and the order of kernel.cuh, 1u + 1u.
 //
 // The compute warps take a row's labels out of its slice before they sweep it, so that what they find is the tail's own
 // sum. The merger asks for the labels' logits meanwhile, from the second-level cache, where the row has just been; with

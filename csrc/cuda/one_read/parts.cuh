@@ -1,7 +1,7 @@
-// What the roles of the one-read kernel (one_read.cuh) share: a CTA's shared memory, and what stands in it.
+// What the roles of the one-read kernel (kernel.cuh) share: a CTA's shared memory, and what stands in it.
 #pragma once
 
-#include "row.cuh"
+#include "../row/row.cuh"
 
 namespace kldiv::gpu {
 

@@ -2,8 +2,8 @@
 // other. A row may have as many labels as columns, and one of them twice.
 #pragma once
 
-#include "columns.cuh"
-#include "job.h"
+#include "../row/columns.cuh"
+#include "../job.h"
 
 namespace kldiv::gpu {
 

@@ -1,7 +1,7 @@
 // The compute warps of the one-read kernel: they sweep a CTA's slice of a row, and turn it into the gradient.
 #pragma once
 
-#include "one_read_parts.cuh"
+#include "parts.cuh"
 
 namespace kldiv::gpu {
 

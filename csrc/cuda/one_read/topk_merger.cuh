@@ -1,8 +1,8 @@
-// The merger of one_read_topk.cuh: from the tail's sum and the labels' logits to the coefficients of all outcomes.
+// The merger of topk_kernel.cuh: from the tail's sum and the labels' logits to the coefficients of all outcomes.
 #pragma once
 
 #include "merger.cuh"
-#include "outcomes.cuh"
+#include "../row/outcomes.cuh"
 #include "topk_parts.cuh"
 
 namespace kldiv::gpu {
