@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
 import oracle
 import pytest
 import torch
@@ -16,36 +14,12 @@ from checks import (
     check_value,
     with_parameters,
 )
+from infinities import FINITE_GRADIENT, NO_STUDENT_MASS, NO_TEACHER_MASS
 from torch import Tensor
 
 import kldiv_kernels as kk
 from kldiv_kernels.registry import STATISTICS
 
-Condition = Callable[[float, float], bool]
-
-# When a statistic is +inf because the teacher has mass where the student has none, and the other way round.
-NO_STUDENT_MASS: dict[str, Condition] = {
-    "forward_kl": lambda alpha, beta: True,
-    "jeffreys": lambda alpha, beta: True,
-    "cross_entropy": lambda alpha, beta: True,
-    "forward_chi2": lambda alpha, beta: True,
-    "js": lambda alpha, beta: beta == 0,
-    "skew_kl": lambda alpha, beta: alpha == 0,
-    "alpha": lambda alpha, beta: alpha >= 1,
-    "renyi": lambda alpha, beta: alpha > 1,
-    "alpha_beta": lambda alpha, beta: beta < 0,
-}
-NO_TEACHER_MASS: dict[str, Condition] = {
-    "reverse_kl": lambda alpha, beta: True,
-    "jeffreys": lambda alpha, beta: True,
-    "reverse_chi2": lambda alpha, beta: True,
-    "js": lambda alpha, beta: beta == 1,
-    "skew_reverse_kl": lambda alpha, beta: alpha == 0,
-    "alpha": lambda alpha, beta: alpha <= 0,
-    "alpha_beta": lambda alpha, beta: alpha < 0,
-}
-# Infinite values whose gradient stays finite: q − p of the student, p − q of the teacher.
-FINITE_GRADIENT = {"forward_kl": "student", "cross_entropy": "student", "reverse_kl": "teacher"}
 # Student and teacher on disjoint columns.
 DISJOINT = {"hellinger": 1.0, "tvd": 1.0, "triangular": 2.0, "js": 0.6931471805599453, "alpha": 4.0, "alpha_beta": 4.0,
             "renyi": torch.inf, "cauchy_schwarz": torch.inf, "forward_kl": torch.inf, "reverse_kl": torch.inf,

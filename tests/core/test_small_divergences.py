@@ -2,64 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
 import oracle
 import pytest
 import torch
-from checks import BACKENDS, DIVERGENCES, INTERPRETED, check_gradient, with_parameters
+from checks import BACKENDS, INTERPRETED, check_gradient, with_parameters
+from small_divergences import SCENARIOS, TWO_LOG_SUMS, VANISHING, near
 from torch import Tensor
 
 import kldiv_kernels as kk
 from kldiv_kernels.registry import STATISTICS
-
-# log p − log q of a column carries the roundings of both rows' log-sum-exp, and its gradient inherits them.
-TWO_LOG_SUMS = 2
-
-
-def _vanishes_for_equal_rows(name: str) -> bool:
-    logits = torch.tensor([[0.0, 1.0, 2.0]])
-    return abs(oracle.evaluate(name, logits, logits).value.item()) < 1e-12
-
-
-VANISHING = [name for name in DIVERGENCES if _vanishes_for_equal_rows(name)]
-
-
-def _near(student: Tensor, size: float = 9e-4) -> tuple[Tensor, Tensor]:
-    return student, student + size * torch.randn(student.shape)
-
-
-def _one_ulp_of_bfloat16() -> tuple[Tensor, Tensor]:
-    """Few columns differ, each by the last bit of its bfloat16."""
-    student = torch.randn(3, 1031).to(torch.bfloat16)
-    teacher = student.clone()
-    bits = teacher.view(torch.int16)
-    bits[:, ::150] += 1
-    return student, teacher
-
-
-def _massless_head() -> tuple[Tensor, Tensor]:
-    """The first 6,000 columns carry no mass and disagree: a sweep that starts there must not believe them."""
-    student, teacher = _near(torch.randn(2, 9000))
-    student[:, :6000], teacher[:, :6000] = -60 + student[:, :6000], -55 + 3 * teacher[:, :6000]
-    return student, teacher
-
-
-def _minus_infinite_head() -> tuple[Tensor, Tensor]:
-    student, teacher = _near(torch.randn(2, 9000))
-    student[:, :6000] = teacher[:, :6000] = -torch.inf
-    return student, teacher
-
-
-SCENARIOS: dict[str, Callable[[], tuple[Tensor, Tensor]]] = {
-    "scale 1": lambda: _near(torch.randn(4, 1031)),
-    "scale 5": lambda: _near(5 * torch.randn(4, 1031)),
-    "offset 50": lambda: _near(50 + torch.randn(4, 1031)),
-    "offset -50": lambda: _near(torch.randn(4, 1031) - 50),
-    "bfloat16 ulps": _one_ulp_of_bfloat16,
-    "massless head": _massless_head,
-    "head at -inf": _minus_infinite_head,
-}
 
 
 @pytest.mark.parametrize("scenario", SCENARIOS)
@@ -73,7 +24,7 @@ def test_right_to_one_percent(name: str, alpha: float, beta: float, scenario: st
 @pytest.mark.parametrize("name", VANISHING)
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_right_to_one_percent_over_a_large_vocabulary(name: str, offset: int, backend: str) -> None:
-    _check(name, *_near(offset + torch.randn(1, 151_936)), 0.5, 0.5, backend)
+    _check(name, *near(offset + torch.randn(1, 151_936)), 0.5, 0.5, backend)
 
 
 def _check(name: str, logits: Tensor, reference: Tensor, alpha: float, beta: float, backend: str) -> None:

@@ -11,7 +11,7 @@ import torch
 from checks import BACKENDS, DIVERGENCES, STATISTIC_NAMES, check_gradient, check_value, parameters
 from hypothesis import HealthCheck, event, given, settings
 from hypothesis import strategies as st
-from test_contract import NO_STUDENT_MASS, NO_TEACHER_MASS
+from infinities import NO_STUDENT_MASS, NO_TEACHER_MASS
 from torch import Tensor
 from user_rows import MASKS, SLOW, Rows, user_rows
 

@@ -6,9 +6,9 @@ import oracle
 import pytest
 import torch
 from checks import check_gradient, check_value, with_parameters
+from infinities import FINITE_GRADIENT, NO_STUDENT_MASS, NO_TEACHER_MASS
 from setting import DTYPES, KERNELS, LOSSES, NAMES, QUICK, compute, rows
-from test_contract import FINITE_GRADIENT, NO_STUDENT_MASS, NO_TEACHER_MASS
-from test_small_divergences import SCENARIOS, TWO_LOG_SUMS, VANISHING
+from small_divergences import SCENARIOS, TWO_LOG_SUMS, VANISHING
 
 from kldiv_kernels.registry import STATISTICS
 
