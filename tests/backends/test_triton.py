@@ -17,7 +17,8 @@ import triton
 import triton.language as tl
 
 import kldiv_kernels as kk
-from kldiv_kernels.backends.triton import launch, table
+from kldiv_kernels.backends.triton import launch
+from kldiv_kernels.backends.triton.formulas import table
 from kldiv_kernels.registry import STATISTICS
 
 compiled_only = pytest.mark.skipif(INTERPRETED, reason="about processes without TRITON_INTERPRET=1")

@@ -21,7 +21,8 @@ if not INTERPRETED:
 import kldiv_kernels as kk
 from kldiv_kernels import inputs
 from kldiv_kernels.backends import Call
-from kldiv_kernels.backends.triton import launch, state
+from kldiv_kernels.backends.triton import launch
+from kldiv_kernels.backends.triton.device import state
 from kldiv_kernels.registry import STATISTICS
 
 TOP_K = ("logprob", "tail_logprob")

@@ -27,7 +27,8 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from kldiv_kernels.backends import Call
-from kldiv_kernels.backends.triton import kernels, launch
+from kldiv_kernels.backends.triton import launch
+from kldiv_kernels.backends.triton.device import kernels
 from kldiv_kernels.registry import STATISTICS
 
 TABLE = Path(__file__).resolve().parents[2] / "benchmarks" / "triton_resources.json"

@@ -1,11 +1,10 @@
 """The Triton backend: CUDA, ROCm and XPU devices, and on CPU tensors Triton's interpreter, for tests.
 
-hooks.py      what a set of statistics gives the kernels
-math.py, divergences.py, powers.py, table.py    the statistics
-rows.py, state.py, row.py, slices.py, kernels.py    the kernels, the same for every statistic
-labels.py, label_kernels.py    many labels a row, and the columns that are none
+formulas/    the statistics, a few functions each
+device/      the kernels, the same for every statistic, and the hooks that a set of statistics gives them
 bind.py, hook_text.py    bring the two together
 launch.py    sizes and launches
+ops.py       the operators that torch.compile sees through
 """
 
 from __future__ import annotations
@@ -35,7 +34,7 @@ def interpreted() -> bool:
     """Whether the kernels run in the interpreter: TRITON_INTERPRET=1 when they were imported."""
     import triton
 
-    from kldiv_kernels.backends.triton import kernels
+    from kldiv_kernels.backends.triton.device import kernels
 
     return not isinstance(kernels.sweep_kernel, triton.JITFunction)
 
@@ -51,7 +50,7 @@ def _refusal() -> str | None:
 
 @functools.cache
 def _served() -> frozenset[str]:
-    from kldiv_kernels.backends.triton import table
+    from kldiv_kernels.backends.triton.formulas import table
 
     return frozenset(table.TABLE)
 

@@ -21,20 +21,10 @@ from typing import Any
 import triton
 import triton.language as tl
 
-from kldiv_kernels.backends.triton import (
-    divergences,
-    kernels,
-    label_kernels,
-    labels,
-    math,
-    powers,
-    row,
-    rows,
-    slices,
-    state,
-)
+from kldiv_kernels.backends.triton.device import kernels, label_kernels, labels, row, rows, slices, state
+from kldiv_kernels.backends.triton.formulas import divergences, math, power_divergences
+from kldiv_kernels.backends.triton.formulas.table import TritonStatistic
 from kldiv_kernels.backends.triton.hook_text import Hooks
-from kldiv_kernels.backends.triton.table import TritonStatistic
 from kldiv_kernels.registry import Statistic
 
 
@@ -66,7 +56,7 @@ def bind(statistics: tuple[Statistic, ...], functions: tuple[TritonStatistic, ..
     """The kernels for these statistics, in this order."""
     hooks = Hooks(statistics, functions)
     namespace: dict[str, Any] = {"__name__": f"{__name__}.bound", "triton": triton, "tl": tl}
-    for module in (math, rows, state, divergences, powers, row, labels, slices, kernels, label_kernels):
+    for module in (math, rows, state, divergences, power_divergences, row, labels, slices, kernels, label_kernels):
         namespace.update({name: value for name, value in vars(module).items() if _is_triton(value)})
     namespace["NVIDIA"] = tl.constexpr(nvidia)
     namespace["INFINITY"] = tl.constexpr(_Infinity("inf"))

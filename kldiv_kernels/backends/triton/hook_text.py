@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import textwrap
 
-from kldiv_kernels.backends.triton.table import TritonStatistic, user_arguments
+from kldiv_kernels.backends.triton.formulas.table import TritonStatistic, user_arguments
 from kldiv_kernels.registry import Statistic
 
 _ARGUMENTS = "p, q, lp, lq, u, alpha, beta"

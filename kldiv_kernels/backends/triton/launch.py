@@ -15,8 +15,9 @@ from torch import Tensor
 from kldiv_kernels import registry
 from kldiv_kernels.backends.interface import Call, value_rows
 from kldiv_kernels.backends.strides import leading
-from kldiv_kernels.backends.triton import kernels, state, table
 from kldiv_kernels.backends.triton.bind import Bound, bind, unspecialised
+from kldiv_kernels.backends.triton.device import kernels, state
+from kldiv_kernels.backends.triton.formulas import table
 
 # The slices of a row are merged by a warp.
 _MOST_SLICES = 32

@@ -46,7 +46,7 @@ def version(stats: tuple[str, ...]) -> str:
 
 @functools.cache
 def _package() -> str:
-    texts = [path.read_text() for path in sorted(Path(__file__).parent.glob("*.py"))]
+    texts = [path.read_text() for path in sorted(Path(__file__).parent.rglob("*.py"))]
     return hashlib.sha256("".join(texts).encode()).hexdigest()
 
 

@@ -6,9 +6,9 @@ import inspect
 from dataclasses import dataclass
 from typing import Any
 
-from kldiv_kernels.backends.triton import divergences as d
-from kldiv_kernels.backends.triton import powers as w
-from kldiv_kernels.backends.triton import state
+from kldiv_kernels.backends.triton.device import state
+from kldiv_kernels.backends.triton.formulas import divergences as d
+from kldiv_kernels.backends.triton.formulas import power_divergences as w
 
 
 @dataclass(frozen=True, eq=False)

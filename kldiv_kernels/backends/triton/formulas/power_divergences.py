@@ -8,8 +8,8 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from kldiv_kernels.backends.triton.divergences import INFINITY
-from kldiv_kernels.backends.triton.math import exp, expm1, kl_term, log1p
+from kldiv_kernels.backends.triton.formulas.divergences import INFINITY
+from kldiv_kernels.backends.triton.formulas.math import exp, expm1, kl_term, log1p
 
 
 # --- alpha: (p^a q^(1-a) - a p - (1-a) q) / (a (a-1)); the KL divergences at a = 1 and 0

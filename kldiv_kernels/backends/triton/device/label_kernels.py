@@ -13,18 +13,18 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from kldiv_kernels.backends.triton.hooks import (
+from kldiv_kernels.backends.triton.device.hooks import (
     gradient_logp,
     gradient_logq,
     logprob_at,
     reference_logprob_at,
     weights,
 )
-from kldiv_kernels.backends.triton.kernels import load_row
-from kldiv_kernels.backends.triton.labels import LABELS, mark_of, summed_coefficients
-from kldiv_kernels.backends.triton.row import open_row
-from kldiv_kernels.backends.triton.rows import normalised, softmaxes, with_share
-from kldiv_kernels.backends.triton.state import TAIL, TEACHER
+from kldiv_kernels.backends.triton.device.kernels import load_row
+from kldiv_kernels.backends.triton.device.labels import LABELS, mark_of, summed_coefficients
+from kldiv_kernels.backends.triton.device.row import open_row
+from kldiv_kernels.backends.triton.device.rows import normalised, softmaxes, with_share
+from kldiv_kernels.backends.triton.device.state import TAIL, TEACHER
 
 
 @triton.jit

@@ -7,7 +7,7 @@ Per row p = softmax(t) is the teacher, q = softmax(s) the student; per column lp
 somewhere where p has some. alpha and beta are scalars: a branch on them costs nothing.
 
 A column without mass has lp (or lq) near −1e30 and p (or q) = 0. Formulas: Cichocki and Amari (2010) for the alpha and
-alpha-beta families (powers.py); the others are their definitions.
+alpha-beta families (power_divergences.py); the others are their definitions.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from kldiv_kernels.backends.triton.math import SMALLEST_NORMAL, exp, expm1, kl_term, log, log1p
+from kldiv_kernels.backends.triton.formulas.math import SMALLEST_NORMAL, exp, expm1, kl_term, log, log1p
 
 INFINITY = tl.constexpr(float("inf"))
 

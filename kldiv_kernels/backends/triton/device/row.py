@@ -5,10 +5,10 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from kldiv_kernels.backends.triton.hooks import finish, write_values
-from kldiv_kernels.backends.triton.math import LN2, expm1_minus
-from kldiv_kernels.backends.triton.rows import no_mass, parameters, side
-from kldiv_kernels.backends.triton.state import P_IS_ZERO, Q_IS_ZERO, TEACHER
+from kldiv_kernels.backends.triton.device.hooks import finish, write_values
+from kldiv_kernels.backends.triton.device.rows import no_mass, parameters, side
+from kldiv_kernels.backends.triton.device.state import P_IS_ZERO, Q_IS_ZERO, TEACHER
+from kldiv_kernels.backends.triton.formulas.math import LN2, expm1_minus
 
 # 1 / LOG2E: dividing by the float32 log2(e) undoes the multiplication, rounding included.
 EXPONENT_TO_LOG = tl.constexpr(0.6931471898132927)

@@ -27,7 +27,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from kldiv_kernels.backends.triton.math import LN2, expm1_minus, kl_term
+from kldiv_kernels.backends.triton.formulas.math import LN2, expm1_minus, kl_term
 
 # What the first sweep takes: bits of its constexpr FIRST.
 TEACHER = tl.constexpr(1)

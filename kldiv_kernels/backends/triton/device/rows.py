@@ -5,7 +5,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from kldiv_kernels.backends.triton.math import LN2, LOG2E
+from kldiv_kernels.backends.triton.formulas.math import LN2, LOG2E
 
 # A logit at or below this counts as -inf; finite, so that differences stay finite.
 NO_MASS = tl.constexpr(-1e30)

@@ -16,9 +16,9 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from kldiv_kernels.backends.triton.math import LN2
-from kldiv_kernels.backends.triton.rows import no_mass, softmaxes
-from kldiv_kernels.backends.triton.state import BOTH, NOTHING, merged_reference
+from kldiv_kernels.backends.triton.device.rows import no_mass, softmaxes
+from kldiv_kernels.backends.triton.device.state import BOTH, NOTHING, merged_reference
+from kldiv_kernels.backends.triton.formulas.math import LN2
 
 # How many a program takes at a time.
 LABELS = tl.constexpr(128)

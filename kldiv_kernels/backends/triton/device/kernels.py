@@ -20,7 +20,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from kldiv_kernels.backends.triton.hooks import (
+from kldiv_kernels.backends.triton.device.hooks import (
     load_finished,
     logprob_at,
     merge_sums,
@@ -29,11 +29,11 @@ from kldiv_kernels.backends.triton.hooks import (
     weights,
     zero_sums,
 )
-from kldiv_kernels.backends.triton.labels import tail_gradient, tail_value, take_tail
-from kldiv_kernels.backends.triton.row import finish_row, open_row, take_row, write_nothing, write_row
-from kldiv_kernels.backends.triton.rows import softmaxes
-from kldiv_kernels.backends.triton.slices import slice_gradient, slice_state, slice_sums, write_zeros
-from kldiv_kernels.backends.triton.state import STATE_SIZE, TAIL, TEACHER, empty, load_slices, merge, put
+from kldiv_kernels.backends.triton.device.labels import tail_gradient, tail_value, take_tail
+from kldiv_kernels.backends.triton.device.row import finish_row, open_row, take_row, write_nothing, write_row
+from kldiv_kernels.backends.triton.device.rows import softmaxes
+from kldiv_kernels.backends.triton.device.slices import slice_gradient, slice_state, slice_sums, write_zeros
+from kldiv_kernels.backends.triton.device.state import STATE_SIZE, TAIL, TEACHER, empty, load_slices, merge, put
 
 
 @triton.jit

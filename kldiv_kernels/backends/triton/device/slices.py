@@ -9,10 +9,10 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from kldiv_kernels.backends.triton.hooks import add_terms, gradient_logp, gradient_logq, merge_sums, zero_sums
-from kldiv_kernels.backends.triton.labels import advanced, load_marks, unmarked
-from kldiv_kernels.backends.triton.rows import block_columns, block_limit, normalised, read, with_share
-from kldiv_kernels.backends.triton.state import BOTH, TAIL, TEACHER, add_blocks, empty, merge
+from kldiv_kernels.backends.triton.device.hooks import add_terms, gradient_logp, gradient_logq, merge_sums, zero_sums
+from kldiv_kernels.backends.triton.device.labels import advanced, load_marks, unmarked
+from kldiv_kernels.backends.triton.device.rows import block_columns, block_limit, normalised, read, with_share
+from kldiv_kernels.backends.triton.device.state import BOTH, TAIL, TEACHER, add_blocks, empty, merge
 
 # Blocks under way at a time in a loop, through shared memory: registers do not hold enough of them to hide the latency.
 STAGES = tl.constexpr(3)

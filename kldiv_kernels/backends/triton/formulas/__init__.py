@@ -1,0 +1,1 @@
+"""The statistics as `@triton.jit` functions, and which functions a statistic has (`table.py`)."""
