@@ -5,6 +5,8 @@
 #include <cstdlib>
 #include <stdexcept>
 
+#include "first_sweep.h"
+
 namespace kldiv {
 namespace {
 
@@ -26,11 +28,7 @@ int64_t divide_up(int64_t a, int64_t b) { return (a + b - 1) / b; }
 }  // namespace
 
 bool needs_normalised_sums(const Names& stats) {
-    static const Names first_sweep = {"logprob",  "reference_logprob", "tail_logprob",      "logsumexp",  "max_logprob",
-                                      "argmax",   "entropy",           "reference_entropy", "forward_kl", "reverse_kl",
-                                      "hellinger"};
-    return std::any_of(stats.begin(), stats.end(),
-                       [](const std::string& name) { return !contains(first_sweep, name); });
+    return std::any_of(stats.begin(), stats.end(), [](const std::string& name) { return !finishes_first(name); });
 }
 
 CpuPlan plan_cpu(const CpuShape& shape, int64_t threads) {

@@ -57,8 +57,8 @@ int64_t cluster_slice(int64_t columns, int cluster);
 // (cuda/one_read/parts.cuh, Shared), and two exchanges of 32 bytes a CTA, double-buffered.
 constexpr int64_t kOneReadHead = 2688, kOneReadExchange = 2 * 2 * 32;
 int64_t one_read_head_bytes(int cluster);
-// Behind the slots, in the kernel of top-k losses (cuda/one_read/topk_kernel.cuh): two numbers an outcome, and the labels'
-// gradients of two rows. A thread has two labels.
+// Behind the slots, in the kernel of top-k losses (cuda/one_read/topk_kernel.cuh): two numbers an outcome, and the
+// labels' gradients of two rows. A thread has two labels.
 constexpr int64_t kMostLabels = 2 * kComputeThreads;
 constexpr int64_t multiple_of_16(int64_t bytes) { return (bytes + 15) / 16 * 16; }
 constexpr int64_t topk_outcome_bytes(int64_t outcomes) { return multiple_of_16(4 * outcomes); }

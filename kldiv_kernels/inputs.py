@@ -15,7 +15,7 @@ from torch.fx.experimental.proxy_tensor import get_proxy_mode
 
 from kldiv_kernels import autograd, backends, registry
 from kldiv_kernels.backends import Call
-from kldiv_kernels.registry import Bound, Statistic
+from kldiv_kernels.divergences import Bound, Statistic
 
 Parameter = float | Tensor
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)

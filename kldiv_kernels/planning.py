@@ -14,7 +14,7 @@ import torch
 
 from kldiv_kernels import inputs, registry
 from kldiv_kernels.backends import cuda, get, native
-from kldiv_kernels.registry import Statistic
+from kldiv_kernels.divergences import Statistic
 
 POLICY_LOSS = "policy_loss"
 TOPK_LOSS = "topk_loss"

@@ -9,234 +9,24 @@ from __future__ import annotations
 import difflib
 import inspect
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
 
-import torch
 from torch import Tensor
 
-from kldiv_kernels import divergences as d
-from kldiv_kernels.divergences import Combine, Elements, Term
+from kldiv_kernels.divergences import ANY, DIVERGENCES, Elements, Statistic, Term
 
-Kind = Literal["sum", "label", "tail", "logsumexp", "argmax", "max_logprob"]
-
-
-@dataclass(frozen=True)
-class Bound:
-    """What a parameter may be, checked before anything is computed. `allows` serves floats and tensors."""
-
-    text: str
-    allows: Callable[[Any], Any]
-
-
-@dataclass(frozen=True)
-class Statistic:
-    """One row of the registry. `value`, `grad_logq`, `grad_logp` are elementwise; see `divergences.py`."""
-
-    name: str
-    formula: str
-    student: bool
-    reference: bool
-    kind: Kind = "sum"
-    value: Term | None = None
-    grad_logq: Term | None = None
-    grad_logp: Term | None = None
-    combine: Combine | None = None
-    log_sum: Callable[[Elements], Tensor] | None = None
-    alpha: Bound | None = None
-    beta: Bound | None = None
-    builtin: bool = True
-    triton: tuple[Any, Any, Any] | None = None
-
-    @property
-    def differentiable(self) -> bool:
-        return self.kind not in ("argmax", "max_logprob")
-
-    @property
-    def per_label(self) -> bool:
-        """Has a value for each label of a token, not one for the token."""
-        return self.kind == "label"
-
-    @property
-    def needs_labels(self) -> bool:
-        return self.kind in ("label", "tail")
-
-    @property
-    def is_divergence(self) -> bool:
-        """Compares two rows and has a gradient: usable as `kind` of a loss."""
-        return self.student and self.reference and self.differentiable
-
-
-def _between(low: float, high: float) -> Bound:
-    return Bound(f"between {low:g} and {high:g}", lambda x: (x >= low) & (x <= high))
-
-
-_FINITE = Bound("finite", lambda x: x * 0 == 0)
-_ANY = Bound("a number", lambda x: x == x)
-_UNIT = _between(0.0, 1.0)
-_NOT_ZERO = Bound("finite and not 0 (a pole)", lambda x: (x * 0 == 0) & (x != 0))
-_RENYI = Bound(
-    "above 0, finite and not 1 (a pole; forward_kl is its limit)", lambda x: (x > 0) & (x * 0 == 0) & (x != 1)
-)
-
-
-def _swap(term: Term) -> Term:
-    return lambda e: term(e.swapped())
-
-
-def _sum(
-    name: str,
-    formula: str,
-    value: Term,
-    grad_logq: Term,
-    grad_logp: Term,
-    *,
-    alpha: Bound | None = None,
-    beta: Bound | None = None,
-    combine: Combine | None = None,
-    log_sum: Callable[[Elements], Tensor] | None = None,
-) -> Statistic:
-    return Statistic(
-        name,
-        formula,
-        student=True,
-        reference=True,
-        value=value,
-        grad_logq=grad_logq,
-        grad_logp=grad_logp,
-        alpha=alpha,
-        beta=beta,
-        combine=combine,
-        log_sum=log_sum,
+STATISTICS: dict[str, Statistic] = {
+    statistic.name: statistic
+    for statistic in (
+        Statistic("logprob", "log q_y", True, False, "label"),
+        Statistic("reference_logprob", "log p_y", False, True, "label"),
+        Statistic("tail_logprob", "log Σ q over the columns that are no label", True, False, "tail"),
+        Statistic("logsumexp", "logsumexp(s/τ)", True, False, "logsumexp"),
+        *DIVERGENCES,
+        Statistic("max_logprob", "max_j log q_j (no gradient)", True, False, "max_logprob"),
+        Statistic("argmax", "argmax_j q_j, the first of ties, int64 (no gradient)", True, False, "argmax"),
     )
-
-
-def _swapped(name: str, formula: str, of: Statistic) -> Statistic:
-    assert of.value is not None
-    assert of.grad_logq is not None
-    assert of.grad_logp is not None
-    return _sum(name, formula, _swap(of.value), _swap(of.grad_logp), _swap(of.grad_logq), alpha=of.alpha)
-
-
-def _zero(e: Elements) -> Tensor:
-    return torch.zeros_like(e.logq)
-
-
-_FORWARD_KL = _sum("forward_kl", "KL(p||q) = Σ p (log p − log q)", d.kl_value, d.kl_grad_logq, d.kl_grad_logp)
-_SKEW_KL = _sum("skew_kl", "KL(p || αp + (1−α)q)", d.skew_value, d.skew_grad_logq, d.skew_grad_logp, alpha=_UNIT)
-_FORWARD_CHI2 = _sum("forward_chi2", "Σ (p−q)²/q", d.chi2_value, d.chi2_grad_logq, d.chi2_grad_logp)
-
-STATISTICS: dict[str, Statistic] = {}
-
-
-def _add(statistic: Statistic) -> None:
-    STATISTICS[statistic.name] = statistic
-
-
-for _statistic in (
-    Statistic("logprob", "log q_y", True, False, "label"),
-    Statistic("reference_logprob", "log p_y", False, True, "label"),
-    Statistic("tail_logprob", "log Σ q over the columns that are no label", True, False, "tail"),
-    Statistic("logsumexp", "logsumexp(s/τ)", True, False, "logsumexp"),
-    Statistic(
-        "entropy",
-        "H(q) = −Σ q log q",
-        True,
-        False,
-        value=d.entropy_value,
-        grad_logq=d.entropy_grad_logq,
-        grad_logp=_zero,
-    ),
-    Statistic(
-        "reference_entropy",
-        "H(p) = −Σ p log p",
-        False,
-        True,
-        value=_swap(d.entropy_value),
-        grad_logq=_zero,
-        grad_logp=_swap(d.entropy_grad_logq),
-    ),
-    _sum("cross_entropy", "−Σ p log q", d.cross_entropy_value, d.cross_entropy_grad_logq, d.cross_entropy_value),
-    _FORWARD_KL,
-    _swapped("reverse_kl", "KL(q||p) = Σ q (log q − log p)", _FORWARD_KL),
-    _sum("jeffreys", "KL(p||q) + KL(q||p)", d.jeffreys_value, d.jeffreys_grad_logq, _swap(d.jeffreys_grad_logq)),
-    _sum(
-        "js",
-        "β·KL(p||m) + (1−β)·KL(q||m), m = βp + (1−β)q; β=0: KL(p||q), β=1: KL(q||p)",
-        d.js_value,
-        d.js_grad_logq,
-        d.js_grad_logp,
-        beta=_UNIT,
-    ),
-    _SKEW_KL,
-    _swapped("skew_reverse_kl", "KL(q || (1−α)p + αq)", _SKEW_KL),
-    _sum(
-        "hellinger",
-        "1 − Σ√(pq)  (squared Hellinger distance)",
-        d.hellinger_value,
-        d.hellinger_grad_logq,
-        _swap(d.hellinger_grad_logq),
-    ),
-    _sum("tvd", "½ Σ|p−q|", d.tvd_value, d.tvd_grad_logq, _swap(d.tvd_grad_logq)),
-    _FORWARD_CHI2,
-    _swapped("reverse_chi2", "Σ (p−q)²/p", _FORWARD_CHI2),
-    _sum(
-        "renyi",
-        "log(Σ p^α q^(1−α)) / (α−1)",
-        d.alpha_value,
-        d.renyi_grad_logq,
-        d.renyi_grad_logp,
-        alpha=_RENYI,
-        combine=d.renyi_combine,
-        log_sum=d.renyi_log_sum,
-    ),
-    _sum(
-        "alpha",
-        "(Σ p^α q^(1−α) − 1) / (α(α−1)); α→1: KL(p||q), α→0: KL(q||p)",
-        d.alpha_value,
-        d.alpha_grad_logq,
-        d.alpha_grad_logp,
-        alpha=_FINITE,
-    ),
-    _sum(
-        "alpha_beta",
-        "−1/(αβ) Σ (p^α q^β − α/(α+β) p^(α+β) − β/(α+β) q^(α+β))",
-        d.alpha_beta_value,
-        d.alpha_beta_grad_logq,
-        d.alpha_beta_grad_logp,
-        alpha=_NOT_ZERO,
-        beta=_NOT_ZERO,
-    ),
-    _sum(
-        "triangular",
-        "Σ (p−q)²/(p+q)",
-        d.triangular_value,
-        d.triangular_grad_logq,
-        _swap(d.triangular_grad_logq),
-    ),
-    Statistic(
-        "collision",
-        "log Σ q²",
-        True,
-        False,
-        value=d.collision_value,
-        grad_logq=d.collision_grad_logq,
-        grad_logp=_zero,
-        combine=d.collision_combine,
-    ),
-    _sum(
-        "cauchy_schwarz",
-        "−log((Σ pq)² / (Σ p² Σ q²))",
-        d.cauchy_schwarz_sums,
-        d.cauchy_schwarz_grad_logq,
-        d.cauchy_schwarz_grad_logp,
-        combine=d.cauchy_schwarz_combine,
-        log_sum=lambda e: e.logp + e.logq,
-    ),
-    Statistic("max_logprob", "max_j log q_j (no gradient)", True, False, "max_logprob"),
-    Statistic("argmax", "argmax_j q_j, the first of ties, int64 (no gradient)", True, False, "argmax"),
-):
-    _add(_statistic)
+}
 
 
 def get(name: str, where: str = "stats", among: Iterable[str] | None = None) -> Statistic:
@@ -335,20 +125,18 @@ def register_statistic(
         raise ValueError(f"register_statistic: name is {name!r}; expected a Python identifier")
     if name in STATISTICS:
         raise ValueError(f"register_statistic: name {name!r} is taken; unregister_statistic frees a registered one")
-    _add(
-        Statistic(
-            name,
-            formula or "user-defined",
-            True,
-            True,
-            value=_elementwise(value, "value"),
-            grad_logq=_elementwise(grad_logq, "grad_logq"),
-            grad_logp=_elementwise(grad_logp, "grad_logp"),
-            alpha=_ANY if _names("alpha", value, grad_logq, grad_logp) else None,
-            beta=_ANY if _names("beta", value, grad_logq, grad_logp) else None,
-            builtin=False,
-            triton=_jit_functions(triton),
-        )
+    STATISTICS[name] = Statistic(
+        name,
+        formula or "user-defined",
+        True,
+        True,
+        value=_elementwise(value, "value"),
+        grad_logq=_elementwise(grad_logq, "grad_logq"),
+        grad_logp=_elementwise(grad_logp, "grad_logp"),
+        alpha=ANY if _names("alpha", value, grad_logq, grad_logp) else None,
+        beta=ANY if _names("beta", value, grad_logq, grad_logp) else None,
+        builtin=False,
+        triton=_jit_functions(triton),
     )
 
 

@@ -14,7 +14,8 @@ import triton_aot
 from typer.testing import CliRunner
 
 from kldiv_kernels.cli import app
-from kldiv_kernels.registry import STATISTICS, Statistic
+from kldiv_kernels.divergences import Statistic
+from kldiv_kernels.registry import STATISTICS
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text()

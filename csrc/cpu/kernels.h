@@ -9,6 +9,8 @@
 #include <cstdint>
 #include <limits>
 
+#include "../first_sweep.h"
+
 // In front of what CUDA kernels share with this code.
 #define KLDIV_FN
 
@@ -81,7 +83,7 @@ using OnlineKernel = void (*)(const float* second, const float* first, int colum
 struct DivergenceKernels {
     const char* name;
     int sums;
-    bool log_sum, needs_p;
+    bool log_sum, needs_p, finishes_first;
     bool (*infinite_where_q_is_zero)(double alpha);
     bool (*infinite_where_p_is_zero)(double alpha);
     void (*finish)(const double* sums, double log_sum, bool q_is_zero, bool p_is_zero, double alpha, double beta,

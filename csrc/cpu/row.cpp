@@ -72,7 +72,7 @@ void Row::resolve() {
         if (r.online >= 0) online_[r.online] = true;
         entropy_s_ |= r.entropy_s;
         entropy_t_ |= r.entropy_t;
-        second_sweep_ |= r.online < 0 && !r.entropy_s && !r.entropy_t;
+        second_sweep_ |= !r.divergence->finishes_first;
     }
     const bool student_loss = job_.values && job_.coefficients && job_.d_student && !job_.d_teacher;
     if (!student_loss || job_.stats.size() != 1 || !resolved_[0].divergence) return;

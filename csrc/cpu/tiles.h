@@ -285,6 +285,7 @@ constexpr DivergenceKernels divergence(const char* name) {
             D::sums,
             D::log_sum,
             D::needs_p,
+            finishes_first(name),
             D::infinite_where_q_is_zero,
             D::infinite_where_p_is_zero,
             finish<D>,

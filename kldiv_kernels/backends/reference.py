@@ -13,8 +13,8 @@ import torch
 from torch import Tensor
 
 from kldiv_kernels.backends.interface import Call, value_rows
-from kldiv_kernels.divergences import Elements, Term
-from kldiv_kernels.registry import STATISTICS, Statistic
+from kldiv_kernels.divergences import Elements, Statistic, Term
+from kldiv_kernels.registry import STATISTICS
 
 _CHUNK_ELEMENTS = 1 << 24
 # A logit at or below this counts as -inf, so that masks of finfo.min and of -inf mean the same.

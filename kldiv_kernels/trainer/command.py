@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from kldiv_kernels import registry
-from kldiv_kernels.registry import Bound
+from kldiv_kernels.divergences import Bound
 from kldiv_kernels.trainer.options import (
     cached_sequences,
     load_model,

@@ -130,7 +130,7 @@ def _found(pattern: str) -> list[tuple[str, str]]:
 
 def _taken(first: int) -> list[str]:
     """What a first sweep takes beside the student's sums: csrc/cuda/row/state.cuh."""
-    bits = re.findall(r"^\s*k(\w+) = (\d+),", (SOURCES / "state.cuh").read_text(), re.MULTILINE)
+    bits = re.findall(r"^\s*k(\w+) = (\d+),", (SOURCES / "row" / "state.cuh").read_text(), re.MULTILINE)
     tail = [int(bit) for name, bit in bits if name == "Tail"]
     if first | sum(tail) == sum(int(bit) for _, bit in bits):
         return ["everything", "tail"] if first & sum(tail) else ["everything"]

@@ -10,7 +10,8 @@ import torch
 from torch import Tensor
 
 import kldiv_kernels as kk
-from kldiv_kernels.registry import STATISTICS, Statistic
+from kldiv_kernels.divergences import Statistic
+from kldiv_kernels.registry import STATISTICS
 
 # Under TRITON_INTERPRET=1 the suite is about the Triton backend alone: a process has its kernels compiled or
 # interpreted, not both. Under KLDIV_CUDA_HOST=1 it is about the cuda backend, on the model of a GPU in cuda_host/.

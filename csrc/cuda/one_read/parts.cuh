@@ -84,11 +84,8 @@ struct Traits {
     static constexpr bool hellinger = std::is_same_v<D, Hellinger>, entropy = std::is_same_v<D, Entropy>;
     static constexpr int first = (D::needs_p ? kTeacher : 0) | (forward ? kForwardKl : 0) | (reverse ? kReverseKl : 0) |
                                  (hellinger ? kHellinger : 0) | (entropy ? kEntropy : 0);
-    static constexpr bool needs_sums = !(forward || reverse || hellinger || entropy);
-    static constexpr int code = forward     ? k_forward_kl
-                                : reverse   ? k_reverse_kl
-                                : hellinger ? k_hellinger
-                                            : k_entropy;  // of first_value
+    static constexpr int code = code_of<D>();
+    static constexpr bool needs_sums = !finishes_first(code);
 
     KLDIV_DEVICE static void merge(State& x) { merge_lanes<first>(x); }
     KLDIV_DEVICE static Exchanged exchange(const State& x) {

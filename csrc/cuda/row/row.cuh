@@ -3,6 +3,7 @@
 
 #include <type_traits>
 
+#include "../../first_sweep.h"
 #include "../job.h"
 #include "state.cuh"
 
@@ -103,10 +104,18 @@ KLDIV_DEVICE void with_divergence(int code, Function function) {
     }
 }
 
-// What the first sweep finds, and everything else takes from a sweep of its own: the CPU's split (plan.cpp).
-KLDIV_HOST_DEVICE bool finishes_first(int code) {
-    return code == k_entropy || code == k_reference_entropy || code == k_forward_kl || code == k_reverse_kl ||
-           code == k_hellinger || code < k_entropy;
+// What is no divergence has a code below theirs.
+KLDIV_HOST_DEVICE constexpr bool finishes_first(int code) {
+#define KLDIV_IS(name) code == k_##name ||
+    return KLDIV_FIRST_SWEEP(KLDIV_IS) code < k_entropy;
+#undef KLDIV_IS
+}
+template <class D>
+constexpr int code_of() {
+#define KLDIV_CODE_OF(name, ...) \
+    if constexpr (std::is_same_v<D, __VA_ARGS__>) return k_##name;
+    KLDIV_DIVERGENCES(KLDIV_CODE_OF)
+#undef KLDIV_CODE_OF
 }
 
 // The finished softmaxes of a row: q = 2^(s c - m) / z. An exponent is one fused multiply-add, rounded once, so that

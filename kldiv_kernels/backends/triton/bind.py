@@ -22,10 +22,10 @@ import triton
 import triton.language as tl
 
 from kldiv_kernels.backends.triton.device import kernels, label_kernels, labels, row, rows, slices, state
-from kldiv_kernels.backends.triton.formulas import divergences, math, power_divergences
-from kldiv_kernels.backends.triton.formulas.table import TritonStatistic
+from kldiv_kernels.backends.triton.formulas import distances, kl, math, mixtures, powers
+from kldiv_kernels.backends.triton.formulas.statistic import TritonStatistic
 from kldiv_kernels.backends.triton.hook_text import Hooks
-from kldiv_kernels.registry import Statistic
+from kldiv_kernels.divergences import Statistic
 
 
 @dataclass(frozen=True, eq=False)
@@ -56,7 +56,7 @@ def bind(statistics: tuple[Statistic, ...], functions: tuple[TritonStatistic, ..
     """The kernels for these statistics, in this order."""
     hooks = Hooks(statistics, functions)
     namespace: dict[str, Any] = {"__name__": f"{__name__}.bound", "triton": triton, "tl": tl}
-    for module in (math, rows, state, divergences, power_divergences, row, labels, slices, kernels, label_kernels):
+    for module in (math, rows, state, kl, mixtures, distances, powers, row, labels, slices, kernels, label_kernels):
         namespace.update({name: value for name, value in vars(module).items() if _is_triton(value)})
     namespace["NVIDIA"] = tl.constexpr(nvidia)
     namespace["INFINITY"] = tl.constexpr(_Infinity("inf"))
@@ -140,8 +140,11 @@ def _used(hooks: Hooks) -> dict[str, Any]:
             function = getattr(one, role)
             if function is not None:
                 assert function.fn.__name__ == f"{name}_{role}"
-        for role, function in zip(("value", "grad_logq", "grad_logp"), one.user or (), strict=False):
-            out[f"{name}_{role}"] = renamed(function, f"{name}_{role}")
+        for role, function in zip(("value", "grad_logq", "grad_logp"), one.three or (), strict=False):
+            if one.of_user:
+                out[f"{name}_{role}"] = renamed(function, f"{name}_{role}")
+            else:
+                assert function.fn.__name__ == f"{name}_{role}"
     return out
 
 

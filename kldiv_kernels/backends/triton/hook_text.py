@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import textwrap
 
-from kldiv_kernels.backends.triton.formulas.table import TritonStatistic, user_arguments
-from kldiv_kernels.registry import Statistic
+from kldiv_kernels.backends.triton.formulas.statistic import TritonStatistic, user_arguments
+from kldiv_kernels.divergences import Statistic
 
+_THREE = ("value", "grad_logq", "grad_logp")
 _ARGUMENTS = "p, q, lp, lq, u, alpha, beta"
 # What statistics that are no divergences are called in `write_values`.
 _VALUES = {name: name for name in ("max_logprob", "argmax", "tail_logprob")} | {"logsumexp": "lse"}
@@ -20,7 +21,7 @@ class Hooks:
         self.of = dict(zip(self.names, functions, strict=True))
         self.statistics = {s.name: s for s in statistics}
         # Divergences have an entry in `finished`: value, two gradient sums, constants.
-        self.divergences = [n for n in self.names if self.of[n].finish is not None or self.of[n].user is not None]
+        self.divergences = [n for n in self.names if self.of[n].finish is not None or self.of[n].three is not None]
         self.normalised = [n for n in self.divergences if self.of[n].first is None]
         self.sums = sum(self._sums(n) for n in self.normalised)
         self.saved = sum(2 + self.of[n].constants for n in self.divergences)
@@ -36,13 +37,13 @@ class Hooks:
         ]  # fmt: skip
         return "\n\n".join(parts)
 
-    def _calls(self, name: str, role: str, of_user: int) -> str:
+    def _calls(self, name: str, role: str) -> str:
         """The call of a function elementwise."""
         one = self.of[name]
-        if one.user is None:
+        if one.three is None or not one.of_user:
             return f"{name}_{role}({_ARGUMENTS})"
-        extra = "".join(f", {a}={a}" for a in user_arguments(one.user[of_user]))
-        return f"{name}_{('value', 'grad_logq', 'grad_logp')[of_user]}(lp, lq{extra})"
+        extra = "".join(f", {a}={a}" for a in user_arguments(one.three[_THREE.index(role)]))
+        return f"{name}_{role}(lp, lq{extra})"
 
     def _zero_sums(self) -> str:
         zeros = []
@@ -57,16 +58,16 @@ class Hooks:
         for name in self.normalised:
             one = self.of[name]
             terms = [f"{name}_{i}" for i in range(one.sums)]
-            if one.user is None:
-                lines.append(f"{', '.join(terms)}, = {self._calls(name, 'terms', 0)}")
+            if one.three is None:
+                lines.append(f"{', '.join(terms)}, = {self._calls(name, 'terms')}")
             else:
-                lines += [f"{term} = {self._calls(name, '', i)}" for i, term in enumerate(terms)]
+                lines += [f"{term} = {self._calls(name, role)}" for term, role in zip(terms, _THREE, strict=True)]
             results += [f"sums[{at + i}] + tl.sum({term}, axis=1)" for i, term in enumerate(terms)]
             at += one.sums
             if one.log_weight is not None:
                 top, total = f"{name}_top", f"{name}_total"
                 lines += [
-                    f"{name}_w = {self._calls(name, 'log_weight', 0)}",
+                    f"{name}_w = {self._calls(name, 'log_weight')}",
                     f"{top} = tl.maximum(sums[{at}], tl.max({name}_w, axis=1))",
                     f"{total} = sums[{at + 1}] * tl.exp2((sums[{at}] - {top}) * LOG2E)",
                     f"{total} += tl.sum(tl.exp2(({name}_w - {top}[:, None]) * LOG2E), axis=1)",
@@ -102,7 +103,7 @@ class Hooks:
         lines, at = [], 0
         for name in self.divergences:
             one, entry = self.of[name], self._entry(name)
-            if one.user is not None:
+            if one.three is not None:
                 lines.append(f"{', '.join(entry)} = sums[{at}], sums[{at + 1}], sums[{at + 2}]")
                 at += 3
             else:
@@ -206,9 +207,9 @@ class Hooks:
         lines = [f"g = 0.0 * {softmax}"]
         for i, name in enumerate(self.divergences):
             one = self.of[name]
-            if one.user is None and getattr(one, role) is None:
+            if one.three is None and getattr(one, role) is None:
                 continue
-            call = self._calls(name, role, 1 if role == "grad_logq" else 2)
+            call = self._calls(name, role)
             if one.constants:
                 constants = "".join(f", finished[{self._at(name) + 3 + j}]" for j in range(one.constants))
                 call = call[:-1] + constants + ")"

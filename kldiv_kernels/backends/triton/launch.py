@@ -18,6 +18,8 @@ from kldiv_kernels.backends.strides import leading
 from kldiv_kernels.backends.triton.bind import Bound, bind, unspecialised
 from kldiv_kernels.backends.triton.device import kernels, state
 from kldiv_kernels.backends.triton.formulas import table
+from kldiv_kernels.backends.triton.formulas.statistic import TritonStatistic, of_user
+from kldiv_kernels.divergences import Statistic
 
 # The slices of a row are merged by a warp.
 _MOST_SLICES = 32
@@ -82,11 +84,11 @@ def state_rows(stats: tuple[str, ...]) -> int:
 
 
 @functools.cache
-def _of_user(functions: tuple[Any, Any, Any]) -> table.TritonStatistic:
-    return table.of_user(functions)
+def _of_user(functions: tuple[Any, Any, Any]) -> TritonStatistic:
+    return of_user(functions)
 
 
-def functions_of(statistic: registry.Statistic) -> table.TritonStatistic:
+def functions_of(statistic: Statistic) -> TritonStatistic:
     return table.TABLE[statistic.name] if statistic.builtin else _of_user(statistic.triton)
 
 

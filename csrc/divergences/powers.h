@@ -1,7 +1,7 @@
-// The divergences through powers of p and q: alpha, Renyi, alpha-beta, collision, Cauchy-Schwarz. The second half of
-// divergences.h, which includes it and says what a struct has. Formulas: Cichocki and Amari (2010).
+// Divergences through powers of p and q; see ../divergences.h. Formulas: Cichocki and Amari (2010).
 
-// (p^a q^(1-a) - a p - (1-a) q) / (a (a-1)), a not 0 or 1. Best for a >= 1/2; swap p and q for the others.
+// --- alpha: (p^a q^(1-a) - a p - (1-a) q) / (a (a-1)), a not 0 or 1
+// Best for a >= 1/2; swap p and q for the others.
 // For small u a term is q u^2 (1/2 + (1+a) u/6 + (1+a+a^2) u^2/24 + ...).
 struct Alpha : Plain {
     KLDIV_FN static bool infinite_where_q_is_zero(Real alpha) { return alpha >= 1; }
@@ -52,9 +52,10 @@ struct Alpha : Plain {
     }
 };
 
-// log(sum p^a q^(1-a)) / (a-1), a above 0 and not 1. With L the logarithm and r = exp(a lp + (1-a) lq - L), which sums
-// to 1, grad_logq = -r and grad_logp = a/(a-1) r; q and a/(a-1) p are taken off, so that both sum to 0 and are 0 where
-// the rows are equal: r - q = q (e^(a u - L) - 1), r - p = p (e^((a-1) u - L) - 1).
+// --- Renyi: log(sum p^a q^(1-a)) / (a-1), a above 0 and not 1
+// With L the logarithm and r = exp(a lp + (1-a) lq - L), which sums to 1, grad_logq = -r and grad_logp = a/(a-1) r;
+// q and a/(a-1) p are taken off, so that both sum to 0 and are 0 where the rows are equal: r - q = q (e^(a u - L) - 1),
+// r - p = p (e^((a-1) u - L) - 1).
 struct Renyi : Alpha {
     static constexpr bool log_sum = true, grad_needs_row = true;
     template <class F>
@@ -92,7 +93,7 @@ struct Renyi : Alpha {
     }
 };
 
-// -1/(ab) sum (p^a q^b - a/l p^l - b/l q^l), l = a+b; a, b, l not 0.
+// --- alpha-beta: -1/(ab) sum (p^a q^b - a/l p^l - b/l q^l), l = a+b; a, b, l not 0
 // A term is q^l f[0, a, l], the second divided difference of f(c) = e^(c u) at 0, a and l, which has no pole; near one
 // of its poles the formula above is a difference of numbers a thousand times larger. It is taken from the neighbours
 // among 0, a, l in their order, as (f[y, z] - f[x, y]) / (z - x) with q^l f[x, y] = X (e^((y-x) u) - 1) / (y-x), X one
@@ -194,7 +195,7 @@ struct AlphaBeta : Plain {
     }
 };
 
-// log sum q^2.
+// --- collision: log sum q^2
 struct Collision : Plain {
     static constexpr bool needs_p = false, grad_needs_row = true;
     template <class F>
@@ -219,7 +220,8 @@ struct Collision : Plain {
     }
 };
 
-// -log((sum pq)^2 / (sum p^2 sum q^2)). With d = p - q, A = sum q^2, P = sum p^2, X = sum pq, B = sum q d, C = sum d^2:
+// --- Cauchy-Schwarz: -log((sum pq)^2 / (sum p^2 sum q^2))
+// With d = p - q, A = sum q^2, P = sum p^2, X = sum pq, B = sum q d, C = sum d^2:
 // the quotient is 1 - (A C - B^2) / (A P), and, as A / X = 1 - B / X and P / X = 1 + (B + C) / X,
 //   grad_logq = 2 q (q / A - p / X) = (2 q / A) (q - p + p B / X),
 //   grad_logp = 2 p (p / P - q / X) = (2 p / P) (p - q - q (B + C) / X).
@@ -276,3 +278,12 @@ struct CauchySchwarz : Plain {
         return {value, 0, 0, {log_pq, qq, pp, qd / pq, (qd + dd) / pq}};
     }
 };
+
+// Name in Python, struct.
+#define KLDIV_POWER_DIVERGENCES(X)   \
+    X(alpha, Alpha)                  \
+    X(alpha_below_half, Swap<Alpha>) \
+    X(renyi, Renyi)                  \
+    X(alpha_beta, AlphaBeta)         \
+    X(collision, Collision)          \
+    X(cauchy_schwarz, CauchySchwarz)

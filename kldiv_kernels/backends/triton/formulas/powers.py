@@ -1,15 +1,12 @@
-"""The divergences through powers of p and q, the twin of `csrc/power_divergences.h`; see `divergences.py`.
-
-Formulas: Cichocki and Amari (2010).
-"""
+"""Divergences through powers of p and q; see `statistic.py`. Formulas: Cichocki and Amari (2010)."""
 
 from __future__ import annotations
 
 import triton
 import triton.language as tl
 
-from kldiv_kernels.backends.triton.formulas.divergences import INFINITY
 from kldiv_kernels.backends.triton.formulas.math import exp, expm1, kl_term, log1p
+from kldiv_kernels.backends.triton.formulas.statistic import INFINITY, P_ZERO, Q_ZERO, TWO, rows
 
 
 # --- alpha: (p^a q^(1-a) - a p - (1-a) q) / (a (a-1)); the KL divergences at a = 1 and 0
@@ -274,3 +271,8 @@ def cauchy_schwarz_grad_logp(p, q, lp, lq, u, alpha, beta, log_pq, scale_q, scal
     else:
         g = scale_p * p * p - 2.0 * exp(lp + lq - log_pq)
     return g
+
+
+POWER_DIVERGENCES = rows(
+    globals(), alpha=Q_ZERO | P_ZERO, renyi=Q_ZERO, alpha_beta=P_ZERO, collision=0, cauchy_schwarz=TWO
+)
