@@ -44,8 +44,8 @@ def main() -> None:
     teacher = AutoModelForCausalLM.from_pretrained(args.teacher, dtype=torch.bfloat16 if args.bf16 else torch.float32)
 
     if args.data is None:
-        sums = [f"{a} + {b}" for a in range(20) for b in range(20)]
-        chats = [[{"role": "user", "content": x}, {"role": "assistant", "content": f"= {eval(x)}"}] for x in sums]
+        sums = [(f"{a} + {b}", f"= {a + b}") for a in range(20) for b in range(20)]
+        chats = [[{"role": "user", "content": x}, {"role": "assistant", "content": y}] for x, y in sums]
     else:
         chats = [json.loads(line)["messages"] for line in args.data.read_text().splitlines()]
     data = Dataset.from_dict({"messages": chats}).train_test_split(test_size=16, seed=0)
