@@ -29,6 +29,7 @@ nitpicky = False
 html_theme = "furo"
 html_title = "kldiv_kernels"
 html_static_path = ["_static"]
+html_css_files = ["wide.css"]
 
 myst_enable_extensions = ["dollarmath", "colon_fence", "deflist"]
 myst_heading_anchors = 3
@@ -39,6 +40,6 @@ autodoc_typehints = "signature"
 autodoc_typehints_format = "short"
 autodoc_member_order = "bysource"
 # A longer signature has one argument a line.
-python_maximum_signature_line_length = 88
+python_maximum_signature_line_length = 72
 copybutton_prompt_text = r">>> |\.\.\. |\$ "
 copybutton_prompt_is_regexp = True

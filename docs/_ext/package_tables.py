@@ -4,6 +4,7 @@
     traffic-table         passes over the logits and sweeps of the kinds named, as `kk.plan` has them
     policy-table          the loss types of `policy_loss` with their defaults
     presets-table         the options in which the presets differ, for the loss type named
+    options-table         the fields that a dataclass adds to its base, with their default and help
 
 A statistic links to the target `statistic-NAME`, which one page of `losses/` has: a statistic without one, and a name
 that the registry does not know, is a warning, and so an error of `make docs`.
@@ -11,6 +12,7 @@ that the registry does not know, is a warning, and so an error of `make docs`.
 
 from __future__ import annotations
 
+import dataclasses
 import importlib
 import math
 from collections.abc import Iterable, Sequence
@@ -42,7 +44,7 @@ def table(header: Sequence[str], rows: Iterable[Sequence[Cell]]) -> nodes.table:
     head += _row([nodes.Text(name) for name in header])
     body += [_row(row) for row in rows]
     group += [head, body]
-    out = nodes.table(classes=["colwidths-auto", "align-left"])
+    out = nodes.table(classes=["colwidths-auto"])
     out += group
     return out
 
@@ -158,6 +160,22 @@ class PresetsTable(_Table):
         return [table(("option", *(f'preset="{p}"' if p else "no preset" for p in _PRESETS)), rows)]
 
 
+class OptionsTable(SphinxDirective):
+    """Argument: a class, module.Name."""
+
+    required_arguments = 1
+
+    def run(self) -> list[nodes.Node]:
+        module, _, name = self.arguments[0].rpartition(".")
+        described = getattr(importlib.import_module(module), name)
+        rows = [
+            (code(option.name), code(repr(option.default)), str(option.metadata["help"]))
+            for option in dataclasses.fields(described)
+            if option.name in described.__annotations__
+        ]
+        return [table(("option", "default", ""), rows)]
+
+
 def _written(value: object) -> str:
     if isinstance(value, tuple):
         return f"({', '.join(_written(x) for x in value)})"
@@ -169,4 +187,5 @@ def setup(app: Sphinx) -> dict[str, bool]:
     app.add_directive("traffic-table", TrafficTable)
     app.add_directive("policy-table", PolicyTable)
     app.add_directive("presets-table", PresetsTable)
+    app.add_directive("options-table", OptionsTable)
     return {"parallel_read_safe": True}

@@ -12,6 +12,7 @@ its own line, as in "Returns: a scalar", becomes a section too.
 
 from __future__ import annotations
 
+import inspect
 import re
 from collections.abc import Iterator
 
@@ -20,7 +21,7 @@ from sphinx.application import Sphinx
 _CODE = re.compile(r"(`+[^`]*`+)")
 _SECTION = re.compile(r"(Returns|Raises): (.+)")
 _NAMES = re.compile(r"    (\w+, )*\w+,")
-_BEFORE_NAPOLEON = 400
+_BEFORE_NAPOLEON, _AFTER_NAPOLEON = 400, 600
 
 
 def escaped(line: str) -> str:
@@ -78,17 +79,37 @@ def converted(lines: list[str]) -> Iterator[str]:
         example = example or line.lstrip().startswith(">>>")
         if indented and not verbatim and after_text and not example:
             verbatim = True
-            yield from ("::", "")
+            yield from (".. code-block:: text", "")
         verbatim = verbatim and indented
         after_text = False
         yield line if example or verbatim else escaped(line)
 
 
-def _convert(_app: Sphinx, _what: str, _name: str, _object: object, _options: object, lines: list[str]) -> None:
+def with_an_argument_a_line(lines: list[str], names: list[str]) -> Iterator[str]:
+    """The lines with each of the arguments `names` on a line of its own, where one stands behind another."""
+    behind = re.compile(rf"(?<=\.) (?=(?:{'|'.join(names)}): )")
+    for line in lines:
+        if names and line.startswith("    ") and not line.startswith("     "):
+            first, *others = behind.split(line)
+            yield from (first, *(f"    {other}" for other in others))
+        else:
+            yield line
+
+
+def _convert(_app: Sphinx, what: str, _name: str, described: object, _options: object, lines: list[str]) -> None:
+    if what == "function" and callable(described):
+        lines[:] = with_an_argument_a_line(list(lines), list(inspect.signature(described).parameters))
     for step in (with_whole_names, with_sections, with_whole_errors, converted):
         lines[:] = list(step(lines))
 
 
+def _properties(_app: Sphinx, what: str, _name: str, described: object, _options: object, lines: list[str]) -> None:
+    """Undoes what Napoleon did to a property: it takes what stands before a colon for its type."""
+    if what == "property":
+        lines[:] = converted([*(inspect.getdoc(described) or "").splitlines(), ""])
+
+
 def setup(app: Sphinx) -> dict[str, bool]:
     app.connect("autodoc-process-docstring", _convert, priority=_BEFORE_NAPOLEON)
+    app.connect("autodoc-process-docstring", _properties, priority=_AFTER_NAPOLEON)
     return {"parallel_read_safe": True}
