@@ -16,7 +16,6 @@ import dataclasses
 import importlib
 import math
 from collections.abc import Iterable, Sequence
-from typing import Any
 
 from docutils import nodes
 from docutils.parsers.rst import directives
@@ -25,10 +24,9 @@ from sphinx.application import Sphinx
 from sphinx.util.docutils import SphinxDirective
 
 import kldiv_kernels as kk
-from kldiv_kernels.registry import STATISTICS, Statistic
-
-# The module of `resolve` has the loss types beside it.
-_policy: Any = importlib.import_module(kk.nn.resolve.__module__)
+from kldiv_kernels import policy as _policy
+from kldiv_kernels.divergences import Statistic
+from kldiv_kernels.registry import STATISTICS
 
 _ROWS, _VOCAB = 8192, 151_936
 _MACHINES = {"CPU": "cpu", "NVIDIA sm_90 and later": "sm_90", "NVIDIA sm_80 to sm_89": "sm_80"}

@@ -71,7 +71,7 @@ def policy_loss(
 ) -> PolicyLoss:
     r"""Loss of a policy π = softmax(logits/τ) on sampled tokens, with its KL penalty and entropy bonus.
 
-    loss = aggregate(term·selection·weights + kl_coef·KL) − entropy_coef·aggregate(entropy); `policy_terms` has the
+    loss = aggregate(term·selection·weights + kl_coef·KL) − entropy_coef·aggregate(entropy); `policy/terms.py` has the
     formula of each term. Log-probabilities are in nats at temperature τ.
     Values and the gradient of the logits come out of one pass over them where a token's gradient depends on that token
     alone (grpo, bnpo, dr_grpo, dapo, luspo, cispo, sapo, reinforce and dppo without options that look at sequences or
@@ -86,7 +86,7 @@ def policy_loss(
         advantages: [B], or [B, T] for one a token.
         loss_type: grpo (default), bnpo, dr_grpo, dapo, luspo: the clipped surrogate, which differ in `aggregation`
             only; gspo: the same on the sequence's ratio; cispo, sapo, vespo, gmpo, reinforce, topr, dppo_tv, dppo_kl.
-        preset: "trl" (1.16), "verl" or "nemo_rl": that framework's defaults for the loss type (`policy_options`);
+        preset: "trl" (1.16), "verl" or "nemo_rl": that framework's defaults for the loss type (`policy/options.py`);
             what is given beside it counts. Their default loss_type is dapo, the token mean.
         old_logprobs: [B, T], the policy that the advantages belong to. Default: this one, so that the ratio is 1; topr
             and dppo need them.
@@ -119,7 +119,7 @@ def policy_loss(
             π_old) is above it. Default off.
         kl_coef, kl_estimator: 0 and "k3". k1, k2, k3, abs, k3_plus estimate KL(π‖π_ref) from the sampled tokens;
             forward_kl KL(π_ref‖π), reverse_kl KL(π‖π_ref), js (β = ½) and hellinger are exact, from reference_logits.
-            Which way each one's gradient points is in `policy_weights`. k3_plus is verl's "k3+" and NeMo-RL's k3.
+            Which way each one's gradient points is in `policy/weights.py`. k3_plus is verl's "k3+" and NeMo-RL's k3.
         kl_bias_correction: multiplies a sampled estimator by the ratio, with gradient. Default False; True in TRL.
         kl_log_ratio_clamp, kl_clamp: bounds of |log π_ref − log π| and of the estimate. Default off, as in TRL; 20 and
             10 in verl (k3) and NeMo-RL.

@@ -76,8 +76,9 @@ def topk_divergence_loss(
         topk_logprobs: [*, K] float32, bfloat16 or float16, the teacher's at its temperature, not renormalised. No
             gradient. -inf is a token that the teacher never has, or, beside the same id, a pad that is left out.
         kind: a divergence of the registry.
-        tail: "bucket" (default), "renormalize", "renormalize_teacher" or "none"; see the head of this module. "none"
-            has forward_kl, reverse_kl, jeffreys and cross_entropy.
+        tail: what becomes of the tokens outside of topk_ids. "bucket" (default): one more outcome, on both sides.
+            "renormalize": left out on both sides. "renormalize_teacher": left out of the teacher, whose k tokens then
+            sum to 1. "none": raw sums over topk_ids, of forward_kl, reverse_kl, jeffreys and cross_entropy.
         tail_logprob: [*], the teacher's log-mass outside of topk_ids. Default: log(1 − Σ p), p = exp(topk_logprobs), as
             exact as these are: where the ids are the whole vocabulary what is left of 1 is nothing, unless it is more
             than rounding can leave (then it is a token that the student does not have, and forward_kl infinite).

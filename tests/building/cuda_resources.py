@@ -118,14 +118,15 @@ def _element(argument: str) -> str | None:
 
 
 def divergences() -> list[tuple[str, str]]:
-    """(name, struct) of csrc/divergences.h."""
+    """(name, struct) of csrc/divergences/."""
     found = _found(r"^    X\((\w+), ([\w<>]+)\)")
-    assert found, "csrc/divergences.h has no list of divergences that this file understands"
+    assert found, "csrc/divergences/ has no lists of divergences that this file understands"
     return found
 
 
 def _found(pattern: str) -> list[tuple[str, str]]:
-    return re.findall(pattern, (ROOT / "csrc" / "divergences.h").read_text(), re.MULTILINE)
+    texts = [path.read_text() for path in sorted((ROOT / "csrc" / "divergences").glob("*.h"))]
+    return re.findall(pattern, "\n".join(texts), re.MULTILINE)
 
 
 def _taken(first: int) -> list[str]:

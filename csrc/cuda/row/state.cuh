@@ -14,7 +14,7 @@
 //   z_s' = a z_s, z_t' = b z_t, a_s' = a (a_s + z_s (m_s' - m_s))
 //   KL:         g' = b (g + z_s (e^x - 1 - x) + (z_s - z_t) x) = b (g - z_t x) + (a - b) z_s
 //   Hellinger:  g' = sqrt(ab) g + 1/2 (sqrt b - sqrt a) (sqrt b z_t - sqrt a z_s)
-// kldiv_kernels/backends/triton/state.py is its twin.
+// kldiv_kernels/backends/triton/device/state.py is its twin.
 #pragma once
 
 #include "columns.cuh"

@@ -1,4 +1,4 @@
-"""Liger's `triton_grpo_loss` on raw logits; `policy_terms` and `policy_weights` have the formulas."""
+"""Liger's `triton_grpo_loss` on raw logits; `policy/terms.py` and `policy/weights.py` have the formulas."""
 
 from __future__ import annotations
 
