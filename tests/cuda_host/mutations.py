@@ -91,7 +91,12 @@ def program(*, sanitize: bool = False) -> Path:
     """The driver with the guarded kernels."""
     copy = FOLDER / "mutants"
     _, headers = _rewritten()
-    for path in [*CUDA.parent.glob("*.h"), *(CUDA.parent / "divergences").glob("*.h"), CUDA.parent / "plan.cpp", *CUDA.rglob("*.*")]:
+    for path in [
+        *CUDA.parent.glob("*.h"),
+        *(CUDA.parent / "divergences").glob("*.h"),
+        CUDA.parent / "plan.cpp",
+        *CUDA.rglob("*.*"),
+    ]:
         to = copy / path.relative_to(CUDA.parent)
         text = headers[path.name] if CUDA in path.parents and path.name in headers else path.read_text()
         if to.exists() and to.read_text() == text:

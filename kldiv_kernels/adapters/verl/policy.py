@@ -1,6 +1,6 @@
 r"""verl's policy losses on given log-probabilities: fn(old_log_prob, log_prob, advantages, ...) -> (loss, metrics).
 
-verl's name, the loss type of `policy/terms.py` (which has the formulas), what is read of the config, and the aggregation:
+verl's name, the loss type of `policy/terms.py`, which has the formulas, what is read of the config, the aggregation:
 
     vanilla            dapo with dual clip      clip_ratio, _low, _high, _c (3)                 loss_agg_mode
     gspo               gspo                     clip_ratio, _low, _high                         loss_agg_mode
