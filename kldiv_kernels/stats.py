@@ -55,7 +55,7 @@ def token_stats(
         reference_logits: [*, V], the teacher; needed by statistics that compare two rows. May require grad.
         labels: [*] integers for logprob and reference_logprob, or [*, K] for K labels a token. A label equal to
             `ignore_index` (default -100) makes those statistics 0 there, without gradient.
-        stats: names from the table of statistics in the README.
+        stats: names of the registry; the documentation of losses has their table.
         temperature: float or [*]; logits are divided by it. Default 1.
         reference_temperature: the same for the reference logits; default: `temperature`.
         alpha, beta: parameters of the divergences that have them, float or [*]; default 0.5.
