@@ -11,6 +11,7 @@ sys.path.insert(0, str(Path(__file__).parent / "_ext"))
 
 project = "kldiv_kernels"
 author = "kldiv_kernels contributors"
+copyright = "kldiv_kernels contributors"
 release = version = __version__
 extensions = [
     "myst_parser",
