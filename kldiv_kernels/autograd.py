@@ -16,6 +16,8 @@ import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
+from kldiv_kernels.tracing import untraced
+
 # (gradient, upstream scalar) -> their product, in the gradient's memory (`backends.scale_in_place`).
 Scale = Callable[[Tensor, Tensor], Tensor]
 # The leading arguments of an operator that are tensors, or None (`ops._CALL_SCHEMA`).
@@ -198,7 +200,9 @@ class StatisticsBackward(torch.autograd.Function):
 
 
 # torch.compile cannot trace what torch.func does to these, and leaves such a call out of its graph.
-_statistics_backward = torch.compiler.disable(StatisticsBackward.apply)  # type: ignore[no-untyped-call]
+@untraced
+def _statistics_backward(*arguments: Any) -> Any:
+    return StatisticsBackward.apply(*arguments)  # type: ignore[no-untyped-call]
 
 
 class Statistics(torch.autograd.Function):
@@ -246,4 +250,6 @@ def _columns(table: Tensor, dim: int | None, samples: int) -> Tensor:
     return _sample_first(table, dim, samples).movedim(0, 1).flatten(1)
 
 
-transformable_statistics = torch.compiler.disable(Statistics.apply)  # type: ignore[no-untyped-call]
+@untraced
+def transformable_statistics(*arguments: Any) -> Any:
+    return Statistics.apply(*arguments)  # type: ignore[no-untyped-call]

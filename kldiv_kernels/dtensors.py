@@ -6,14 +6,12 @@ import dataclasses
 import functools
 import inspect
 from collections.abc import Callable
-from typing import Any, ParamSpec, TypeGuard, TypeVar, cast
+from typing import TYPE_CHECKING, Any, ParamSpec, TypeGuard, TypeVar, cast
 
-import torch
 from torch import Tensor
 
-_AVAILABLE = torch.distributed.is_available()
-if _AVAILABLE:
-    from torch.distributed.tensor import DTensor, Replicate
+if TYPE_CHECKING:
+    from torch.distributed.tensor import DTensor
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -41,7 +39,8 @@ def on_replicas(function: Callable[P, R]) -> Callable[P, R]:
 
 
 def _is_distributed(x: Any) -> TypeGuard[DTensor]:
-    return _AVAILABLE and isinstance(x, DTensor)
+    # Told by what it has: importing the class takes as long as the rest of the package.
+    return isinstance(x, Tensor) and hasattr(x, "device_mesh")
 
 
 def _local(where: str, name: str, x: Any) -> Any:
@@ -57,6 +56,8 @@ def _local(where: str, name: str, x: Any) -> Any:
 
 def _replicated(found: Any, mesh: Any) -> Any:
     if isinstance(found, Tensor):
+        from torch.distributed.tensor import DTensor, Replicate
+
         return DTensor.from_local(found, mesh, [Replicate()] * mesh.ndim, run_check=False)
     if isinstance(found, dict):
         return type(found)({name: _replicated(x, mesh) for name, x in found.items()})

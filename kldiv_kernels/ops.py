@@ -9,7 +9,6 @@ that it sees through (`backends/triton/ops.py`).
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -17,6 +16,7 @@ from torch import Tensor
 
 from kldiv_kernels import autograd, backends, inputs
 from kldiv_kernels.backends import Call
+from kldiv_kernels.tracing import constant
 
 _CALL_SCHEMA = (
     "Tensor logits, Tensor? reference, Tensor? labels, Tensor? mask, Tensor? exclude, Tensor? token_parameters, "
@@ -107,7 +107,7 @@ def _version(stats: tuple[str, ...]) -> str:
 
 # What an operator that torch.compile sees through has to say of these statistics, "" where it would see nothing.
 # torch.compile takes the answer as it is instead of tracing it.
-_traced_version: Callable[[tuple[str, ...]], str] = torch.compiler.assume_constant_result(_version)  # type: ignore[no-untyped-call]
+_traced_version = constant(_version)
 
 
 _library: Any = torch.library.Library("kldiv_kernels", "DEF")  # type: ignore[no-untyped-call]

@@ -12,6 +12,7 @@ import torch
 from kldiv_kernels.backends import native
 from kldiv_kernels.backends.interface import Call
 from kldiv_kernels.backends.strides import joined
+from kldiv_kernels.tracing import constant
 
 OLDEST = 80
 # One launch takes the codes of so many statistics (csrc/cuda/job.h).
@@ -89,8 +90,8 @@ def _why_not_there(device: int) -> str | None:
 
 
 # torch.compile takes the answers as they are instead of tracing them (see native.py).
-_unavailable: Callable[[], str | None] = torch.compiler.assume_constant_result(_why)  # type: ignore[no-untyped-call]
-_unavailable_on: Callable[[int], str | None] = torch.compiler.assume_constant_result(_why_not_there)  # type: ignore[no-untyped-call]
+_unavailable = constant(_why)
+_unavailable_on = constant(_why_not_there)
 
 
 def _native() -> Any:
@@ -109,7 +110,7 @@ class CudaBackend(native.Compiled):
     def _operators(self) -> Any:
         return self._namespace()
 
-    @torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
+    @constant
     def _served(self) -> frozenset[str]:
         if self._names is None:
             self._names = frozenset(native.ask(self._operators().cuda_served))

@@ -12,6 +12,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import _disable_current_modes
 
 from kldiv_kernels.backends.interface import Call
+from kldiv_kernels.tracing import constant
 
 LIBRARY = Path(__file__).resolve().parent.parent / "libkldiv_kernels.so"
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -55,9 +56,9 @@ def _names() -> frozenset[str]:
 
 # Load the shared library once; the reason why that is not possible, or None. torch.compile takes the answer as it
 # is instead of tracing the file system (it would see through a decorated cache, hence the functions in between).
-load: Callable[[], str | None] = torch.compiler.assume_constant_result(_refusal)  # type: ignore[no-untyped-call]
+load = constant(_refusal)
 # The statistics that the C++ code has.
-served: Callable[[], frozenset[str]] = torch.compiler.assume_constant_result(_names)  # type: ignore[no-untyped-call]
+served = constant(_names)
 
 
 def selects(logits: Tensor) -> bool:

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
 import torch
 from torch import Tensor
 
@@ -14,6 +12,7 @@ from kldiv_kernels.policy import inputs as policy_inputs
 from kldiv_kernels.policy import one_read
 from kldiv_kernels.policy.assembly import PolicyLoss, assemble
 from kldiv_kernels.policy.options import EXACT_KL, resolve
+from kldiv_kernels.tracing import constant
 
 # Given for ignored tokens, which are masked: no token has this number.
 _NO_TOKEN = -(2**63)
@@ -217,4 +216,4 @@ def _serves_policy(backend: str) -> bool:
 
 
 # torch.compile takes the answer as it is instead of tracing it.
-_has_one_read: Callable[[str], bool] = torch.compiler.assume_constant_result(_serves_policy)  # type: ignore[no-untyped-call]
+_has_one_read = constant(_serves_policy)

@@ -20,7 +20,6 @@ without a tail, "renormalize_teacher" DistillKit's ZERO, "none" verl's forward_k
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Literal
 
 import torch
@@ -34,6 +33,7 @@ from kldiv_kernels.losses import Reduction, reduced, reduction_checked, token_sc
 from kldiv_kernels.stats import token_stats
 from kldiv_kernels.top_k import inputs as topk_inputs
 from kldiv_kernels.top_k.statistics import largest, topk_token_stats
+from kldiv_kernels.tracing import constant
 
 Tail = Literal["bucket", "renormalize", "renormalize_teacher", "none"]
 Support = Literal["teacher", "student", "union"]
@@ -234,7 +234,7 @@ def _serves_topk(backend: str) -> bool:
 
 
 # torch.compile takes the answer as it is instead of tracing it.
-_has_one_read: Callable[[str], bool] = torch.compiler.assume_constant_result(_serves_topk)  # type: ignore[no-untyped-call]
+_has_one_read = constant(_serves_topk)
 
 
 def _union(first: Tensor, second: Tensor) -> Tensor:

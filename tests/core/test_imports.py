@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import ast
+import os
+import subprocess
+import sys
 from graphlib import CycleError, TopologicalSorter
 from pathlib import Path
 
@@ -28,7 +31,7 @@ ORDER = (
     ("registry",),
     ("divergences",),
     ("autograd", "dtensors", "machine"),
-    ("version",),
+    ("tracing", "version"),
 )
 LEVEL = {name: level for level, names in enumerate(ORDER) for name in names}
 # Folders that show others nothing but their face, of which these modules are a part.
@@ -124,3 +127,28 @@ def test_a_circle_and_an_upward_import_are_seen() -> None:
     assert upward({"kldiv_kernels.autograd": {"kldiv_kernels.backends"}})
     assert upward({"kldiv_kernels.policy.loss": {"kldiv_kernels.top_k"}})
     assert behind_a_face({"kldiv_kernels.nn": {"kldiv_kernels.policy.options"}})
+
+
+_PROGRAM = """
+import sys, torch
+before = set(sys.modules)
+import kldiv_kernels as kk
+x, ids = torch.randn(4, 100, requires_grad=True), torch.arange(4).expand(4, 4)
+kk.divergence_loss(x, torch.randn(4, 100), labels=ids[0]).backward()
+kk.topk_divergence_loss(x, ids, kk.selective_log_softmax(torch.randn(4, 100), ids)).backward()
+kk.policy_loss(x[None], ids[:1], torch.ones(1)).loss.backward()
+print(*sorted({name.partition(".")[0] for name in set(sys.modules) - before}))
+print(*sorted(name for name in set(sys.modules) - before if name.startswith("torch.")))
+"""
+
+
+def test_importing_and_calling_it_on_a_cpu_imports_nothing_else() -> None:
+    """Not torch._dynamo (with sympy and triton) nor torch.distributed.tensor, which take longer than PyTorch itself."""
+    environment = {**os.environ, "PYTHONPATH": str(ROOT.parent), "TRITON_INTERPRET": "0"}
+    done = subprocess.run(
+        [sys.executable, "-c", _PROGRAM], capture_output=True, text=True, env=environment, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    packages, of_torch = done.stdout.splitlines()
+    assert set(packages.split()) <= {"kldiv_kernels", "torch", "difflib"}
+    assert len(of_torch.split()) < 10, of_torch

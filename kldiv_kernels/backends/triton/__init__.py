@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import functools
 import importlib.util
-from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 import torch
@@ -20,6 +19,7 @@ from torch import Tensor
 from kldiv_kernels import registry
 from kldiv_kernels.backends.interface import Call
 from kldiv_kernels.backends.strides import leading
+from kldiv_kernels.tracing import constant
 
 if TYPE_CHECKING:
     from kldiv_kernels.backends.triton.launch import Launch
@@ -64,8 +64,8 @@ def _names() -> frozenset[str]:
 
 
 # torch.compile takes the answers as they are instead of tracing imports (see native.py).
-_unavailable: Callable[[], str | None] = torch.compiler.assume_constant_result(_why)  # type: ignore[no-untyped-call]
-_builtin: Callable[[], frozenset[str]] = torch.compiler.assume_constant_result(_names)  # type: ignore[no-untyped-call]
+_unavailable = constant(_why)
+_builtin = constant(_names)
 
 
 def _missing(name: str) -> bool:
