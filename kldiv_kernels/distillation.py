@@ -23,6 +23,7 @@ from torch import Tensor
 
 from kldiv_kernels import registry, top_k
 from kldiv_kernels.backends import names as backend_names
+from kldiv_kernels.choices import Backend
 from kldiv_kernels.losses import divergence_loss
 from kldiv_kernels.stats import selective_log_softmax, token_stats
 from kldiv_kernels.top_k import topk_divergence_loss, topk_token_stats
@@ -43,7 +44,7 @@ class LossOptions:
     temperature_squared: bool = False
     alpha: float | None = None
     beta: float | None = None
-    backend: str = "auto"
+    backend: Backend = "auto"
     tail: str = "bucket"
 
     def divergence_options(self) -> dict[str, Any]:

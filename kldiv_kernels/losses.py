@@ -3,23 +3,21 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Literal
 
 import torch
 from torch import Tensor
 
 from kldiv_kernels import autograd, inputs, ops, registry
+from kldiv_kernels.choices import Backend, DivergenceKind, Reduction
 from kldiv_kernels.dtensors import on_replicas
 from kldiv_kernels.inputs import Parameter
-
-Reduction = Literal["mean", "sum", "none"]
 
 
 @on_replicas
 def divergence_loss(
     logits: Tensor,
     reference_logits: Tensor,
-    kind: str = "forward_kl",
+    kind: DivergenceKind | str = "forward_kl",
     *,
     weight: Tensor | None = None,
     labels: Tensor | None = None,
@@ -34,7 +32,7 @@ def divergence_loss(
     ignore_index: int = -100,
     vocab_size: int | None = None,
     exclude: Tensor | None = None,
-    backend: str = "auto",
+    backend: Backend = "auto",
 ) -> Tensor:
     r"""A divergence between q = softmax(logits/τ) (student) and p = softmax(reference_logits/τ') (teacher).
 

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from kldiv_kernels import inputs, ops
+from kldiv_kernels.choices import Backend
 from kldiv_kernels.dtensors import on_replicas
 from kldiv_kernels.inputs import Parameter
 from kldiv_kernels.registry import STATISTICS
@@ -41,7 +42,7 @@ def token_stats(
     ignore_index: int = -100,
     vocab_size: int | None = None,
     exclude: Tensor | None = None,
-    backend: str = "auto",
+    backend: Backend = "auto",
 ) -> TokenStats:
     r"""Exact per-token statistics of q = softmax(logits/τ) and p = softmax(reference_logits/τ').
 
@@ -118,7 +119,7 @@ def entropy(
     mask: Tensor | None = None,
     vocab_size: int | None = None,
     exclude: Tensor | None = None,
-    backend: str = "auto",
+    backend: Backend = "auto",
 ) -> Tensor:
     """Entropy H(q) = −Σ q log q of q = softmax(logits/temperature), per token, in nats, differentiable.
 
@@ -143,7 +144,7 @@ def selective_log_softmax(
     ignore_index: int = -100,
     vocab_size: int | None = None,
     exclude: Tensor | None = None,
-    backend: str = "auto",
+    backend: Backend = "auto",
 ) -> Tensor:
     """log softmax(logits/temperature) at the labels, per token, differentiable: [*] or [*, K] like `labels`.
 

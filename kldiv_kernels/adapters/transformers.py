@@ -29,6 +29,7 @@ import torch
 from torch import Tensor
 
 from kldiv_kernels import distillation
+from kldiv_kernels.choices import Backend
 from kldiv_kernels.distillation import IGNORED, LossOptions
 from kldiv_kernels.stats import token_stats
 
@@ -39,7 +40,7 @@ if TYPE_CHECKING:
 _STUDENT_ONLY = ("labels", "shift_labels", "num_items_in_batch", "past_key_values", "use_cache")
 
 
-def cross_entropy_loss(*, entropy_coef: float = 0.0, backend: str = "auto") -> Callable[..., Tensor]:
+def cross_entropy_loss(*, entropy_coef: float = 0.0, backend: Backend = "auto") -> Callable[..., Tensor]:
     """Causal language-model loss with an entropy bonus, from one read of the logits.
 
     Args:
@@ -163,7 +164,7 @@ def distillation_loss(
     alpha: float | None = None,
     beta: float | None = None,
     vocab_size: int | None = None,
-    backend: str = "auto",
+    backend: Backend = "auto",
 ) -> DistillationLoss:
     """(1 − ce_weight)·divergence(teacher, student) + ce_weight·cross-entropy, for a Trainer of any class.
 

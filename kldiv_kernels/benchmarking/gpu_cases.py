@@ -15,6 +15,7 @@ from typing import Any
 import torch
 
 from kldiv_kernels.benchmarking.cases import GRPO, LOGPROB_ENTROPY, TOPK, Case, Inputs
+from kldiv_kernels.choices import Backend
 
 # Llama 2, Llama 3, Qwen 2.5 and 3, Gemma 2 and later (with a little padding).
 VOCABULARIES = (32_000, 128_256, 151_936, 262_144)
@@ -139,7 +140,7 @@ class Promise:
     """A backend's time: on PROMISED_ON at most `reach` milliseconds, where moving the bytes alone takes `floor`; on
     RELATIVE_ON at most that of copying `moved_bytes` at `of_copy` of the bandwidth of the same run."""
 
-    backend: str
+    backend: Backend
     case: GpuCase
     floor: float
     reach: float
@@ -160,7 +161,7 @@ class Promise:
 JS_OF_COPY = 0.75
 
 
-def _promise(backend: str, floor: float, reach: float, kind: str, **case: Any) -> Promise:
+def _promise(backend: Backend, floor: float, reach: float, kind: str, **case: Any) -> Promise:
     return Promise(backend, GpuCase(kind, **case), floor, reach, JS_OF_COPY if kind == "js" else OF_COPY)
 
 

@@ -12,7 +12,7 @@ import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F  # noqa: N812
@@ -24,6 +24,7 @@ from kldiv_kernels import ops
 from kldiv_kernels.benchmarking import peers
 from kldiv_kernels.benchmarking.cases import ENTROPY_COEFFICIENT, GRPO, GRPO_CLIP, JS_BETA, TOPK, Inputs
 from kldiv_kernels.benchmarking.gpu_cases import GpuCase
+from kldiv_kernels.choices import Backend
 
 # A scalar loss, or log-probabilities and entropies.
 Function = Callable[[Inputs], tuple[Tensor, ...]]
@@ -100,7 +101,8 @@ def build(name: str, case: GpuCase) -> Function:
     """
     backend, _, plan = name.partition(" ")
     if backend in ours():
-        return _with_plan(_ours(backend, case), plan) if plan else _ours(backend, case)
+        function = _ours(cast("Backend", backend), case)
+        return _with_plan(function, plan) if plan else function
     if name in ("liger", LIGER_GRPO):
         return _liger(name, case)
     if name == "trl" and not case.two_tensors:
@@ -137,7 +139,7 @@ def _with_plan(function: Function, plan: str) -> Function:
     return run_planned
 
 
-def _ours(backend: str, case: GpuCase) -> Function:
+def _ours(backend: Backend, case: GpuCase) -> Function:
     if case.kind == GRPO:
         return lambda inputs: (peers.grpo_loss(case.on_cpu, inputs, backend),)
     if case.kind == TOPK:
@@ -163,7 +165,7 @@ def _ours(backend: str, case: GpuCase) -> Function:
     return statistics
 
 
-def known_loss(logits: Tensor, labels: Tensor, backend: str) -> Tensor:
+def known_loss(logits: Tensor, labels: Tensor, backend: Backend) -> Tensor:
     """The loss of one tensor with its coefficients given to the call, as a loss of advantages gives them."""
     call = arguments.prepare(
         "known_loss", logits, None, labels, stats=arguments.statistics(("logprob", "entropy"), "known_loss"),

@@ -27,6 +27,7 @@ from kldiv_kernels.benchmarking.cases import (
     Case,
     Inputs,
 )
+from kldiv_kernels.choices import Backend
 
 Loss = Callable[[Inputs], Tensor]
 
@@ -188,7 +189,7 @@ def _ours(case: Case) -> Loss:
     return lambda inputs: kk.divergence_loss(inputs.logits, _second(inputs), case.kind, beta=beta)
 
 
-def topk_loss(inputs: Inputs, backend: str) -> Tensor:
+def topk_loss(inputs: Inputs, backend: Backend) -> Tensor:
     return kk.topk_divergence_loss(inputs.logits, *_known(inputs), backend=backend)
 
 
@@ -199,7 +200,7 @@ def _known(inputs: Inputs) -> tuple[Tensor, Tensor]:
     return inputs.topk_ids, inputs.topk_logprobs
 
 
-def grpo_loss(case: Case, inputs: Inputs, backend: str) -> Tensor:
+def grpo_loss(case: Case, inputs: Inputs, backend: Backend) -> Tensor:
     """policy_loss as a trainer calls it: [sequences, tokens]."""
     assert inputs.labels is not None
     assert inputs.advantages is not None

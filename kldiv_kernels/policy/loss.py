@@ -6,6 +6,17 @@ import torch
 from torch import Tensor
 
 from kldiv_kernels import autograd, backends, inputs, ops
+from kldiv_kernels.choices import (
+    Aggregation,
+    Backend,
+    CovSelection,
+    EntropyAggregation,
+    ImportanceLevel,
+    KLEstimator,
+    LossType,
+    OffPolicy,
+    Preset,
+)
 from kldiv_kernels.dtensors import on_replicas
 from kldiv_kernels.inputs import Parameter
 from kldiv_kernels.policy import inputs as policy_inputs
@@ -24,8 +35,8 @@ def policy_loss(
     token_ids: Tensor,
     advantages: Tensor,
     *,
-    loss_type: str | None = None,
-    preset: str | None = None,
+    loss_type: LossType | None = None,
+    preset: Preset | None = None,
     old_logprobs: Tensor | None = None,
     reference_logprobs: Tensor | None = None,
     reference_logits: Tensor | None = None,
@@ -33,7 +44,7 @@ def policy_loss(
     anchor_logprobs: Tensor | None = None,
     token_weights: Tensor | None = None,
     mask: Tensor | None = None,
-    importance_level: str | None = None,
+    importance_level: ImportanceLevel | None = None,
     clip_low: float | None = None,
     clip_high: float | None = None,
     clip_absolute: bool | None = None,
@@ -43,30 +54,30 @@ def policy_loss(
     sapo_temperatures: tuple[float, float] | None = None,
     vespo_positive: tuple[float, float] | None = None,
     vespo_negative: tuple[float, float] | None = None,
-    cov_selection: str | None = None,
+    cov_selection: CovSelection | None = None,
     cov_fraction: float | None = None,
     cov_bounds: tuple[float, float] | None = None,
     cov_kl_coef: float | None = None,
-    off_policy: str | None = None,
+    off_policy: OffPolicy | None = None,
     off_policy_min: float | None = None,
     off_policy_max: float | None = None,
     off_policy_threshold: float | None = None,
     kl_coef: float | None = None,
-    kl_estimator: str | None = None,
+    kl_estimator: KLEstimator | None = None,
     kl_bias_correction: bool | None = None,
     kl_log_ratio_clamp: float | None = None,
     kl_clamp: float | None = None,
     entropy_coef: float | None = None,
     entropy_quantile: float | None = None,
-    entropy_aggregation: str | None = None,
-    aggregation: str | None = None,
+    entropy_aggregation: EntropyAggregation | None = None,
+    aggregation: Aggregation | None = None,
     normalizer: float | Tensor | None = None,
     count_empty_sequences: bool | None = None,
     per_token_gradient: bool = False,
     temperature: Parameter = 1.0,
     ignore_index: int = -100,
     vocab_size: int | None = None,
-    backend: str = "auto",
+    backend: Backend = "auto",
 ) -> PolicyLoss:
     r"""Loss of a policy π = softmax(logits/τ) on sampled tokens, with its KL penalty and entropy bonus.
 

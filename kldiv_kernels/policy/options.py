@@ -5,22 +5,24 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, fields
-from typing import Any
+from typing import Any, get_args
+
+from kldiv_kernels import choices
 
 INF = math.inf
 CLIPPED = ("grpo", "bnpo", "dr_grpo", "dapo", "luspo", "gspo")
 DPPO = ("dppo_tv", "dppo_kl")
-LOSS_TYPES = (*CLIPPED, "cispo", "sapo", "vespo", "gmpo", "reinforce", "topr", *DPPO)
-SAMPLED_KL = ("k1", "k2", "k3", "abs", "k3_plus")
-EXACT_KL = ("forward_kl", "reverse_kl", "js", "hellinger")
-CHOICES = {
+LOSS_TYPES: tuple[str, ...] = get_args(choices.LossType)
+SAMPLED_KL: tuple[str, ...] = get_args(choices.SampledKL)
+EXACT_KL: tuple[str, ...] = get_args(choices.ExactKL)
+CHOICES: dict[str, tuple[str, ...]] = {
     "loss_type": LOSS_TYPES,
-    "importance_level": ("token", "sequence", "sequence_sum"),
-    "cov_selection": ("none", "clip", "kl"),
-    "off_policy": ("none", "token_truncate", "token_mask", "sequence_truncate", "sequence_mask"),
-    "kl_estimator": (*SAMPLED_KL, *EXACT_KL),
-    "aggregation": ("token-mean", "token-sum", "seq-mean-token-mean", "seq-mean-token-sum"),
-    "entropy_aggregation": ("loss", "token-mean"),
+    "importance_level": get_args(choices.ImportanceLevel),
+    "cov_selection": get_args(choices.CovSelection),
+    "off_policy": get_args(choices.OffPolicy),
+    "kl_estimator": get_args(choices.KLEstimator),
+    "aggregation": get_args(choices.Aggregation),
+    "entropy_aggregation": get_args(choices.EntropyAggregation),
 }
 
 

@@ -20,24 +20,23 @@ without a tail, "renormalize_teacher" DistillKit's ZERO, "none" verl's forward_k
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import get_args
 
 import torch
 from torch import Tensor
 
 from kldiv_kernels import autograd, backends, inputs, ops, registry
 from kldiv_kernels.backends import Call
+from kldiv_kernels.choices import Backend, DivergenceKind, Reduction, Support, Tail
 from kldiv_kernels.dtensors import on_replicas
 from kldiv_kernels.inputs import Parameter
-from kldiv_kernels.losses import Reduction, reduced, reduction_checked, token_scale
+from kldiv_kernels.losses import reduced, reduction_checked, token_scale
 from kldiv_kernels.stats import token_stats
 from kldiv_kernels.top_k import inputs as topk_inputs
 from kldiv_kernels.top_k.statistics import largest, topk_token_stats
 from kldiv_kernels.tracing import constant
 
-Tail = Literal["bucket", "renormalize", "renormalize_teacher", "none"]
-Support = Literal["teacher", "student", "union"]
-_TAILS = ("bucket", "renormalize", "renormalize_teacher", "none")
+_TAILS = get_args(Tail)
 # What a raw sum over some tokens is used for; the others are not sums of their distributions' terms.
 _RAW = ("forward_kl", "reverse_kl", "jeffreys", "cross_entropy")
 # Of these, sums that are linear in the student's log-probabilities.
@@ -49,7 +48,7 @@ def topk_divergence_loss(
     logits: Tensor,
     topk_ids: Tensor,
     topk_logprobs: Tensor,
-    kind: str = "forward_kl",
+    kind: DivergenceKind | str = "forward_kl",
     *,
     tail: Tail = "bucket",
     tail_logprob: Tensor | None = None,
@@ -66,7 +65,7 @@ def topk_divergence_loss(
     ignore_index: int = -100,
     vocab_size: int | None = None,
     check: bool | None = None,
-    backend: str = "auto",
+    backend: Backend = "auto",
 ) -> Tensor:
     """A divergence from a teacher that is known by k log-probabilities a token.
 
@@ -169,7 +168,7 @@ def topk_divergence_loss(
 def topk_divergence_from_logits(
     logits: Tensor,
     reference_logits: Tensor,
-    kind: str = "forward_kl",
+    kind: DivergenceKind | str = "forward_kl",
     *,
     k: int,
     support: Support = "teacher",
@@ -178,7 +177,7 @@ def topk_divergence_from_logits(
     vocab_size: int | None = None,
     mask: Tensor | None = None,
     tail: Tail = "bucket",
-    backend: str = "auto",
+    backend: Backend = "auto",
     **options: object,
 ) -> Tensor:
     """`topk_divergence_loss` on the k likeliest tokens of the teacher, of the student, or of either.

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from kldiv_kernels import autograd, inputs, ops
 from kldiv_kernels.backends import native
+from kldiv_kernels.choices import Backend
 from kldiv_kernels.dtensors import on_replicas
 from kldiv_kernels.inputs import Parameter
 from kldiv_kernels.stats import TokenStats, selective_log_softmax, token_stats
@@ -31,7 +32,7 @@ def topk(
     temperature: Parameter = 1.0,
     mask: Tensor | None = None,
     vocab_size: int | None = None,
-    backend: str = "auto",
+    backend: Backend = "auto",
 ) -> TopK:
     """The k largest log-probabilities of softmax(logits/temperature), in nats, with their ids and joint mass.
 
@@ -64,7 +65,7 @@ def topk_token_stats(
     ignore_index: int = -100,
     vocab_size: int | None = None,
     check: bool | None = None,
-    backend: str = "auto",
+    backend: Backend = "auto",
 ) -> TokenStats:
     """Log-probabilities of k tokens and of all others together, per token, differentiable, from one read.
 

@@ -31,7 +31,7 @@ ORDER = (
     ("registry",),
     ("divergences",),
     ("autograd", "dtensors", "machine"),
-    ("tracing", "version"),
+    ("choices", "tracing", "version"),
 )
 LEVEL = {name: level for level, names in enumerate(ORDER) for name in names}
 # Folders that show others nothing but their face, of which these modules are a part.

@@ -10,6 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from kldiv_kernels.choices import Backend
+
 _SERVED = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 
@@ -39,7 +41,7 @@ def is_served(*logits: Tensor) -> bool:
     )
 
 
-def backend_for(backend: str, logits: Tensor) -> str:
+def backend_for(backend: Backend, logits: Tensor) -> Backend:
     """float64, which the compiled kernels do not have, goes to the backend that has it."""
     return "reference" if logits.dtype == torch.float64 else backend
 

@@ -11,6 +11,7 @@ from torch import Tensor
 from trl.trainer import distillation_trainer
 
 from kldiv_kernels.adapters.trl.scoring import completion_logits
+from kldiv_kernels.choices import Backend
 from kldiv_kernels.losses import divergence_loss
 from kldiv_kernels.registry import kinds_with
 from kldiv_kernels.stats import entropy
@@ -51,7 +52,7 @@ class DistillationTrainer(distillation_trainer.DistillationTrainer):
         beta: float | None = None,
         temperature_squared: bool = False,
         vocab_size: int | None = None,
-        backend: str = "auto",
+        backend: Backend = "auto",
         **kwargs: Any,
     ) -> None:
         super().__init__(*args, **kwargs)

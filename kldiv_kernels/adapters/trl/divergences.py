@@ -19,15 +19,15 @@ from torch import Tensor
 
 from kldiv_kernels.adapters.trl.calls import backend_for, bound, dtype_of, is_served
 from kldiv_kernels.adapters.trl.topk import serves_topk, topk_divergence
+from kldiv_kernels.choices import Backend, Support
 from kldiv_kernels.losses import divergence_loss
 from kldiv_kernels.stats import token_stats
-from kldiv_kernels.top_k import Support
 
 # Whose top k IW-OPD takes.
 _SUPPORT: dict[float, Support] = {0: "teacher", 1: "student"}
 
 
-def generalized_jsd_loss(original: Callable[..., Tensor], backend: str) -> Callable[..., Tensor]:
+def generalized_jsd_loss(original: Callable[..., Tensor], backend: Backend) -> Callable[..., Tensor]:
     """GKD's, GOLD's and IW-OPD's static method.
 
     TRL's own serves reduction "none", which is elementwise, as is "mean" of a top_k, and probabilities in place of
@@ -67,7 +67,7 @@ def generalized_jsd_loss(original: Callable[..., Tensor], backend: str) -> Calla
     return replaced
 
 
-def full_logit_loss(original: Callable[..., Tensor], backend: str) -> Callable[..., Tensor]:
+def full_logit_loss(original: Callable[..., Tensor], backend: Backend) -> Callable[..., Tensor]:
     """`compute_full_logit_self_distillation_loss`, [batch, tokens]."""
 
     @functools.wraps(original)
@@ -85,7 +85,7 @@ def full_logit_loss(original: Callable[..., Tensor], backend: str) -> Callable[.
     return replaced
 
 
-def sampled_token_loss(original: Callable[..., Tensor], backend: str) -> Callable[..., Tensor]:
+def sampled_token_loss(original: Callable[..., Tensor], backend: Backend) -> Callable[..., Tensor]:
     """`compute_sampled_token_self_distillation_loss`, [batch, tokens]: sg[log q_y − log p_y]·log q_y.
 
     TRL's own serves (refuses) an alpha other than 1.

@@ -14,13 +14,14 @@ import torch
 from torch import Tensor
 
 from kldiv_kernels.adapters.trl.calls import backend_for, bound, is_served
+from kldiv_kernels.choices import Backend
 from kldiv_kernels.stats import entropy, token_stats
 
 # What TRL's Triton kernel serves, and returns in float32.
 _KERNEL_DEVICES = ("cuda", "xpu")
 
 
-def selective_log_softmax(original: Callable[..., Tensor], backend: str) -> Callable[..., Tensor]:
+def selective_log_softmax(original: Callable[..., Tensor], backend: Backend) -> Callable[..., Tensor]:
     @functools.wraps(original)
     def replaced(*args: Any, **kwargs: Any) -> Tensor:
         call = bound(original, args, kwargs)
@@ -36,7 +37,7 @@ def selective_log_softmax(original: Callable[..., Tensor], backend: str) -> Call
     return replaced
 
 
-def entropy_from_logits(original: Callable[..., Tensor], backend: str) -> Callable[..., Tensor]:
+def entropy_from_logits(original: Callable[..., Tensor], backend: Backend) -> Callable[..., Tensor]:
     @functools.wraps(original)
     def replaced(*args: Any, **kwargs: Any) -> Tensor:
         logits = bound(original, args, kwargs)["logits"]
@@ -48,7 +49,7 @@ def entropy_from_logits(original: Callable[..., Tensor], backend: str) -> Callab
 
 
 def selective_log_softmax_and_entropy(
-    original: Callable[..., tuple[Tensor, Tensor]], backend: str
+    original: Callable[..., tuple[Tensor, Tensor]], backend: Backend
 ) -> Callable[..., tuple[Tensor, Tensor]]:
     @functools.wraps(original)
     def replaced(*args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:

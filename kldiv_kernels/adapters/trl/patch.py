@@ -13,8 +13,9 @@ from typing import Any
 from kldiv_kernels.adapters.trl import divergences, logprobs, topk
 from kldiv_kernels.adapters.trl.version import require
 from kldiv_kernels.backends import names as backend_names
+from kldiv_kernels.choices import Backend
 
-Make = Callable[[Callable[..., Any], str], Callable[..., Any]]
+Make = Callable[[Callable[..., Any], Backend], Callable[..., Any]]
 _JSD = "generalized_jsd_loss"
 _METHODS: dict[str, tuple[str, str, Make]] = {
     "trl.experimental.gkd.gkd_trainer": ("GKDTrainer", _JSD, divergences.generalized_jsd_loss),
@@ -50,7 +51,7 @@ class _State:
 _state: _State | None = None
 
 
-def patch_trl(backend: str = "auto") -> list[str]:
+def patch_trl(backend: Backend = "auto") -> list[str]:
     """Replaces functions of TRL 1.14 to 1.16 by this library's until `unpatch_trl()`.
 
     GKDTrainer, GOLDTrainer and IWOPDTrainer compute their generalised Jensen-Shannon divergence, SDFTTrainer and
@@ -110,7 +111,7 @@ def unpatch_trl() -> None:
 
 
 @contextmanager
-def patched_trl(backend: str = "auto") -> Iterator[list[str]]:
+def patched_trl(backend: Backend = "auto") -> Iterator[list[str]]:
     """`with patched_trl() as names:` is `patch_trl` before and `unpatch_trl` after the block."""
     names = patch_trl(backend)
     try:

@@ -20,10 +20,11 @@ from typing import Any
 from torch import Tensor
 
 from kldiv_kernels.adapters.trl.calls import backend_for, bound, dtype_of, is_served
-from kldiv_kernels.top_k import Support, topk_divergence_from_logits
+from kldiv_kernels.choices import Backend, Support
+from kldiv_kernels.top_k import topk_divergence_from_logits
 
 
-def topk_loss(original: Callable[..., Tensor], backend: str) -> Callable[..., Tensor]:
+def topk_loss(original: Callable[..., Tensor], backend: Backend) -> Callable[..., Tensor]:
     """[batch, tokens], in TRL's dtype."""
 
     @functools.wraps(original)
@@ -46,7 +47,7 @@ def serves_topk(student: Tensor, teacher: Tensor) -> bool:
 
 
 def topk_divergence(
-    student: Tensor, teacher: Tensor, beta: float, *, k: int, support: Support, add_tail: bool, backend: str,
+    student: Tensor, teacher: Tensor, beta: float, *, k: int, support: Support, add_tail: bool, backend: Backend,
     **options: Any,
 ) -> Tensor:  # fmt: skip
     """β·KL(p‖m) + (1 − β)·KL(q‖m), m = βp + (1 − β)q; KL(p‖q) for β = 0 and KL(q‖p) for 1."""
