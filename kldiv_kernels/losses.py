@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import inspect
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -11,6 +12,9 @@ from kldiv_kernels import autograd, inputs, ops, registry
 from kldiv_kernels.choices import Backend, DivergenceKind, Reduction
 from kldiv_kernels.dtensors import on_replicas
 from kldiv_kernels.inputs import Parameter
+
+if TYPE_CHECKING:
+    from kldiv_kernels.signatures import Divergence, DivergenceOfAlpha, DivergenceOfAlphaBeta, DivergenceOfBeta
 
 
 @on_replicas
@@ -143,34 +147,41 @@ def _normalizer(where: str, normalizer: float | Tensor | None, mask: Tensor | No
     return normalizer.reshape(()) if isinstance(normalizer, Tensor) else normalizer
 
 
-def _named(kind: str, doc: str) -> Callable[..., Tensor]:
-    def loss(logits: Tensor, reference_logits: Tensor, **options: object) -> Tensor:
-        return divergence_loss(logits, reference_logits, kind, **options)  # type: ignore[arg-type]
+def _named(kind: str, name: str) -> Any:
+    """`divergence_loss` of a kind, with its signature less the kind and the parameters that the kind has no use for."""
+    statistic = registry.STATISTICS[kind]
+    general = inspect.signature(divergence_loss)
+    without = ["kind", *(name for name in ("alpha", "beta") if getattr(statistic, name) is None)]
 
-    formula = registry.STATISTICS[kind].formula
-    loss.__name__ = loss.__qualname__ = doc
+    def loss(logits: Tensor, reference_logits: Tensor, **options: Any) -> Tensor:
+        return divergence_loss(logits, reference_logits, kind, **options)
+
+    loss.__name__ = loss.__qualname__ = name
+    loss.__signature__ = general.replace(  # type: ignore[attr-defined]
+        parameters=[parameter for parameter in general.parameters.values() if parameter.name not in without]
+    )
     loss.__doc__ = (
-        f"{formula}: `divergence_loss(logits, reference_logits, {kind!r}, ...)`, with its keyword arguments.\n\n"
-        f">>> import torch, kldiv_kernels as kk\n"
+        f"{statistic.formula}: `divergence_loss(logits, reference_logits, {kind!r}, ...)`, with its keyword arguments."
+        f"\n\n>>> import torch, kldiv_kernels as kk\n"
         f">>> same = torch.zeros(2, 5)\n"
-        f">>> kk.{doc}(same, same).abs().item() < {'2' if kind == 'cross_entropy' else '1e-6'}\nTrue\n"
+        f">>> kk.{name}(same, same).abs().item() < {'2' if kind == 'cross_entropy' else '1e-6'}\nTrue\n"
     )
     return loss
 
 
-forward_kl = _named("forward_kl", "forward_kl")
-reverse_kl = _named("reverse_kl", "reverse_kl")
-jeffreys = _named("jeffreys", "jeffreys")
-js_divergence = _named("js", "js_divergence")
-skew_kl = _named("skew_kl", "skew_kl")
-skew_reverse_kl = _named("skew_reverse_kl", "skew_reverse_kl")
-hellinger = _named("hellinger", "hellinger")
-tvd = _named("tvd", "tvd")
-forward_chi2 = _named("forward_chi2", "forward_chi2")
-reverse_chi2 = _named("reverse_chi2", "reverse_chi2")
-renyi = _named("renyi", "renyi")
-alpha_divergence = _named("alpha", "alpha_divergence")
-alpha_beta_divergence = _named("alpha_beta", "alpha_beta_divergence")
-triangular = _named("triangular", "triangular")
-cauchy_schwarz = _named("cauchy_schwarz", "cauchy_schwarz")
-soft_cross_entropy = _named("cross_entropy", "soft_cross_entropy")
+forward_kl: Divergence = _named("forward_kl", "forward_kl")
+reverse_kl: Divergence = _named("reverse_kl", "reverse_kl")
+jeffreys: Divergence = _named("jeffreys", "jeffreys")
+js_divergence: DivergenceOfBeta = _named("js", "js_divergence")
+skew_kl: DivergenceOfAlpha = _named("skew_kl", "skew_kl")
+skew_reverse_kl: DivergenceOfAlpha = _named("skew_reverse_kl", "skew_reverse_kl")
+hellinger: Divergence = _named("hellinger", "hellinger")
+tvd: Divergence = _named("tvd", "tvd")
+forward_chi2: Divergence = _named("forward_chi2", "forward_chi2")
+reverse_chi2: Divergence = _named("reverse_chi2", "reverse_chi2")
+renyi: DivergenceOfAlpha = _named("renyi", "renyi")
+alpha_divergence: DivergenceOfAlpha = _named("alpha", "alpha_divergence")
+alpha_beta_divergence: DivergenceOfAlphaBeta = _named("alpha_beta", "alpha_beta_divergence")
+triangular: Divergence = _named("triangular", "triangular")
+cauchy_schwarz: Divergence = _named("cauchy_schwarz", "cauchy_schwarz")
+soft_cross_entropy: Divergence = _named("cross_entropy", "soft_cross_entropy")

@@ -101,8 +101,8 @@ def build(name: str, case: GpuCase) -> Function:
     """
     backend, _, plan = name.partition(" ")
     if backend in ours():
-        function = _ours(cast("Backend", backend), case)
-        return _with_plan(function, plan) if plan else function
+        call = _ours(cast("Backend", backend), case)
+        return _with_plan(call, plan) if plan else call
     if name in ("liger", LIGER_GRPO):
         return _liger(name, case)
     if name == "trl" and not case.two_tensors:
