@@ -20,7 +20,7 @@ from torch import Tensor
 import kldiv_kernels as kk
 from kldiv_kernels.backends import cuda, native
 from kldiv_kernels.benchmarking import gpu_peers
-from kldiv_kernels.benchmarking.cases import LOGPROB_ENTROPY
+from kldiv_kernels.benchmarking.defaults import LOGPROB_ENTROPY
 
 # It serves one Python; only `kldiv_kernels.plan` and `kldiv doctor` use it. Whoever else does, fails here.
 MODULE = "kldiv_kernels._C"

@@ -13,8 +13,9 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
 from torch.fx.experimental.proxy_tensor import get_proxy_mode
 
-from kldiv_kernels import autograd, backends, registry
+from kldiv_kernels import autograd, registry
 from kldiv_kernels.backends import Call
+from kldiv_kernels.backends import select as backend_of
 from kldiv_kernels.divergences import Bound, Statistic
 
 Parameter = float | Tensor
@@ -148,7 +149,7 @@ def statistics(names: Iterable[str], where: str) -> list[Statistic]:
 
 
 def select(call: Call, backend: str, where: str) -> str:
-    return backends.select(call, backend, where)
+    return backend_of(call, backend, where)
 
 
 def _shape(tensor: Tensor) -> list[int]:

@@ -14,8 +14,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from kldiv_kernels import autograd, backends, inputs
-from kldiv_kernels.backends import Call
+from kldiv_kernels import autograd, inputs
+from kldiv_kernels.backends import Backend, Call, OneReadPolicy, OneReadTopK, get, scale_in_place, value_rows
 from kldiv_kernels.tracing import constant
 
 _CALL_SCHEMA = (
@@ -129,12 +129,12 @@ _library.define("largest(Tensor logits, Tensor? mask, int k, SymInt columns) -> 
 _library.define("with_gradient(Tensor value, Tensor logits, Tensor dlogits) -> Tensor")
 
 
-def _call(arguments: tuple[Any, ...]) -> tuple[Call, backends.Backend]:
+def _call(arguments: tuple[Any, ...]) -> tuple[Call, Backend]:
     logits, reference, labels, mask, exclude, token_parameters, parameters, stats, vocab_size, backend = arguments
     call = Call(
         logits, reference, labels, mask, exclude, token_parameters, tuple(parameters), tuple(stats), vocab_size
     )  # fmt: skip
-    return call, backends.get(backend)
+    return call, get(backend)
 
 
 def _statistics(*arguments: Any) -> tuple[Tensor, Tensor]:
@@ -157,13 +157,13 @@ def _loss(*arguments: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
 
 def _policy(*arguments: Any) -> tuple[Tensor, Tensor]:
     call, backend = _call(arguments[:_CALL_ARGUMENTS])
-    assert isinstance(backend, backends.OneReadPolicy)
+    assert isinstance(backend, OneReadPolicy)
     return backend.policy(call, *arguments[_CALL_ARGUMENTS:])
 
 
 def _topk(*arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
     call, backend = _call(arguments[:_CALL_ARGUMENTS])
-    assert isinstance(backend, backends.OneReadTopK)
+    assert isinstance(backend, OneReadTopK)
     return backend.topk(call, *arguments[_CALL_ARGUMENTS:])
 
 
@@ -194,7 +194,7 @@ def _value_dtype(logits: Tensor, reference: Tensor | None) -> torch.dtype:
 
 
 def _fake_values(call: Call) -> Tensor:
-    rows = backends.value_rows(call.stats, call.labels_per_row)
+    rows = value_rows(call.stats, call.labels_per_row)
     return call.logits.new_empty((rows, call.rows), dtype=_value_dtype(call.logits, call.reference))
 
 
@@ -248,5 +248,5 @@ torch.library.register_fake("kldiv_kernels::topk", _fake_topk)
 torch.library.register_fake("kldiv_kernels::largest", _fake_largest)
 torch.library.register_fake("kldiv_kernels::with_gradient", _with_gradient)
 
-autograd.register("", backends.scale_in_place)
-autograd.register_given_gradient(backends.scale_in_place)
+autograd.register("", scale_in_place)
+autograd.register_given_gradient(scale_in_place)

@@ -14,10 +14,9 @@ import torch
 from torch import Tensor
 
 from kldiv_kernels import registry
+from kldiv_kernels.benchmarking.defaults import DEFAULT_ROWS, DEFAULT_VOCAB, LOGPROB_ENTROPY
 from kldiv_kernels.planning import POLICY_LOSS, TOPK_LOSS
 
-# A policy-gradient-like loss of one tensor: -mean(logprob) - 0.01 mean(entropy).
-LOGPROB_ENTROPY = "logprob_entropy"
 ENTROPY_COEFFICIENT = 0.01
 # The clipped surrogate of GRPO over tokens, with the entropy as a metric.
 GRPO = "grpo"
@@ -29,10 +28,7 @@ TOPK_K = 64
 JS_BETA = 0.5
 _OTHER_KINDS = (LOGPROB_ENTROPY, GRPO, TOPK, TOPK_FROM_LOGITS)
 
-DEFAULT_KINDS = ("forward_kl", "reverse_kl", "hellinger", "js", LOGPROB_ENTROPY)
 DEFAULT_DTYPES = (torch.bfloat16, torch.float32)
-# The vocabulary of Qwen2.5 and Qwen3, and a micro-batch of tokens large enough to fall out of every cache.
-DEFAULT_ROWS, DEFAULT_VOCAB = 256, 151_936
 # Eight completions of 128 tokens.
 GRPO_SEQUENCES, GRPO_ROWS = 8, 1024
 

@@ -14,7 +14,8 @@ from typing import Any
 
 import torch
 
-from kldiv_kernels.benchmarking.cases import GRPO, LOGPROB_ENTROPY, TOPK, Case, Inputs
+from kldiv_kernels.benchmarking.cases import GRPO, TOPK, Case, Inputs
+from kldiv_kernels.benchmarking.defaults import LOGPROB_ENTROPY
 from kldiv_kernels.choices import Backend
 
 # Llama 2, Llama 3, Qwen 2.5 and 3, Gemma 2 and later (with a little padding).

@@ -16,7 +16,7 @@ import torch
 
 import kldiv_kernels as kk
 from kldiv_kernels.benchmarking import gpu_peers
-from kldiv_kernels.benchmarking.cases import LOGPROB_ENTROPY
+from kldiv_kernels.benchmarking.defaults import LOGPROB_ENTROPY
 from kldiv_kernels.benchmarking.gpu import Device, measure, write_json
 from kldiv_kernels.benchmarking.gpu_cases import LARGE_VOCAB, LARGE_VOCAB_ROWS, GpuCase
 

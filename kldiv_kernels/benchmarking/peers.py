@@ -21,12 +21,12 @@ from kldiv_kernels.benchmarking.cases import (
     GRPO,
     GRPO_CLIP,
     JS_BETA,
-    LOGPROB_ENTROPY,
     TOPK,
     TOPK_FROM_LOGITS,
     Case,
     Inputs,
 )
+from kldiv_kernels.benchmarking.defaults import LOGPROB_ENTROPY
 from kldiv_kernels.choices import Backend
 
 Loss = Callable[[Inputs], Tensor]

@@ -2,6 +2,6 @@
 
 from __future__ import annotations
 
-from kldiv_kernels.cli.commands import main
+from kldiv_kernels.cli import main
 
 main()

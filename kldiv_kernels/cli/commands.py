@@ -1,4 +1,4 @@
-"""The command line `kldiv`: doctor, plan, bench, train, demo, cache-teacher."""
+"""The commands of `kldiv`, their options and what they print."""
 
 from __future__ import annotations
 
@@ -8,36 +8,42 @@ import re
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
-try:
-    import typer
-    import typer.core
-    from rich import progress
-    from rich.console import Console
-    from rich.markup import escape
-    from rich.table import Table
-except ModuleNotFoundError as error:
-    # The core installs without the command line's packages, and pip installs the `kldiv` script all the same.
-    print(f"kldiv: {error.name} is not installed; run: pip install kldiv_kernels[cli]", file=sys.stderr)
-    raise SystemExit(2) from None
+import typer
+import typer.core
 
-import torch
-
-import kldiv_kernels as kk
-from kldiv_kernels.benchmarking import cases as bench_cases
-from kldiv_kernels.cli.doctor import OPTIONAL, checks
+from kldiv_kernels.benchmarking.defaults import DEFAULT_KINDS, DEFAULT_ROWS, DEFAULT_VOCAB
+from kldiv_kernels.extras import missing
 from kldiv_kernels.trainer.cache_command import cache_teacher
 from kldiv_kernels.trainer.command import demo, distill
 from kldiv_kernels.trainer.grpo_command import grpo
+from kldiv_kernels.version import __version__
+
+if TYPE_CHECKING:
+    import torch
 
 app = typer.Typer(
     no_args_is_help=True,
     add_completion=False,
     rich_markup_mode="rich",
     pretty_exceptions_show_locals=False,
-    help="Exact divergences, entropy and log-probabilities over the full vocabulary.",
 )
+
+
+def _print_version(wanted: bool) -> None:
+    if wanted:
+        print(f"kldiv {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _app(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Print the version and exit.")
+    ] = False,
+) -> None:
+    """Exact divergences, entropy and log-probabilities over the full vocabulary."""
 
 
 class _DistillByDefault(typer.core.TyperGroup):
@@ -85,8 +91,10 @@ def _names(text: str) -> list[str]:
 
 
 def _dtype(name: str, option: str) -> torch.dtype:
+    from kldiv_kernels.benchmarking import cases
+
     try:
-        return bench_cases.dtype(name)
+        return cases.dtype(name)
     except ValueError as error:
         raise typer.BadParameter(str(error), param_hint=option) from None
 
@@ -99,11 +107,10 @@ def _needs_extra(command: Callable[..., None]) -> Callable[..., None]:
         try:
             command(**options)
         except ModuleNotFoundError as error:
-            package = (error.name or "").partition(".")[0]
-            if package not in OPTIONAL:
+            said = missing("kldiv", error)
+            if said is None:
                 raise
-            extra = OPTIONAL[package].extra
-            print(f"kldiv: {package} is not installed; run: pip install kldiv_kernels[{extra}]", file=sys.stderr)
+            print(said, file=sys.stderr)
             raise typer.Exit(2) from None
 
     return run
@@ -117,6 +124,16 @@ def doctor() -> None:
 
       $ kldiv doctor
     """
+    from kldiv_kernels.cli.doctor import as_text, checks
+
+    try:
+        from rich.console import Console
+        from rich.markup import escape
+        from rich.table import Table
+    except ModuleNotFoundError:
+        print(as_text(checks()))
+        return
+
     table = Table("what", "status", "detail", "to do")
     for check in checks():
         style = _STATUS_STYLE[check.status]
@@ -124,7 +141,6 @@ def doctor() -> None:
     Console().print(table)
 
 
-@app.command()
 def plan(
     rows: Annotated[int, typer.Option(help="Tokens, N.")],
     vocab: Annotated[int, typer.Option(help="Columns, V.")],
@@ -144,6 +160,12 @@ def plan(
 
       $ kldiv plan --rows 8192 --vocab 151936 --kind reverse_kl --device sm_90
     """
+    from rich.console import Console
+    from rich.markup import escape
+    from rich.table import Table
+
+    import kldiv_kernels as kk
+
     try:
         chosen = kk.plan(
             rows=rows, vocab=vocab, dtype=_dtype(dtype, "--dtype"), kind=kind,
@@ -161,11 +183,11 @@ def plan(
 
 
 def bench(
-    rows: Annotated[int, typer.Option(help="Tokens, N.")] = bench_cases.DEFAULT_ROWS,
-    vocab: Annotated[int, typer.Option(help="Columns, V.")] = bench_cases.DEFAULT_VOCAB,
+    rows: Annotated[int, typer.Option(help="Tokens, N.")] = DEFAULT_ROWS,
+    vocab: Annotated[int, typer.Option(help="Columns, V.")] = DEFAULT_VOCAB,
     kinds: Annotated[
         str, typer.Option(help="Comma-separated divergences, logprob_entropy, grpo, topk, topk_from_logits.")
-    ] = ",".join(bench_cases.DEFAULT_KINDS),
+    ] = ",".join(DEFAULT_KINDS),
     dtypes: Annotated[str, typer.Option(help="Comma-separated: bf16, fp32, fp16.")] = "bf16,fp32",
     peers: Annotated[str, typer.Option(help="Comma-separated: eager, compile, trl; or none.")] = "eager,compile,trl",
     repeats: Annotated[int, typer.Option(min=1, help="Timed calls of each; the median counts.")] = 7,
@@ -185,7 +207,11 @@ def bench(
 
       $ kldiv bench --peers none --no-memory --output runs/ours
     """
-    from kldiv_kernels.benchmarking import report
+    import torch
+    from rich import progress
+    from rich.console import Console
+
+    from kldiv_kernels.benchmarking import cases, report
     from kldiv_kernels.benchmarking.peers import OURS, PEERS
     from kldiv_kernels.benchmarking.plot import save
     from kldiv_kernels.benchmarking.run import PLOT, RESULTS, Settings, run
@@ -197,7 +223,7 @@ def bench(
             f"unknown {', '.join(unknown)}; expected none or {', '.join(PEERS)}", param_hint="--peers"
         )
     try:
-        chosen = bench_cases.cases(
+        chosen = cases.cases(
             tuple(_names(kinds)), tuple(_dtype(name, "--dtypes") for name in _names(dtypes)), rows, vocab
         )
     except ValueError as error:
@@ -236,10 +262,6 @@ def bench(
         raise typer.Exit(1)
 
 
-for _group, _command in ((app, bench), (train, distill), (train, grpo), (app, demo), (app, cache_teacher)):
+for _group, _command in ((app, plan), (app, bench), (train, distill), (train, grpo), (app, demo), (app, cache_teacher)):
     _group.command()(_needs_extra(_command))
 app.add_typer(train, name="train")
-
-
-def main() -> None:
-    app(prog_name="kldiv")

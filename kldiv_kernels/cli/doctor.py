@@ -8,33 +8,16 @@ import platform
 import shutil
 from dataclasses import dataclass
 from importlib import metadata, util
-from typing import Literal, NamedTuple
+from typing import Literal
 
 import torch
 
 from kldiv_kernels import machine
 from kldiv_kernels.backends import backends, cuda, native
+from kldiv_kernels.extras import OPTIONAL, Package
 from kldiv_kernels.version import __version__
 
 Status = Literal["ok", "missing", "note"]
-
-
-class Package(NamedTuple):
-    """An optional package: who needs it, and the extra of this package that installs it."""
-
-    needed_by: str
-    extra: str
-
-
-OPTIONAL = {
-    "transformers": Package("kldiv train, kldiv demo, kldiv cache-teacher", "train"),
-    "accelerate": Package("kldiv train, kldiv demo, kldiv cache-teacher", "train"),
-    "datasets": Package("kldiv train, kldiv demo, kldiv cache-teacher", "train"),
-    "tokenizers": Package("kldiv train, kldiv demo, kldiv cache-teacher", "train"),
-    "safetensors": Package("kldiv cache-teacher, kldiv_kernels.teacher_cache", "cache"),
-    "matplotlib": Package("kldiv bench, kldiv train, kldiv demo", "cli"),
-    "trl": Package("kldiv train grpo; kldiv bench, as a peer", "trl"),
-}
 
 
 @dataclass(frozen=True)
@@ -60,6 +43,15 @@ def checks() -> list[Check]:
         _compiler(),
         *(_package(name, package) for name, package in OPTIONAL.items()),
     ]
+
+
+def as_text(found: list[Check]) -> str:
+    """A line each, for a terminal without `rich`."""
+    width = max(len(check.name) for check in found)
+    return "\n".join(
+        f"{check.status:8}{check.name:{width + 2}}{check.detail}{f'  ({check.hint})' if check.hint else ''}"
+        for check in found
+    )
 
 
 def _threads() -> Check:

@@ -5,7 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from kldiv_kernels import autograd, backends, inputs, ops
+from kldiv_kernels import autograd, inputs, ops
+from kldiv_kernels.backends import OneReadPolicy, get
 from kldiv_kernels.choices import (
     Aggregation,
     Backend,
@@ -223,7 +224,7 @@ def policy_loss(
 
 
 def _serves_policy(backend: str) -> bool:
-    return isinstance(backends.get(backend), backends.OneReadPolicy)
+    return isinstance(get(backend), OneReadPolicy)
 
 
 # torch.compile takes the answer as it is instead of tracing it.

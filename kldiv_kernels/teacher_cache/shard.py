@@ -20,16 +20,13 @@ from typing import Any
 import numpy as np
 from torch import Tensor
 
+from kldiv_kernels.extras import needed_by
 from kldiv_kernels.teacher_cache.commit import write_whole
 from kldiv_kernels.teacher_cache.info import FORMAT, CacheInfo, first_difference, info_from
 
-try:
+with needed_by("kldiv_kernels.teacher_cache"):
     from safetensors import SafetensorError, safe_open
     from safetensors.numpy import save_file
-except ModuleNotFoundError as error:
-    raise ModuleNotFoundError(
-        "kldiv_kernels.teacher_cache needs safetensors; run: pip install kldiv_kernels[cache]", name=error.name
-    ) from None
 
 _KEY = "kldiv_kernels.teacher_cache"
 _NAME = re.compile(r"shard-(\d{5,})\.safetensors")

@@ -25,8 +25,8 @@ from typing import get_args
 import torch
 from torch import Tensor
 
-from kldiv_kernels import autograd, backends, inputs, ops, registry
-from kldiv_kernels.backends import Call
+from kldiv_kernels import autograd, inputs, ops, registry
+from kldiv_kernels.backends import Call, OneReadTopK, get
 from kldiv_kernels.choices import Backend, DivergenceKind, Reduction, Support, Tail
 from kldiv_kernels.dtensors import on_replicas
 from kldiv_kernels.inputs import Parameter
@@ -229,7 +229,7 @@ def _with_rest(teacher: Tensor, tail_logprob: Tensor | None) -> Tensor:
 
 
 def _serves_topk(backend: str) -> bool:
-    return isinstance(backends.get(backend), backends.OneReadTopK)
+    return isinstance(get(backend), OneReadTopK)
 
 
 # torch.compile takes the answer as it is instead of tracing it.

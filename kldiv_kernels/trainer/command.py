@@ -6,12 +6,11 @@ transformers and datasets take seconds to import: they load inside the functions
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, get_args
 
 import typer
 
-from kldiv_kernels import registry
-from kldiv_kernels.divergences import Bound
+from kldiv_kernels.choices import DivergenceKind, Tail
 from kldiv_kernels.trainer.options import (
     cached_sequences,
     load_model,
@@ -27,8 +26,8 @@ from kldiv_kernels.trainer.options import (
 if TYPE_CHECKING:
     from kldiv_kernels.trainer.cached import CachedSplit
 
-_KINDS = ", ".join(registry.divergence_names())
-_TAILS = ("bucket", "renormalize", "renormalize_teacher", "none")
+_KINDS = ", ".join(get_args(DivergenceKind))
+_TAILS = get_args(Tail)
 # Options of a run on text, and of one from a cache: those of the other kind are refused, and not stored.
 _OF_TEXT = ("teacher", "data", "block_size", "data_config", "text_column")
 _OF_CACHE = ("teacher_cache", "tail")
@@ -229,6 +228,8 @@ def demo(
 def _check_loss(
     kind: str, ce_weight: float, temperature: float, alpha: float | None, beta: float | None, backend: str
 ) -> None:
+    from kldiv_kernels import registry
+
     try:
         statistic = registry.get(kind, "kind", registry.divergence_names())
     except ValueError as error:
@@ -238,7 +239,7 @@ def _check_loss(
     for name, value in (("alpha", alpha), ("beta", beta)):
         if value is None:
             continue
-        bound: Bound | None = getattr(statistic, name)
+        bound = getattr(statistic, name)
         if bound is None:
             kinds = ", ".join(registry.kinds_with(name))
             raise typer.BadParameter(f"{kind} has no use for it; it is for {kinds}", param_hint=f"--{name}")

@@ -9,12 +9,11 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, get_args
 
-import torch
 import typer
 
-from kldiv_kernels.policy import CHOICES, LOSS_TYPES, resolve
+from kldiv_kernels.choices import KLEstimator, LossType
 from kldiv_kernels.trainer.options import load_model, load_tokenizer, require, require_backend, require_source
 
 
@@ -34,7 +33,7 @@ def grpo(
         int, typer.Option(min=1, help="Steps on the same completions. Clips have an effect from 2 on.")
     ] = 2,
     lr: Annotated[float, typer.Option(help="Peak learning rate (linear warm-up over 5 %, then cosine).")] = 5e-4,
-    loss_type: Annotated[str, typer.Option(help=f"{', '.join(LOSS_TYPES)}.", metavar="NAME")] = "dapo",
+    loss_type: Annotated[str, typer.Option(help=f"{', '.join(get_args(LossType))}.", metavar="NAME")] = "dapo",
     clip_low: Annotated[
         float | None, typer.Option(help="Lower clip of the loss type.", show_default="the loss type's")
     ] = None,
@@ -45,7 +44,7 @@ def grpo(
     kl_estimator: Annotated[
         str,
         typer.Option(
-            help=f"{', '.join(CHOICES['kl_estimator'])}: sampled, and from forward_kl on exact.", metavar="NAME"
+            help=f"{', '.join(get_args(KLEstimator))}: sampled, and from forward_kl on exact.", metavar="NAME"
         ),
     ] = "k3",
     entropy_coef: Annotated[float, typer.Option(help="Coefficient of the entropy bonus.")] = 0.0,
@@ -112,6 +111,8 @@ def grpo(
 
 def _check_loss(options: dict[str, Any]) -> None:
     """The messages of `policy_loss`, "…: clip_low is -1.0; expected …", as errors of the options of these names."""
+    from kldiv_kernels.policy import resolve
+
     try:
         resolve("grpo", "trl", options)
     except ValueError as error:
@@ -135,6 +136,8 @@ def _known_trl() -> Iterator[None]:
 def _one_thread() -> Iterator[None]:
     """For a model so small that threads which wait for each other cost more than they give, above all on shared cores:
     on two that others used too, a step took 0.2 to 0.4 s with one thread, and 1 to 6 s, of twice the work, with two."""
+    import torch
+
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     try:

@@ -34,7 +34,7 @@ def option_errors(option: str | None = None) -> Iterator[None]:
 
 
 def require_backend(backend: str) -> None:
-    from kldiv_kernels import backends
+    from kldiv_kernels.backends import backends
 
     known = {"auto": "available", **backends()}
     require(backend in known, "--backend", f"unknown {backend!r}; expected one of {', '.join(known)}")

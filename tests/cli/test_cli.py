@@ -16,6 +16,7 @@ import kldiv_kernels as kk
 from kldiv_kernels import cli
 from kldiv_kernels.benchmarking import peers
 from kldiv_kernels.cli import doctor
+from kldiv_kernels.extras import OPTIONAL
 
 SMALL = ("--rows", "3", "--vocab", "64", "--repeats", "2")
 
@@ -96,7 +97,7 @@ def test_plan_of_statistics_without_gradient() -> None:
 def test_doctor_names_every_backend_and_optional_package() -> None:
     result = invoke("doctor")
     assert result.exit_code == 0, result.output
-    for name in (*kk.backends(), *doctor.OPTIONAL, "Python", "PyTorch", "threads", "C++ compiler"):
+    for name in (*kk.backends(), *OPTIONAL, "Python", "PyTorch", "threads", "C++ compiler"):
         assert name in result.output
 
 
@@ -106,7 +107,7 @@ def test_doctor_says_how_to_mend(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(doctor.util, "find_spec", lambda name: None)
     monkeypatch.setitem(sys.modules, "kldiv_kernels._C", None)
     found = {check.name: check for check in doctor.checks()}
-    for name in ("backend cpu", "compiled part", "C++ compiler", *doctor.OPTIONAL):
+    for name in ("backend cpu", "compiled part", "C++ compiler", *OPTIONAL):
         assert found[name].status == "missing"
         assert found[name].hint
     assert found["backend cpu"].detail == "it was not built"
@@ -126,15 +127,20 @@ def run_without(missing: str, *arguments: str) -> subprocess.CompletedProcess[st
 
 
 @pytest.mark.parametrize("missing", ["typer", "rich"])
-def test_without_the_cli_extra_one_line_says_what_to_install(missing: str) -> None:
+def test_doctor_needs_no_extra(missing: str) -> None:
     done = run_without(missing, "doctor")
-    assert done.returncode == 2
-    assert done.stderr == f"kldiv: {missing} is not installed; run: pip install kldiv_kernels[cli]\n"
+    assert done.returncode == 0, done.stderr
+    lines = {line.split()[1]: line for line in done.stdout.splitlines()}
+    assert lines["kldiv_kernels"].startswith("ok")
+    assert lines[missing].startswith("missing")
+    assert f"pip install kldiv_kernels[{OPTIONAL[missing].extra}]" in lines[missing]
 
 
 @pytest.mark.parametrize(
     ("missing", "extra", "arguments"),
     [
+        ("typer", "cli", ("plan", "--rows", "2", "--vocab", "8")),
+        ("rich", "cli", ("plan", "--rows", "2", "--vocab", "8")),
         ("transformers", "train", ("demo", "--output", "{folder}/demo")),
         ("matplotlib", "cli", ("bench", "--rows", "2", "--output", "{folder}/bench")),
     ],
@@ -143,6 +149,34 @@ def test_a_missing_extra_is_one_line(missing: str, extra: str, arguments: tuple[
     done = run_without(missing, *(argument.format(folder=tmp_path) for argument in arguments))
     assert done.returncode == 2, done.stderr
     assert done.stderr == f"kldiv: {missing} is not installed; run: pip install kldiv_kernels[{extra}]\n"
+
+
+@pytest.mark.parametrize(
+    ("missing", "program", "where"),
+    [
+        ("transformers", "from kldiv_kernels.trainer import DistillationTrainer", "kldiv_kernels.trainer"),
+        ("safetensors", "import kldiv_kernels.teacher_cache", "kldiv_kernels.teacher_cache"),
+    ],
+)
+def test_a_missing_extra_in_a_program_says_the_same(missing: str, program: str, where: str) -> None:
+    program = f"import sys; sys.modules[{missing!r}] = None\n{program}"
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=False)
+    assert done.returncode == 1
+    sentence = f"{where}: {missing} is not installed; run: pip install kldiv_kernels[{OPTIONAL[missing].extra}]"
+    assert done.stderr.splitlines()[-1] == f"ModuleNotFoundError: {sentence}"
+
+
+def test_help_version_and_a_typo_answer_without_pytorch() -> None:
+    """Which takes seconds to import."""
+    for arguments, code, said in (
+        (["--help"], 0, "doctor"),
+        (["--version"], 0, f"kldiv {kk.__version__}\n"),
+        (["train", "distill", "--help"], 0, "--student"),
+        (["trian"], 2, "Did you mean 'train'?"),
+    ):
+        done = run_without("torch", *arguments)
+        assert done.returncode == code, done.stderr
+        assert said in done.stdout + done.stderr
 
 
 def test_plan_needs_no_extra_of_training() -> None:

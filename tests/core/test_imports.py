@@ -26,12 +26,13 @@ ORDER = (
     ("losses",),
     ("stats", "planning"),
     ("ops",),
+    ("signatures",),
     ("inputs",),
     ("backends",),
     ("registry",),
     ("divergences",),
     ("autograd", "dtensors", "machine"),
-    ("choices", "tracing", "version"),
+    ("choices", "extras", "tracing", "version"),
 )
 LEVEL = {name: level for level, names in enumerate(ORDER) for name in names}
 # Folders that show others nothing but their face, of which these modules are a part.

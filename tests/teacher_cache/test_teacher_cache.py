@@ -234,7 +234,9 @@ def test_a_folder_that_is_no_cache(written: Path, copied: Path, tmp_path: Path) 
 
 def test_without_safetensors_the_error_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "safetensors", None)
-    with pytest.raises(ModuleNotFoundError, match=r"needs safetensors; run: pip install kldiv_kernels\[cache\]"):
+    with pytest.raises(
+        ModuleNotFoundError, match=r"safetensors is not installed; run: pip install kldiv_kernels\[cache\]"
+    ):
         runpy.run_path(str(shard.__file__))
 
 

@@ -13,7 +13,9 @@ def require(what: str, first: tuple[int, int] = (1, 14)) -> None:
     try:
         found = metadata.version("trl")
     except metadata.PackageNotFoundError:
-        raise ImportError(f"{what}: TRL is not installed; expected {allowed} (pip install trl==1.16.0)") from None
+        raise ModuleNotFoundError(
+            f"{what}: trl is not installed; run: pip install kldiv_kernels[trl]", name="trl"
+        ) from None
     major, minor, *_ = found.split(".")
     # A development version is what comes before its number, and may be anything.
     if "dev" in found or not first <= (int(major), int(minor)) <= _LAST:
