@@ -206,11 +206,12 @@ def _why_again(wanted: _Wanted) -> str:
 
 
 def _of_triton(wanted: _Wanted, reason: str) -> Plan:
-    from kldiv_kernels.backends.triton import launch
+    from kldiv_kernels.backends.triton.bind import bound_for
+    from kldiv_kernels.backends.triton.launch import GPU_TILE
 
-    normalised = launch.bound_for(tuple(wanted.names), True).sums > 0
+    normalised = bound_for(tuple(wanted.names), True).sums > 0
     return Plan(
-        "triton", "two-sweep", 1 + normalised + wanted.gradient, 32 * launch.GPU_TILE.warps,
+        "triton", "two-sweep", 1 + normalised + wanted.gradient, 32 * GPU_TILE.warps,
         wanted.moved(read_again=True), f"triton: {reason}",
     )  # fmt: skip
 

@@ -1,5 +1,5 @@
-// Loads of lanes from float32, bfloat16 and float16, and stores of tiles to them, rounding to nearest even.
-// Included inside namespace KLDIV_ISA.
+// Tensors to tiles and back: loads from float32, bfloat16 and float16, and stores to them, rounding to nearest even.
+// Included inside namespace KLDIV_ISA, after the lanes.
 
 inline float from_bits(uint32_t bits) {
     float x;
@@ -154,3 +154,45 @@ __attribute__((target("avx512f,avx512bw,avx512dq,avx512vl,avx512bf16"))) inline 
     for (int i = whole; i < columns; ++i) store_one<Dtype::bfloat16>(from[i], i, to);
 }
 #endif
+
+// What stands for a logit: (x - offset) * scale, kNoMass where x has no mass, and above it where x has some.
+inline Floats scaled(Floats x, Floats offset, Floats scale) {
+    const Floats y = max(broadcast(kAboveNoMass), (x - offset) * scale);
+    return select(x < broadcast(kAboveNoMass), broadcast(kNoMass), y);
+}
+
+// The first sweep also measures the tile; the later ones only convert it.
+template <Dtype dtype, bool measured>
+Loaded load_tile(const void* from, int columns, float scale, float offset, float* to) {
+    constexpr float inf = std::numeric_limits<float>::infinity();
+    const int whole = columns - columns % Floats::lanes;
+    const Floats factor = broadcast(scale), shift = broadcast(offset);
+    Floats largest = broadcast(-inf), smallest = broadcast(inf);
+    for (int i = 0; i < whole; i += Floats::lanes) {
+        const Floats x = convert<dtype>(from, i);
+        if constexpr (measured) {
+            largest = max(x, largest);
+            smallest = min(x, smallest);
+        }
+        store(to + i, scaled(x, shift, factor));
+    }
+    Loaded out{kldiv::KLDIV_ISA::largest(largest), -kldiv::KLDIV_ISA::largest(-smallest) <= kNoMass};
+    for (int i = whole; i < columns; ++i) {
+        const float x = convert_one<dtype>(from, i);
+        out.largest = out.largest > x ? out.largest : x;
+        out.has_no_mass |= x <= kNoMass;
+        to[i] = scaled_one(x, offset, scale);
+    }
+    for (int i = columns; i % kPad != 0; ++i) to[i] = kNoMass;
+    return out;
+}
+
+// data *= factor, rounded once.
+template <Dtype dtype>
+void scale_tile(void* data, int columns, float factor) {
+    alignas(64) float buffer[kTile];
+    const int whole = columns - columns % Floats::lanes;
+    for (int i = 0; i < whole; i += Floats::lanes) store(buffer + i, convert<dtype>(data, i) * broadcast(factor));
+    for (int i = whole; i < columns; ++i) buffer[i] = convert_one<dtype>(data, i) * factor;
+    store_tile<dtype>(buffer, columns, data);
+}

@@ -38,7 +38,7 @@ constexpr int kRowConstants = 5;
 enum class Dtype { float32, bfloat16, float16 };
 constexpr int kDtypes = 3;
 
-// What stands for a logit in a tile (tiles.h). Static: compiled for one instruction set in each file.
+// What stands for a logit in a tile (convert.h). Static: compiled for one instruction set in each file.
 static inline float scaled_one(float x, float offset, float scale) {
     const float y = (x - offset) * scale;
     return x <= kNoMass ? kNoMass : (y < kAboveNoMass ? kAboveNoMass : y);

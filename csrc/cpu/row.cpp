@@ -11,8 +11,6 @@ namespace kldiv {
 
 namespace {
 
-constexpr double kNaN = std::numeric_limits<double>::quiet_NaN();
-constexpr double kInfinity = std::numeric_limits<double>::infinity();
 // How far above the offset so far a logit may be, in units of the temperature: from here on the rounding of a scaled
 // logit is 5e-7, of which the contract allows 1e-5.
 constexpr double kFarAboveOffset = 8;

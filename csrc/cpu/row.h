@@ -1,12 +1,34 @@
-// One row: what is known of it as its sweeps go by.
+// One row: what is known of it as its sweeps go by. Each part of its life has a file:
+//
+//   row.cpp                what it is asked for, its logits, and where its results go
+//   row_first_sweep.cpp    the state of its softmaxes, a block at a time
+//   row_finish.cpp         the softmaxes, and its statistics
+//   row_second_sweep.cpp   sums that need the softmaxes, a block at a time
+//   row_gradient.cpp       from coefficients to gradients
 #pragma once
 
+#include <cmath>
+#include <limits>
 #include <vector>
 
 #include "../row_state.h"
 #include "rows.h"
 
 namespace kldiv {
+
+constexpr double kNaN = std::numeric_limits<double>::quiet_NaN();
+constexpr double kInfinity = std::numeric_limits<double>::infinity();
+
+// The grid of estimates of Delta, lse_t - lse_s (kernels.h, NormalisedRow).
+inline double round_to_grid(double delta) {
+    constexpr double steps = 4096;
+    return std::nearbyint(delta * steps) / steps;
+}
+
+// What an offset takes off the exponents.
+inline double exponent_of_offset(float offset, float scale) {
+    return std::isfinite(offset) ? double(offset) * scale * kLog2e : 0;
+}
 
 // The first-sweep divergences. `first` is the softmax whose units G is in (row_state.h).
 enum Online { kForwardKl, kReverseKl, kHellinger, kOnlineCount };

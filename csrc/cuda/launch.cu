@@ -6,7 +6,9 @@
 #include "one_read/kernels.h"
 #include "machine/runtime.cuh"
 #include "two_sweep/coefficients.cuh"
+#include "two_sweep/finish.cuh"
 #include "two_sweep/gradient.cuh"
+#include "two_sweep/sweeps.cuh"
 #include "one_read/topk_kernel.cuh"
 
 namespace kldiv::gpu {

@@ -1,4 +1,4 @@
-// Between the two sweeps of a top-k loss (sweeps.cuh, gradient.cuh): from values to coefficients.
+// Between the two sweeps of a top-k loss (slices.cuh): from values to coefficients.
 #pragma once
 
 #include "../row/outcomes.cuh"

@@ -1,7 +1,8 @@
-// The last of the two-sweep kernels (sweeps.cuh): gradients from coefficients and saved state.
+// The last of the two-sweep kernels (slices.cuh): gradients from coefficients and saved state.
 #pragma once
 
-#include "sweeps.cuh"
+#include "labels.cuh"
+#include "slices.cuh"
 
 namespace kldiv::gpu {
 

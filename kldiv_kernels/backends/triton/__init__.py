@@ -96,9 +96,9 @@ class TritonBackend:
         return None
 
     def state_rows(self, stats: tuple[str, ...]) -> int:
-        from kldiv_kernels.backends.triton import launch
+        from kldiv_kernels.backends.triton.bind import bound_for
 
-        return launch.state_rows(stats)
+        return bound_for(stats, False).state_rows
 
     def _launch(self, call: Call) -> Launch:
         from kldiv_kernels.backends.triton import launch

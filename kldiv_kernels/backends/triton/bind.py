@@ -21,9 +21,10 @@ from typing import Any
 import triton
 import triton.language as tl
 
+from kldiv_kernels import registry
 from kldiv_kernels.backends.triton.device import kernels, label_kernels, labels, row, rows, slices, state
-from kldiv_kernels.backends.triton.formulas import distances, kl, math, mixtures, powers
-from kldiv_kernels.backends.triton.formulas.statistic import TritonStatistic
+from kldiv_kernels.backends.triton.formulas import distances, kl, math, mixtures, powers, table
+from kldiv_kernels.backends.triton.formulas.statistic import TritonStatistic, of_user
 from kldiv_kernels.backends.triton.hook_text import Hooks
 from kldiv_kernels.divergences import Statistic
 
@@ -51,9 +52,24 @@ class Bound:
         return bool(self.first & state.TAIL.value)
 
 
+def bound_for(stats: tuple[str, ...], nvidia: bool) -> Bound:
+    """The kernels for the statistics of these names, in this order."""
+    statistics = tuple(registry.STATISTICS[name] for name in stats)
+    return bind(statistics, tuple(_functions_of(s) for s in statistics), nvidia)
+
+
+def _functions_of(statistic: Statistic) -> TritonStatistic:
+    return table.TABLE[statistic.name] if statistic.builtin else _of_user(statistic.triton)
+
+
+@functools.cache
+def _of_user(functions: tuple[Any, Any, Any]) -> TritonStatistic:
+    return of_user(functions)
+
+
 @functools.cache
 def bind(statistics: tuple[Statistic, ...], functions: tuple[TritonStatistic, ...], nvidia: bool) -> Bound:
-    """The kernels for these statistics, in this order."""
+    """The kernels for these statistics, computed by these functions."""
     hooks = Hooks(statistics, functions)
     namespace: dict[str, Any] = {"__name__": f"{__name__}.bound", "triton": triton, "tl": tl}
     for module in (math, rows, state, kl, mixtures, distances, powers, row, labels, slices, kernels, label_kernels):

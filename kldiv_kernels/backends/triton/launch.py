@@ -12,14 +12,10 @@ import torch
 import triton
 from torch import Tensor
 
-from kldiv_kernels import registry
 from kldiv_kernels.backends.interface import Call, value_rows
 from kldiv_kernels.backends.strides import leading
-from kldiv_kernels.backends.triton.bind import Bound, bind, unspecialised
+from kldiv_kernels.backends.triton.bind import bound_for, unspecialised
 from kldiv_kernels.backends.triton.device import kernels, state
-from kldiv_kernels.backends.triton.formulas import table
-from kldiv_kernels.backends.triton.formulas.statistic import TritonStatistic, of_user
-from kldiv_kernels.divergences import Statistic
 
 # The slices of a row are merged by a warp.
 _MOST_SLICES = 32
@@ -72,24 +68,6 @@ class Shape:
             slice_columns *= 2
         slices = triton.cdiv(vocab, slice_columns)
         return Shape(tile.lanes, columns, slice_columns, slices, max(2, triton.next_power_of_2(slices)), tile.warps)
-
-
-def bound_for(stats: tuple[str, ...], nvidia: bool) -> Bound:
-    statistics = tuple(registry.STATISTICS[name] for name in stats)
-    return bind(statistics, tuple(functions_of(s) for s in statistics), nvidia)
-
-
-def state_rows(stats: tuple[str, ...]) -> int:
-    return bound_for(stats, False).state_rows
-
-
-@functools.cache
-def _of_user(functions: tuple[Any, Any, Any]) -> TritonStatistic:
-    return of_user(functions)
-
-
-def functions_of(statistic: Statistic) -> TritonStatistic:
-    return table.TABLE[statistic.name] if statistic.builtin else _of_user(statistic.triton)
 
 
 @functools.cache

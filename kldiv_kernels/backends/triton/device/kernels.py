@@ -20,19 +20,11 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from kldiv_kernels.backends.triton.device.hooks import (
-    load_finished,
-    logprob_at,
-    merge_sums,
-    reference_logprob_at,
-    save_finished,
-    weights,
-    zero_sums,
-)
-from kldiv_kernels.backends.triton.device.labels import tail_gradient, tail_value, take_tail
-from kldiv_kernels.backends.triton.device.row import finish_row, open_row, take_row, write_nothing, write_row
+from kldiv_kernels.backends.triton.device.hooks import merge_sums, save_finished, zero_sums
+from kldiv_kernels.backends.triton.device.labels import tail_value, take_tail
+from kldiv_kernels.backends.triton.device.row import finish_row, load_row, open_row, take_row, write_nothing, write_row
 from kldiv_kernels.backends.triton.device.rows import softmaxes
-from kldiv_kernels.backends.triton.device.slices import slice_gradient, slice_state, slice_sums, write_zeros
+from kldiv_kernels.backends.triton.device.slices import slice_state, slice_sums, write_gradient, write_zeros
 from kldiv_kernels.backends.triton.device.state import STATE_SIZE, TAIL, TEACHER, empty, load_slices, merge, put
 
 
@@ -178,58 +170,6 @@ def gradient_kernel(
         scale_s, scale_t, finished, ds_ptr, dt_ptr, s_width, t_width, coefficients_ptr, labels_ptr, index, n,
         label_count, FIRST, STUDENT, REFERENCE, LABEL_S, LABEL_T, MANY, EXCLUDE, ALIGNED, EVEN, R, C,
     )  # fmt: skip
-
-
-@triton.jit
-def load_row(state, n, FIRST: tl.constexpr):
-    """(ms, zs, mt, zt); m and z of the tail, the labels' share of q and whether one occurs twice; `finished`."""
-    m_and_z = (tl.load(state), tl.load(state + n), tl.load(state + 2 * n), tl.load(state + 3 * n))
-    tail = (0.0, 0.0, 0.0, 0.0)
-    if FIRST & TAIL:
-        state += 4 * n
-        tail = (tl.load(state), tl.load(state + n), tl.load(state + 2 * n), tl.load(state + 3 * n))
-    return m_and_z, tail, load_finished(state + 4 * n, n)
-
-
-@triton.jit
-def write_gradient(
-    last, keep, begin, end, vocab, s_side, t_side, m_and_z, tail, exclude, alpha, beta, scale_s, scale_t,
-    finished, ds_ptr, dt_ptr, s_width, t_width, coefficients_ptr, labels_ptr, index, n, label_count,
-    FIRST: tl.constexpr, STUDENT: tl.constexpr, REFERENCE: tl.constexpr, LABEL_S: tl.constexpr, LABEL_T: tl.constexpr,
-    MANY: tl.constexpr, EXCLUDE: tl.constexpr, ALIGNED: tl.constexpr, EVEN: tl.constexpr,
-    R: tl.constexpr, C: tl.constexpr,
-):  # fmt: skip
-    """Columns [begin, end) of a row's gradients, and the padding behind `vocab` where the slice is the last."""
-    ds, dt = ds_ptr + index * s_width, dt_ptr + index * t_width
-    if ALIGNED:
-        ds, dt = tl.multiple_of(ds, 16), tl.multiple_of(dt, 16)
-    share_q, share_p, any_coefficient, c, c_tail = weights(
-        finished, coefficients_ptr + index, labels_ptr + index * label_count, n, label_count, MANY
-    )
-    ms, zs, mt, zt = m_and_z
-    row = softmaxes(ms, zs, mt, zt, s_side[1], t_side[1], (FIRST & TEACHER) != 0)
-    of_tail = (0.0, 0.0, 0.0)
-    if FIRST & TAIL:
-        row, share_q, of_tail = tail_gradient(c_tail, share_q, row, m_and_z, tail, s_side, t_side, FIRST)
-    # A row that takes no part is not read.
-    if keep & any_coefficient:
-        slice_gradient(
-            begin, end, s_side, t_side, row, exclude, alpha, beta, scale_s, scale_t, c, finished, share_q, share_p,
-            of_tail, ds, dt, labels_ptr + index * label_count,
-            coefficients_ptr + logprob_at(label_count) * n + index,
-            coefficients_ptr + reference_logprob_at(label_count) * n + index,
-            FIRST, STUDENT, REFERENCE, LABEL_S, LABEL_T, EXCLUDE, EVEN, R, C,
-        )  # fmt: skip
-    else:
-        if STUDENT:
-            write_zeros(ds, begin, end, R, C)
-        if REFERENCE:
-            write_zeros(dt, begin, end, R, C)
-    if last:
-        if STUDENT:
-            write_zeros(ds, vocab, tl.cast(s_width, tl.int32), R, C)
-        if REFERENCE:
-            write_zeros(dt, vocab, tl.cast(t_width, tl.int32), R, C)
 
 
 @triton.jit

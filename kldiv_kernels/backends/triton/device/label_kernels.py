@@ -20,9 +20,8 @@ from kldiv_kernels.backends.triton.device.hooks import (
     reference_logprob_at,
     weights,
 )
-from kldiv_kernels.backends.triton.device.kernels import load_row
 from kldiv_kernels.backends.triton.device.labels import LABELS, mark_of, summed_coefficients
-from kldiv_kernels.backends.triton.device.row import open_row
+from kldiv_kernels.backends.triton.device.row import load_row, open_row
 from kldiv_kernels.backends.triton.device.rows import normalised, softmaxes, with_share
 from kldiv_kernels.backends.triton.device.state import TAIL, TEACHER
 

@@ -1,13 +1,13 @@
-"""One row: where it is, what its first sweep found, its statistics."""
+"""One row: where it is, what its first sweep found, its statistics, what is saved of it."""
 
 from __future__ import annotations
 
 import triton
 import triton.language as tl
 
-from kldiv_kernels.backends.triton.device.hooks import finish, write_values
+from kldiv_kernels.backends.triton.device.hooks import finish, load_finished, write_values
 from kldiv_kernels.backends.triton.device.rows import no_mass, parameters, side
-from kldiv_kernels.backends.triton.device.state import P_IS_ZERO, Q_IS_ZERO, TEACHER
+from kldiv_kernels.backends.triton.device.state import P_IS_ZERO, Q_IS_ZERO, TAIL, TEACHER
 from kldiv_kernels.backends.triton.formulas.math import LN2, expm1_minus
 
 # 1 / LOG2E: dividing by the float32 log2(e) undoes the multiplication, rounding included.
@@ -105,3 +105,14 @@ def write_nothing(values_ptr, index, n, value_rows):
     """The statistics of a masked row: 0."""
     for i in range(value_rows):
         tl.store(values_ptr + i * n + index, 0.0)
+
+
+@triton.jit
+def load_row(state, n, FIRST: tl.constexpr):
+    """(ms, zs, mt, zt); m and z of the tail, the labels' share of q and whether one occurs twice; `finished`."""
+    m_and_z = (tl.load(state), tl.load(state + n), tl.load(state + 2 * n), tl.load(state + 3 * n))
+    tail = (0.0, 0.0, 0.0, 0.0)
+    if FIRST & TAIL:
+        state += 4 * n
+        tail = (tl.load(state), tl.load(state + n), tl.load(state + 2 * n), tl.load(state + 3 * n))
+    return m_and_z, tail, load_finished(state + 4 * n, n)

@@ -9,9 +9,25 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from kldiv_kernels.backends.triton.device.hooks import add_terms, gradient_logp, gradient_logq, merge_sums, zero_sums
-from kldiv_kernels.backends.triton.device.labels import advanced, load_marks, unmarked
-from kldiv_kernels.backends.triton.device.rows import block_columns, block_limit, normalised, read, with_share
+from kldiv_kernels.backends.triton.device.hooks import (
+    add_terms,
+    gradient_logp,
+    gradient_logq,
+    logprob_at,
+    merge_sums,
+    reference_logprob_at,
+    weights,
+    zero_sums,
+)
+from kldiv_kernels.backends.triton.device.labels import advanced, load_marks, tail_gradient, unmarked
+from kldiv_kernels.backends.triton.device.rows import (
+    block_columns,
+    block_limit,
+    normalised,
+    read,
+    softmaxes,
+    with_share,
+)
 from kldiv_kernels.backends.triton.device.state import BOTH, TAIL, TEACHER, add_blocks, empty, merge
 
 # Blocks under way at a time in a loop, through shared memory: registers do not hold enough of them to hide the latency.
@@ -138,7 +154,7 @@ def _block_gradient(
 
 
 @triton.jit
-def slice_gradient(
+def _slice_gradient(
     begin, end, s_side, t_side, row, exclude, alpha, beta, scale_s, scale_t, c, finished, share_q, share_p, tail,
     ds, dt, labels, coefficients_s, coefficients_t,
     FIRST: tl.constexpr, STUDENT: tl.constexpr, REFERENCE: tl.constexpr, LABEL_S: tl.constexpr, LABEL_T: tl.constexpr,
@@ -177,3 +193,44 @@ def write_zeros(to, begin, end, R: tl.constexpr, C: tl.constexpr):
         columns = block_columns(start, R, C)
         zero = tl.zeros([R, C], to.dtype.element_ty)
         tl.store(to + columns, zero, mask=columns < end, cache_modifier=".cs")
+
+
+@triton.jit
+def write_gradient(
+    last, keep, begin, end, vocab, s_side, t_side, m_and_z, tail, exclude, alpha, beta, scale_s, scale_t,
+    finished, ds_ptr, dt_ptr, s_width, t_width, coefficients_ptr, labels_ptr, index, n, label_count,
+    FIRST: tl.constexpr, STUDENT: tl.constexpr, REFERENCE: tl.constexpr, LABEL_S: tl.constexpr, LABEL_T: tl.constexpr,
+    MANY: tl.constexpr, EXCLUDE: tl.constexpr, ALIGNED: tl.constexpr, EVEN: tl.constexpr,
+    R: tl.constexpr, C: tl.constexpr,
+):  # fmt: skip
+    """Columns [begin, end) of a row's gradients, and the padding behind `vocab` where the slice is the last."""
+    ds, dt = ds_ptr + index * s_width, dt_ptr + index * t_width
+    if ALIGNED:
+        ds, dt = tl.multiple_of(ds, 16), tl.multiple_of(dt, 16)
+    share_q, share_p, any_coefficient, c, c_tail = weights(
+        finished, coefficients_ptr + index, labels_ptr + index * label_count, n, label_count, MANY
+    )
+    ms, zs, mt, zt = m_and_z
+    row = softmaxes(ms, zs, mt, zt, s_side[1], t_side[1], (FIRST & TEACHER) != 0)
+    of_tail = (0.0, 0.0, 0.0)
+    if FIRST & TAIL:
+        row, share_q, of_tail = tail_gradient(c_tail, share_q, row, m_and_z, tail, s_side, t_side, FIRST)
+    # A row that takes no part is not read.
+    if keep & any_coefficient:
+        _slice_gradient(
+            begin, end, s_side, t_side, row, exclude, alpha, beta, scale_s, scale_t, c, finished, share_q, share_p,
+            of_tail, ds, dt, labels_ptr + index * label_count,
+            coefficients_ptr + logprob_at(label_count) * n + index,
+            coefficients_ptr + reference_logprob_at(label_count) * n + index,
+            FIRST, STUDENT, REFERENCE, LABEL_S, LABEL_T, EXCLUDE, EVEN, R, C,
+        )  # fmt: skip
+    else:
+        if STUDENT:
+            write_zeros(ds, begin, end, R, C)
+        if REFERENCE:
+            write_zeros(dt, begin, end, R, C)
+    if last:
+        if STUDENT:
+            write_zeros(ds, vocab, tl.cast(s_width, tl.int32), R, C)
+        if REFERENCE:
+            write_zeros(dt, vocab, tl.cast(t_width, tl.int32), R, C)
