@@ -63,7 +63,9 @@ class Problem:
         outcomes = torch.where(none, -torch.inf, values.T)
         parameters = {"alpha": self.alpha, "beta": self.beta, "mask": exact.mask}
         divergences = kk.token_stats(outcomes, self.teacher.double(), stats=(self.kind,), **parameters)[self.kind]
-        (gradient,) = torch.autograd.grad(ops.weighted_sum(self.scale.double(), divergences), leaf)
+        # A row of weight 0 takes no part, whatever its divergence is: 0 · inf is not NaN here.
+        weighted = torch.where(self.scale == 0, 0.0, self.scale.double() * divergences)
+        (gradient,) = torch.autograd.grad(weighted.sum(), leaf)
         return values.detach(), divergences.detach(), gradient
 
 
