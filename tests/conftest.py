@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import pytest
 import torch
@@ -11,6 +11,9 @@ from checks import CUDA_ON_HOST, INTERPRETED
 
 from kldiv_kernels import ops
 from kldiv_kernels.registry import STATISTICS
+
+if TYPE_CHECKING:
+    from cuda_host.one_read import Machine
 
 if INTERPRETED:
     from triton.runtime import interpreter
@@ -100,6 +103,22 @@ def plan(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Non
     """Of the cuda backend, as its calls are to run."""
     if request.param:
         monkeypatch.setenv("KLDIV_CUDA_PLAN", request.param)
+
+
+@pytest.fixture
+def no_cuda_plan(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The cuda backend's own choice of a plan, whatever KLDIV_CUDA_PLAN is outside."""
+    monkeypatch.delenv("KLDIV_CUDA_PLAN", raising=False)
+
+
+@pytest.fixture
+def machine(monkeypatch: pytest.MonkeyPatch) -> Machine:
+    """The model of a GPU, as it is by default. A call of it gives it another plan, device or order of threads."""
+    from cuda_host.one_read import Machine
+
+    chosen = Machine(monkeypatch)
+    chosen()
+    return chosen
 
 
 @pytest.fixture

@@ -1,11 +1,10 @@
-"""verl's signatures: its policy losses, sequence by sequence in float64, and its functions of raw logits."""
+"""verl's signatures: its policy losses, against their formulas sequence by sequence in float64."""
 
 from __future__ import annotations
 
 import math
-import sys
 from collections.abc import Callable
-from types import ModuleType, SimpleNamespace
+from types import SimpleNamespace
 from typing import Any
 
 import policy_oracle as oracle
@@ -13,95 +12,10 @@ import pytest
 import torch
 import verl_modules
 from torch import Tensor
+from verl_formulas import LOSSES, Parts, config_with, ppo
 
 from kldiv_kernels.adapters import verl
 
-LOW, HIGH = 0.15, 0.3
-Parts = tuple[Tensor, dict[str, Tensor]]
-
-
-def _config(**entries: Any) -> Any:
-    """Like verl's dataclasses, with attributes and get."""
-    given = {"clip_ratio": 0.2, "clip_ratio_low": LOW, "clip_ratio_high": HIGH, "global_batch_info": {}, **entries}
-    given["get"] = lambda name, default=None: given.get(name, default)
-    return SimpleNamespace(**given)
-
-
-def _ppo(r: Tensor, a: Tensor, low: float = LOW, high: float = HIGH) -> tuple[Tensor, Tensor]:
-    plain, clipped = -a * r, -a * r.clamp(1 - low, 1 + high)
-    return torch.max(plain, clipped), clipped > plain
-
-
-def _vanilla(d: Tensor, lp: Tensor, old: Tensor, a: Tensor) -> Parts:
-    loss, clipped = _ppo(d.exp(), a)
-    dual = (a < 0) & (loss > -1.3 * a)
-    loss = torch.where(dual, -1.3 * a, loss)
-    return loss, {"pg_clipfrac": clipped, "ppo_kl": -d, "pg_clipfrac_lower": dual}
-
-
-def _gspo(d: Tensor, lp: Tensor, old: Tensor, a: Tensor) -> Parts:
-    s = d.mean().detach().exp() * (lp - lp.detach()).exp()
-    loss, clipped = _ppo(s, a, LOW / 10, HIGH / 10)
-    return loss, {"pg_clipfrac": clipped, "ppo_kl": -d, "pg_clipfrac_lower": 0 * d}
-
-
-def _sapo(d: Tensor, lp: Tensor, old: Tensor, a: Tensor) -> Parts:
-    tau = torch.where(a > 0, 0.8, 1.2)
-    loss = -4 / tau / (1 + (-tau * (d.exp() - 1)).exp()) * a
-    return loss, {"pg_clipfrac": 0 * d, "ppo_kl": -d, "pg_clipfrac_lower": 0 * d}
-
-
-def _cispo(d: Tensor, lp: Tensor, old: Tensor, a: Tensor) -> Parts:
-    r = d.detach().exp()
-    kept = r.clamp(1 - LOW, 1 + HIGH)
-    return -kept * a * lp, {"pg_clipfrac": r != kept, "ppo_kl": -d, "pg_clipfrac_lower": 0 * d}
-
-
-def _geo_mean(d: Tensor, lp: Tensor, old: Tensor, a: Tensor) -> Parts:
-    inside = d.clamp(-LOW, HIGH)
-    pessimistic = a.sign() * torch.min(a.sign() * d, a.sign() * inside)
-    out = inside != d
-    loss = (-a.mean() * pessimistic.mean().exp()).expand(d.shape)
-    return loss, {"pg_clipfrac": out & (a > 0), "ppo_kl": -d, "pg_clipfrac_lower": out & (a < 0)}
-
-
-def _dppo(d: Tensor, lp: Tensor, old: Tensor, a: Tensor, kind: str) -> Parts:
-    now, before = lp.detach().exp(), old.exp()
-    if kind == "tv":
-        kept = torch.where(a > 0, now - before <= HIGH / 10, before - now <= LOW / 10)
-    else:
-        kl = before * (before / now).log() + (1 - before) * ((1 - before) / (1 - now)).log()
-        kept = torch.where(a > 0, (kl <= HIGH / 100) | (now <= before), (kl <= LOW / 100) | (now >= before))
-    r = d.detach().exp()
-    loss = torch.where(kept, -r.clamp(max=1.3) * a * lp, 0.0)
-    return loss, {"pg_clipfrac": ~kept, "ppo_kl": -d, "pg_clipfrac_lower": kept & (r > 1.3)}
-
-
-def _gpg(d: Tensor, lp: Tensor, old: Tensor, a: Tensor) -> Parts:
-    return -a * lp, {}
-
-
-def _dro(d: Tensor, lp: Tensor, old: Tensor, a: Tensor) -> Parts:
-    return -a * lp + 0.35 * d**2, {"ppo_kl": -d}
-
-
-LOSSES: dict[str, tuple[dict[str, Any], Callable[..., Parts]]] = {
-    "vanilla": ({"clip_ratio_c": 1.3}, _vanilla),
-    "gspo": ({"clip_ratio_low": LOW / 10, "clip_ratio_high": HIGH / 10}, _gspo),
-    "sapo": ({"tau_pos": 0.8, "tau_neg": 1.2}, _sapo),
-    "cispo": ({}, _cispo),
-    "geo_mean": ({}, _geo_mean),
-    "dppo_tv": (
-        {"clip_ratio_low": LOW / 10, "clip_ratio_high": HIGH / 10, "clip_ratio_c": 1.3},
-        lambda *x: _dppo(*x, "tv"),
-    ),
-    "dppo_kl": (
-        {"clip_ratio_low": LOW / 100, "clip_ratio_high": HIGH / 100, "clip_ratio_c": 1.3},
-        lambda *x: _dppo(*x, "kl"),
-    ),
-    "gpg": ({}, _gpg),
-    "dro": ({"policy_loss": SimpleNamespace(dro_beta=0.7)}, _dro),
-}
 MODES = ["token-mean", "token-sum", "seq-mean-token-sum", "seq-mean-token-sum-norm", "seq-mean-token-mean"]
 
 
@@ -151,7 +65,7 @@ def test_policy_losses(name: str, mode: str, ranks: bool, weighted: bool) -> Non
 
     hidden = [oracle.nan_where_masked(batch, x) for x in (batch.old, ours, advantages)]
     got, metrics = verl.POLICY_LOSSES[name](
-        *hidden, batch.mask.int(), mode, _config(global_batch_info=info, **entries), weights if weighted else None
+        *hidden, batch.mask.int(), mode, config_with(global_batch_info=info, **entries), weights if weighted else None
     )
     _check(got, expected, ours, exact, batch.mask)
     means = {
@@ -170,7 +84,7 @@ def test_gspo_has_the_aggregation_of_the_configuration() -> None:
     new = old + torch.tensor([[0.1, -0.1, 0.05], [0.02, 0.1, -0.3]], dtype=torch.float64)
     advantages, mask = torch.tensor([[1.0] * 3, [-2.0] * 3]).double(), torch.tensor([[1, 1, 1], [1, 0, 0]])
     first, second = -math.exp(0.05 / 3), 2 * math.exp(0.02)
-    call = verl.POLICY_LOSSES["gspo"], (old, new, advantages, mask), {"config": _config()}
+    call = verl.POLICY_LOSSES["gspo"], (old, new, advantages, mask), {"config": config_with()}
     for mode, expected in (("token-mean", (3 * first + second) / 4), ("token-sum", 3 * first + second)):
         assert call[0](*call[1], mode, **call[2])[0].item() == pytest.approx(expected, rel=1e-12)
     assert call[0](*call[1], **call[2])[0].item() == pytest.approx((first + second) / 2, rel=1e-12)
@@ -187,7 +101,7 @@ def test_gspo_has_the_aggregation_of_the_configuration() -> None:
 def test_log_ratios_beyond_the_clamp(name: str, value: float, slope: float) -> None:
     old, ones = torch.tensor([[-60.0]], dtype=torch.float64), torch.ones(1, 1, dtype=torch.float64)
     log_prob = torch.tensor([[-1.0]], dtype=torch.float64, requires_grad=True)
-    config = _config(clip_ratio_low=1.0, clip_ratio_high=math.inf, clip_ratio_c=math.inf)
+    config = config_with(clip_ratio_low=1.0, clip_ratio_high=math.inf, clip_ratio_c=math.inf)
     loss, _ = verl.POLICY_LOSSES[name](old, log_prob, ones, ones, config=config)
     (gradient,) = torch.autograd.grad(loss, log_prob)
     assert loss.item() == pytest.approx(value, rel=1e-9)
@@ -207,7 +121,7 @@ def test_clip_cov_and_kl_cov() -> None:
     loss_of: dict[str, Callable[[Tensor], Parts]] = {}
 
     def clip_cov(x: Tensor) -> Parts:
-        loss, clipped = _ppo((x - old).exp(), a)
+        loss, clipped = ppo((x - old).exp(), a)
         chosen = ~clipped & (cov > bounds[0]) & (cov < bounds[1])
         assert 0 < chosen.sum() < len(chosen)
         return torch.where(chosen, 0.0, loss), {"pg_clipfrac": chosen, "ppo_kl": old - x}
@@ -222,7 +136,7 @@ def test_clip_cov_and_kl_cov() -> None:
         ours, exact = (now.clone().requires_grad_() for _ in range(2))
         loss, logged = definition(exact[mask])
         got, metrics = verl.POLICY_LOSSES[name](
-            batch.old, ours, batch.advantages, mask, "token-mean", _config(policy_loss=settings)
+            batch.old, ours, batch.advantages, mask, "token-mean", config_with(policy_loss=settings)
         )
         _check(got, loss.mean(), ours, exact, mask)
         assert metrics == pytest.approx({f"actor/{k}": x.double().mean().item() for k, x in logged.items()}, rel=1e-6)
@@ -235,92 +149,7 @@ def test_no_valid_token_is_zero() -> None:
         log_prob = torch.full((2, 3), torch.nan, requires_grad=True)
         if name == "bypass_mode":  # verl makes its correction
             verl_modules.verl("verl.trainer.ppo.rollout_corr_helper")
-        value, metrics = loss(zeros, log_prob, zeros + 1, zeros, config=_config(policy_loss=settings))
+        value, metrics = loss(zeros, log_prob, zeros + 1, zeros, config=config_with(policy_loss=settings))
         (gradient,) = torch.autograd.grad(value, log_prob)
         assert (name, value.item(), gradient.abs().sum().item()) == (name, 0.0, 0.0)
         assert not any(metrics.values())
-
-
-def test_bad_policy_calls() -> None:
-    ones = torch.ones(2, 3)
-    loss = verl.POLICY_LOSSES["vanilla"]
-    calls: list[tuple[str, Callable[[], Any]]] = [
-        (r"compute_policy_loss_vanilla: config is None", lambda: loss(ones, ones, ones, ones)),
-        (
-            r"advantages has shape \[2\]; expected \[2, 3\]",
-            lambda: loss(ones, ones, ones[:, 0], ones, config=_config()),
-        ),
-        (r"log_prob has shape \[3\]; expected \[batch", lambda: loss(ones, ones[0], ones, ones, config=_config())),
-        (r"loss_agg_mode is 'mean'; expected one of token-mean", lambda: verl.agg_loss(ones, ones, "mean")),
-        (r"batch_num_tokens is None.*dp_size is 2", lambda: verl.agg_loss(ones, ones, "token-mean", dp_size=2)),
-        (r"global_batch_size is None", lambda: verl.agg_loss(ones, ones, "seq-mean-token-sum", dp_size=2)),
-        (r"config.clip_ratio_low is None", lambda: loss(ones, ones, ones, ones, config=SimpleNamespace())),
-        (
-            r"compute_policy_loss_dro: config.policy_loss.dro_beta is None; expected a number above 0",
-            lambda: verl.POLICY_LOSSES["dro"](ones, ones, ones, ones, config=_config()),
-        ),
-        (
-            r"dro_beta is 0; expected a number above 0",
-            lambda: verl.POLICY_LOSSES["dro"](
-                ones, ones, ones, ones, config=_config(policy_loss=SimpleNamespace(dro_beta=0))
-            ),
-        ),
-        (
-            r"bypass_mode: config.policy_loss.rollout_correction is None; expected verl's",
-            lambda: verl.POLICY_LOSSES["bypass_mode"](ones, ones, ones, ones, config=_config()),
-        ),
-        (
-            r"rollout_correction.loss_type is 'ppo'; expected ppo_clip or reinforce",
-            lambda: verl.POLICY_LOSSES["bypass_mode"](
-                ones,
-                ones,
-                ones,
-                ones,
-                config=_config(policy_loss=SimpleNamespace(rollout_correction={"loss_type": "ppo"})),
-            ),
-        ),
-        (r"clip_low is -1", lambda: loss(ones, ones, ones, ones, config=_config(clip_ratio_low=-1))),
-    ]
-    for message, call in calls:
-        with pytest.raises(ValueError, match=message):
-            call()
-
-
-def test_register_without_verl(monkeypatch: pytest.MonkeyPatch) -> None:
-    for missing in ("verl", "verl.trainer.ppo.core_algos", "verl.trainer.ppo.rollout_corr_helper"):
-        monkeypatch.setitem(sys.modules, missing, None)
-    with pytest.raises(ImportError, match=r"register_policy_loss cannot be imported .*expected verl 0.9.1"):
-        verl.register()
-    ones = torch.ones(2, 3)
-    settings = SimpleNamespace(rollout_correction={})
-    with pytest.raises(ImportError, match=r"bypass_mode: verl.*cannot be imported .*expected verl 0.9.1"):
-        verl.POLICY_LOSSES["bypass_mode"](ones, ones, ones, ones, config=_config(policy_loss=settings))
-    old = ModuleType("verl.trainer.ppo.core_algos")
-    for name in ("verl", "verl.trainer", "verl.trainer.ppo"):
-        monkeypatch.setitem(sys.modules, name, ModuleType(name))
-    monkeypatch.setitem(sys.modules, old.__name__, old)
-    with pytest.raises(ImportError, match=r"register_policy_loss"):
-        verl.register()
-
-
-def test_the_hook_of_top_k_distillation(monkeypatch: pytest.MonkeyPatch) -> None:
-    """In the module that has it and where it was imported by name, and nowhere else."""
-    places = ["verl.trainer.distillation.fsdp.losses", "verl.trainer.distillation.losses"]
-    others = ["verl", "verl.trainer", "verl.trainer.ppo", "verl.trainer.distillation", "verl.trainer.distillation.fsdp"]
-    tree = {name: ModuleType(name) for name in (*others, *places, "verl.trainer.ppo.core_algos")}
-    for name, module in tree.items():
-        monkeypatch.setitem(sys.modules, name, module)
-    tree["verl.trainer.ppo.core_algos"].register_policy_loss = lambda name: lambda loss: loss  # type: ignore[attr-defined]
-    assert len(verl.register()) == len(verl.POLICY_LOSSES)
-
-    def original() -> None:
-        """verl's."""
-
-    for place in places:
-        monkeypatch.setattr(tree[place], "compute_forward_kl_topk", original, raising=False)
-    monkeypatch.setattr(tree["verl.trainer"], "another", original, raising=False)
-    names = verl.register()[len(verl.POLICY_LOSSES) :]
-    assert names == [f"{place}.compute_forward_kl_topk" for place in places]
-    assert all(tree[place].compute_forward_kl_topk is verl.compute_forward_kl_topk for place in places)
-    assert tree["verl.trainer"].another is original
-    assert verl.register()[len(verl.POLICY_LOSSES) :] == names

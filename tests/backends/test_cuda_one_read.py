@@ -23,13 +23,6 @@ ONE_TENSOR = [("entropy",), ("logprob",), ("logsumexp",), ("collision",), ("logp
 MIXED = [("forward_kl", "logprob"), ("logprob", "js", "logsumexp"), ("logsumexp", "hellinger")]
 
 
-@pytest.fixture
-def machine(monkeypatch: pytest.MonkeyPatch) -> Machine:
-    chosen = Machine(monkeypatch)
-    chosen()
-    return chosen
-
-
 def _labels(rows: int, columns: int) -> Tensor:
     """The ends of the row, an ignored one, and others."""
     labels = torch.randint(columns, (rows,))

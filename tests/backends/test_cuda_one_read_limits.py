@@ -14,13 +14,6 @@ if not CUDA_ON_HOST:
     pytest.skip("runs under KLDIV_CUDA_HOST=1", allow_module_level=True)
 
 
-@pytest.fixture
-def machine(monkeypatch: pytest.MonkeyPatch) -> Machine:
-    chosen = Machine(monkeypatch)
-    chosen()
-    return chosen
-
-
 def _massless(columns: int, slice_columns: int) -> Tensor:
     """A row each: the head, the tail, a whole slice, all but one slice, every other column, one column."""
     out = torch.zeros(6, columns, dtype=torch.bool)

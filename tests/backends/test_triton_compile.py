@@ -19,6 +19,8 @@ import triton
 import triton.language as tl
 import triton_aot as aot
 from torch import Tensor
+from triton_launches import DTYPES, SETS, launches, source_of
+from triton_processors import PROCESSORS, programs_resident
 
 import kldiv_kernels as kk
 from kldiv_kernels.backends.triton import bind
@@ -68,10 +70,10 @@ def test_kernels_fit_and_are_of_the_right_widths() -> None:
 @pytest.mark.parametrize("stats", [("logprob",), TOP_K, (*TOP_K, "entropy")], ids="+".join)
 def test_loops_over_columns_are_pipelined(stats: tuple[str, ...], target: str) -> None:
     """The logits come through shared memory, blocks ahead, with one label a row or many."""
-    processor = aot.PROCESSORS[target]
+    processor = PROCESSORS[target]
     for name in ("sweep_kernel", "gradient_kernel"):
-        kernel, arguments, warps = aot.launches(stats, "bf16", False, True)[name]
-        binary, _ = aot.compile_for(processor.target, aot.source_of(kernel, arguments), warps)
+        kernel, arguments, warps = launches(stats, "bf16", False, True)[name]
+        binary, _ = aot.compile_for(processor.target, source_of(kernel, arguments), warps)
         loops = re.findall(r"\n( *)[^\n]*scf\.for(.*?)\n\1}", binary.asm["ttgir"], re.DOTALL)
         pipelined = [body for _, body in loops if "async_copy_global_to_local" in body]
         assert len(pipelined) == 1, name
@@ -137,7 +139,7 @@ def test_spills_are_seen(target: str, options: dict[str, int]) -> None:
     ],
 )
 def test_programs_resident(registers: int, shared: int, warps: int, target: str, programs: int) -> None:
-    assert aot.programs_resident(registers, shared, warps, aot.PROCESSORS[target]) == programs
+    assert programs_resident(registers, shared, warps, PROCESSORS[target]) == programs
 
 
 def test_the_table_has_every_kernel_and_keeps_the_budget() -> None:
@@ -152,10 +154,10 @@ def test_the_table_has_every_kernel_and_keeps_the_budget() -> None:
     }
     expected = {
         ("+".join(stats), kernel, dtype, target)
-        for stats in aot.SETS
-        for kernel in aot.launches(stats, "bf16", False, False)
-        for dtype in aot.DTYPES
-        for target in aot.PROCESSORS
+        for stats in SETS
+        for kernel in launches(stats, "bf16", False, False)
+        for dtype in DTYPES
+        for target in PROCESSORS
     }
     assert {name for name, statistic in STATISTICS.items() if statistic.builtin} <= {names for names, *_ in recorded}
     assert expected <= recorded, "run: python tests/backends/triton_aot.py"
@@ -217,13 +219,13 @@ NARROWED = {
 
 @pytest.mark.parametrize("what", NARROWED)
 def test_narrow_row_numbers_are_seen(what: str) -> None:
-    for name, (kernel, arguments, warps) in aot.launches(("js",), "bf16", False, True).items():
+    for name, (kernel, arguments, warps) in launches(("js",), "bf16", False, True).items():
         text = textwrap.dedent(inspect.getsource(kernel.fn))
         text = text[text.index("def ") :]
         narrowed = re.sub(*NARROWED[what], text)
         if what == "row" and name == "scale_kernel":
             continue
         assert narrowed != text
-        source = aot.source_of(bind._compile(narrowed, kernel.fn.__globals__)[name], arguments)
-        binary, _ = aot.compile_for(aot.PROCESSORS["sm_90"].target, source, warps)
+        source = source_of(bind._compile(narrowed, kernel.fn.__globals__)[name], arguments)
+        binary, _ = aot.compile_for(PROCESSORS["sm_90"].target, source, warps)
         assert narrow(aot.without_places(binary.asm["ttir"])), name

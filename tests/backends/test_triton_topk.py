@@ -1,22 +1,21 @@
 """Many labels a row, and the columns that are none, on the Triton backend in its interpreter, against float64.
 
-What all backends share is in test_statistics.py and test_topk.py; here is where Triton's kernels could go wrong: at the
-borders of blocks, slices and words of marks, with more labels than a program takes at a time, with equal labels.
+What all backends share is in test_statistics.py and test_topk.py; here is where Triton's kernels could go wrong: with
+more labels than a program takes at a time, with equal labels, with next to nothing left. Marks: test_triton_marks.py.
 """
 
 from __future__ import annotations
 
-from typing import Any
-
-import oracle
 import pytest
 import torch
-from checks import INTERPRETED, check_gradient, check_value
+from checks import INTERPRETED
 from torch import Tensor
 
 pytest.importorskip("triton", reason="Triton is not installed")
 if not INTERPRETED:
     pytest.skip("needs TRITON_INTERPRET=1", allow_module_level=True)
+
+from triton_labels import TOP_K, check, some_labels
 
 import kldiv_kernels as kk
 from kldiv_kernels import inputs
@@ -24,43 +23,6 @@ from kldiv_kernels.backends import Call
 from kldiv_kernels.backends.triton import launch
 from kldiv_kernels.backends.triton.device import state
 from kldiv_kernels.registry import STATISTICS
-
-TOP_K = ("logprob", "tail_logprob")
-# As many blocks a slice as on a GPU, of few lanes: a lane then has several words of marks.
-LIKE_ON_A_GPU = launch.Tile(lanes=4, blocks=16, warps=1)
-
-
-@pytest.fixture
-def small_lanes(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(launch, "interpreter_tile", lambda vocab, columns: LIKE_ON_A_GPU)
-
-
-def _labels(rows: int, columns: int, count: int) -> Tensor:
-    """Different ones, in no order."""
-    return torch.stack([torch.randperm(columns)[:count] for _ in range(rows)])
-
-
-def _check(logits: Tensor, labels: Tensor, stats: tuple[str, ...] = TOP_K, **options: Any) -> None:
-    """Values, and the gradient of their sum with random coefficients."""
-    student, teacher = logits.detach().requires_grad_(), torch.randn(logits.shape).to(logits.dtype).requires_grad_()
-    values = kk.token_stats(student, teacher, labels, stats=stats, backend="triton", **options)
-    total, wanted, floors = torch.zeros(()), [torch.zeros(()), torch.zeros(())], [torch.zeros(()), torch.zeros(())]
-    for name, value in values.items():
-        cotangent = torch.randn(value.shape)
-        expected = oracle.evaluate(name, student, teacher, labels, cotangent=cotangent, **options)
-        check_value(value, expected.value)
-        if not STATISTICS[name].differentiable:
-            continue
-        total = total + (cotangent * value).sum()
-        for side, (gradient, floor) in enumerate(
-            ((expected.student, expected.student_floor), (expected.teacher, expected.teacher_floor))
-        ):
-            wanted[side] = wanted[side] + gradient
-            floors[side] = floors[side] + floor + gradient.abs().amax(-1, keepdim=True)
-    total.backward()
-    for side, got in enumerate((student.grad, teacher.grad)):
-        if got is not None:
-            check_gradient(got, wanted[side], floors[side])
 
 
 @pytest.mark.parametrize(
@@ -72,48 +34,7 @@ def _check(logits: Tensor, labels: Tensor, stats: tuple[str, ...] = TOP_K, **opt
     ids=str,
 )  # fmt: skip
 def test_sizes(dtype: torch.dtype, columns: int, count: int) -> None:
-    _check((3 * torch.randn(2, columns)).to(dtype), _labels(2, columns, count), temperature=0.8)
-
-
-@pytest.mark.usefixtures("small_lanes")
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-def test_borders_of_lanes_blocks_words_and_slices(dtype: torch.dtype) -> None:
-    """Slices of 256 or 512 columns in 16 blocks, and behind the last pair of whole ones a whole and a part. A label
-    that a mark were missing for would be most of the tail."""
-    c, columns = 16 // dtype.itemsize, 1143
-    borders = [at * c + i for at in (0, 1, 4, 8, 12, 32, 64, 128) for i in (-1, 0, 1)]
-    borders = [at for at in borders if at >= 0] + [1087, 1088, 1119, 1120, 1121, 1135, 1136, 1142]
-    logits = torch.randn(2, columns).to(dtype)
-    logits[:, borders] += 12
-    _check(logits, torch.tensor(borders).expand(2, -1))
-    _check(logits, torch.tensor(borders).expand(2, -1), ("tail_logprob", "entropy"))
-
-
-@pytest.mark.usefixtures("small_lanes")
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-def test_marks_are_the_labels(dtype: torch.dtype) -> None:
-    columns, labels = 1095, torch.randint(-1, 1095, (3, 300))
-    labels[1:] = _labels(2, columns, 300)
-    labels[2, :9] = 1200  # beyond the vocabulary: none of them is a column
-    shape = launch.Shape.of(columns, dtype.itemsize, True)
-    marks, duplicates = torch.zeros(3, shape.mark_words, dtype=torch.int32), torch.full((3,), 7, dtype=torch.int32)
-    call = Call(torch.empty(3, columns, dtype=dtype), None, labels, None, None, None, (1.0,) * 4, TOP_K, columns)
-    kernel = launch.Launch(call, True).bound.mark_kernel
-    kernel[(3,)](
-        marks, duplicates, labels, labels, columns, shape.slices, 300, MASK=False, SLICE=shape.slice_columns,
-        R=shape.lanes, C=shape.columns,
-    )  # fmt: skip
-    at = torch.arange(columns)
-    # [slice, block, lane, column of the lane] of each column: see labels.py.
-    lane = at // shape.columns % shape.lanes
-    number = at % shape.slice_columns // (shape.lanes * shape.columns) * shape.columns + at % shape.columns
-    words = shape.slice_columns // shape.lanes // 32
-    assert words == {torch.float32: 2, torch.bfloat16: 4}[dtype]
-    word = (at // shape.slice_columns * words + number // 32) * shape.lanes + lane
-    marked = (marks[:, word] >> (number % 32)) & 1
-    assert torch.equal(marked.bool(), (labels[..., None] == at).any(1))
-    assert marked.sum() == torch.tensor([bin(x % 2**32).count("1") for x in marks.flatten().tolist()]).sum()
-    assert (duplicates != 0).tolist() == [True, False, False]
+    check((3 * torch.randn(2, columns)).to(dtype), some_labels(2, columns, count), temperature=0.8)
 
 
 @pytest.mark.parametrize("stats", [("logprob",), TOP_K, (*TOP_K, "entropy")], ids="+".join)
@@ -124,13 +45,13 @@ def test_equal_labels(stats: tuple[str, ...]) -> None:
     labels[0, :200], labels[0, 200:] = torch.randperm(250)[:200], -100
     labels[1, 7::9] = -100
     logits = 3 * torch.randn(3, 310)
-    _check(logits, labels, stats, temperature=1.2)
-    _check(logits, torch.full((3, 131), 130), stats)
+    check(logits, labels, stats, temperature=1.2)
+    check(logits, torch.full((3, 131), 130), stats)
 
 
 def test_with_everything_else() -> None:
     """Labels of both sides, and statistics of all kinds, in one call."""
-    _check(2 * torch.randn(2, 301), torch.randint(301, (2, 9)), tuple(STATISTICS), alpha=0.4, beta=0.7, temperature=1.3)
+    check(2 * torch.randn(2, 301), torch.randint(301, (2, 9)), tuple(STATISTICS), alpha=0.4, beta=0.7, temperature=1.3)
 
 
 @pytest.mark.parametrize("stats", [TOP_K, (*TOP_K, "reverse_kl")], ids="+".join)
@@ -162,7 +83,7 @@ def test_masks_exclusion_and_padding(stats: tuple[str, ...]) -> None:
 def test_next_to_nothing_is_left(rest: float, stats: tuple[str, ...]) -> None:
     """q_rest = 1e-12, 1e-26, and less than a float32 can be: log q_rest and its gradient have all their digits."""
     logits = torch.randn(2, 400)
-    labels = _labels(2, 400, 5)
+    labels = some_labels(2, 400, 5)
     logits.scatter_(1, labels, torch.randn(2, 5) + rest).requires_grad_()
     leaf = logits.detach().double().requires_grad_()
     inside = torch.zeros(2, 400, dtype=torch.bool).scatter_(1, labels, True)
@@ -179,7 +100,7 @@ def test_next_to_nothing_is_left(rest: float, stats: tuple[str, ...]) -> None:
 def test_next_to_nothing_is_taken(stats: tuple[str, ...]) -> None:
     """Labels with 1e-12 of the mass: the gradient of the rest is as small, and has its digits."""
     logits = torch.randn(2, 400)
-    labels = _labels(2, 400, 5)
+    labels = some_labels(2, 400, 5)
     logits.scatter_(1, labels, torch.randn(2, 5) - 22).requires_grad_()
     leaf = logits.detach().double()
     inside = torch.zeros(2, 400, dtype=torch.bool).scatter_(1, labels, True)
@@ -197,7 +118,7 @@ def test_next_to_nothing_is_taken(stats: tuple[str, ...]) -> None:
 def test_nothing_is_left(stats: tuple[str, ...]) -> None:
     """All columns are labels, or all others are at −inf: the tail has a value of −inf and no gradient."""
     logits = torch.randn(3, 150)
-    labels = _labels(3, 150, 150)
+    labels = some_labels(3, 150, 150)
     labels[1, 20:] = -100
     logits[1] = logits[1].masked_fill((labels[1, :, None] != torch.arange(150)).all(0), -torch.inf)
     logits[2, 4:] = -torch.inf
@@ -221,7 +142,7 @@ def test_nothing_is_left(stats: tuple[str, ...]) -> None:
 @pytest.mark.parametrize("bad", [torch.nan, torch.inf], ids=str)
 @pytest.mark.parametrize("where", ["label", "rest"])
 def test_a_bad_logit_spoils_its_row_alone(where: str, bad: float) -> None:
-    logits, labels = torch.randn(3, 150), _labels(3, 150, 6)
+    logits, labels = torch.randn(3, 150), some_labels(3, 150, 6)
     clean = kk.token_stats(logits, labels=labels, stats=TOP_K, backend="triton")
     rest = next(i for i in range(150) if i not in labels[1].tolist())
     logits[1, labels[1, 3] if where == "label" else rest] = bad
@@ -240,7 +161,7 @@ def test_a_label_beyond_the_vocabulary_that_nobody_checked(
     stats: tuple[str, ...], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(inputs, "may_look_at", lambda tensor: False)
-    logits, labels = torch.randn(3, 120), _labels(3, 100, 6)
+    logits, labels = torch.randn(3, 120), some_labels(3, 100, 6)
     labels[1, 2] = 100
     wide = logits.clone().requires_grad_()
     values = kk.token_stats(wide, labels=labels, stats=stats, vocab_size=100, backend="triton")
@@ -295,14 +216,3 @@ def test_one_exponential_a_column_where_nothing_else_is_summed() -> None:
         assert not launch.bound_for(names, True).first & state.BOTH.value
     for other in ("entropy", "argmax", "forward_kl", "collision", "reference_logprob"):
         assert launch.bound_for((*TOP_K, other), True).first & state.BOTH.value
-
-
-def test_a_sweep_without_a_tail_has_no_marks(monkeypatch: pytest.MonkeyPatch) -> None:
-    launched: list[str] = []
-    monkeypatch.setattr(launch.Launch, "_run", lambda self, kernel, *_: launched.append(kernel.fn.__name__))
-    logits = torch.randn(2, 60, requires_grad=True)
-    for count in (3, 1):
-        labels = _labels(2, 60, count)
-        kk.token_stats(logits, labels=labels, stats=["logprob"], backend="triton").logprob.sum().backward()
-    once = ["sweep_kernel", "finish_kernel", "gradient_kernel"]
-    assert launched == [*once, "label_gradient_kernel", *once]

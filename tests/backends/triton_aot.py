@@ -1,14 +1,13 @@
 """The Triton kernels compiled ahead of time, for GPUs that need not be there: registers, shared memory, spilled bytes.
 
 `python tests/backends/triton_aot.py` writes benchmarks/triton_resources.json. What is compiled is what `launch.py`
-launches: its own arguments and options, recorded instead of run.
+launches (triton_launches.py).
 """
 
 from __future__ import annotations
 
 import argparse
 import contextlib
-import functools
 import io
 import json
 import multiprocessing
@@ -25,72 +24,21 @@ import torch
 import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
+from triton_launches import DTYPES, SETS, launches, source_of
+from triton_processors import PROCESSORS, programs_resident
 
-from kldiv_kernels.backends import Call
 from kldiv_kernels.backends.triton import launch
-from kldiv_kernels.backends.triton.device import kernels
-from kldiv_kernels.registry import STATISTICS
 
 TABLE = Path(__file__).resolve().parents[2] / "benchmarks" / "triton_resources.json"
-DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
-# Sets of statistics that losses ask for together, and one with all that a first sweep can take.
-TOGETHER = (
-    ("logprob", "entropy"),
-    ("logprob", "entropy", "reverse_kl"),
-    ("logprob", "tail_logprob"),
-    ("logprob", "tail_logprob", "entropy"),
-    ("forward_kl", "js"),
-    ("entropy", "reference_entropy", "forward_kl", "reverse_kl", "hellinger", "argmax"),
-)
-SETS = [*((name,) for name, statistic in STATISTICS.items() if statistic.builtin), *TOGETHER]
 # Bytes a thread. What is spilled today is a few values of a row, put aside while a loop over its columns runs: no such
 # loop touches them (SASS). A budget of 0 would fail on the register allocation of the day.
 MOST_SPILLED = 16
-# Qwen's vocabulary: ten slices of bf16. A row longer by one than that is neither aligned nor whole vectors.
-VOCAB = 151_936
 
 
 def cells(table: dict[str, Any]) -> list[list[int]]:
     """Every (registers, shared bytes, spilled bytes, programs) of the table."""
     columns = [column for row in table["kernels"] for column in row.values() if isinstance(column, dict)]
     return [cell for column in columns for cell in column.values()]
-
-
-@dataclass(frozen=True)
-class Processor:
-    """What programs share: an SM (CUDA C++ Programming Guide, technical specifications by compute capability), or a
-    compute unit (CDNA3: four SIMDs of 512 registers a lane and eight waves)."""
-
-    target: GPUTarget
-    most_warps: int
-    most_programs: int
-    shared: int
-
-
-PROCESSORS = {
-    "sm_80": Processor(GPUTarget("cuda", 80, 32), 64, 32, 164 * 1024),
-    "sm_90": Processor(GPUTarget("cuda", 90, 32), 64, 32, 228 * 1024),
-    "sm_100": Processor(GPUTarget("cuda", 100, 32), 64, 32, 228 * 1024),
-    "sm_120": Processor(GPUTarget("cuda", 120, 32), 48, 24, 100 * 1024),
-    "gfx942": Processor(GPUTarget("hip", "gfx942", 64), 32, 32, 64 * 1024),
-}
-
-
-def programs_resident(registers: int, shared: int, warps: int, processor: Processor) -> int:
-    """How many programs a processor holds at a time."""
-    if processor.target.backend == "hip":
-        warps_held = min(processor.most_warps, 512 // _up(max(registers, 1), 8) * 4)
-        of_shared = processor.shared // _up(shared, 512) if shared else processor.most_programs
-    else:
-        # A warp's registers come in units of 256 from one of four files of 16384; a program's shared memory in units
-        # of 128 bytes, of which the driver keeps 1024.
-        warps_held = min(processor.most_warps, 16384 // _up(max(registers, 1) * 32, 256) * 4)
-        of_shared = processor.shared // _up(shared + 1024, 128)
-    return min(processor.most_programs, warps_held // warps, of_shared)
-
-
-def _up(number: int, unit: int) -> int:
-    return -(-number // unit) * unit
 
 
 @dataclass(frozen=True)
@@ -118,83 +66,6 @@ class Compiled:
     def within_budget(self) -> bool:
         """Next to nothing spilled, and a second program to run while one waits for memory."""
         return self.spilled <= MOST_SPILLED and self.programs >= 2
-
-
-class _Recorded(launch.Launch):
-    """Launches noted instead of made: kernel → (arguments, warps)."""
-
-    fills_the_device = True  # type: ignore[assignment]
-
-    def __init__(self, call: Call, nvidia: bool) -> None:
-        super().__init__(call, interpreted=False)
-        self.bound = launch.bound_for(call.stats, nvidia)
-        self.noted: dict[str, tuple[Any, dict[str, Any], int]] = {}
-
-    def _run(self, kernel: Any, programs: int, warps: int, arguments: dict[str, Any]) -> None:
-        self.noted[kernel.__name__] = kernel, arguments, warps
-
-
-def _call(stats: tuple[str, ...], dtype: torch.dtype, everything: bool, labels: int) -> Call:
-    rows, statistics = 2, [STATISTICS[name] for name in stats]
-    logits = torch.empty(rows, VOCAB + everything, dtype=dtype)
-    return Call(
-        logits=logits,
-        reference=torch.empty_like(logits) if any(s.reference for s in statistics) else None,
-        labels=torch.zeros(rows, labels, dtype=torch.int64) if any(s.needs_labels for s in statistics) else None,
-        mask=torch.ones(rows, dtype=torch.bool) if everything else None,
-        exclude=torch.zeros(rows, dtype=torch.int64) if everything else None,
-        token_parameters=torch.ones(4, rows) if everything else None,
-        parameters=(1.0, 1.0, 0.5, 0.5),
-        stats=stats,
-        vocab_size=VOCAB - everything,
-    )
-
-
-@functools.lru_cache(maxsize=4)
-def launches(
-    stats: tuple[str, ...], dtype: str, everything: bool, nvidia: bool
-) -> dict[str, tuple[Any, dict[str, Any], int]]:
-    """kernel → (jit function, arguments, warps) of all launches that this set of statistics has."""
-    # The only label of a row is one of its columns, several have a kernel of their own.
-    tail = "tail_logprob" in stats
-    call = _call(stats, DTYPES[dtype], everything, 2 if everything or tail else 1)
-    recorded = _Recorded(call, nvidia)
-    _, state = recorded.statistics(with_state=True)
-    statistics = [STATISTICS[name] for name in stats if STATISTICS[name].differentiable]
-    if statistics:
-        student = any(s.student for s in statistics)
-        coefficients = torch.ones(recorded.value_rows, call.rows)
-        recorded.gradients(state, coefficients, student or everything, everything or not student)
-        if not tail:
-            one = _Recorded(_call(stats, DTYPES[dtype], everything, 1), nvidia)
-            one.loss(coefficients, student or everything, everything or not student)
-            recorded.noted |= one.noted
-        scaled = {"data_ptr": call.logits, "factor_ptr": coefficients, "size": 1, "BLOCK": 4096}
-        recorded.noted["scale_kernel"] = kernels.scale_kernel, scaled, 4
-    return recorded.noted
-
-
-def source_of(kernel: Any, arguments: dict[str, Any]) -> ASTSource:
-    """What the compiler gets when these arguments are launched, none of them specialised."""
-    signature: dict[str, str] = {}
-    constants: dict[str, Any] = {}
-    for parameter in kernel.params:
-        value = arguments[parameter.name]
-        if parameter.is_constexpr:
-            signature[parameter.name] = "constexpr"
-            constants[parameter.name] = value
-        elif isinstance(value, torch.Tensor):
-            signature[parameter.name] = "*" + _POINTERS[value.dtype]
-        else:
-            signature[parameter.name] = parameter.annotation_type or _NUMBERS[type(value)]
-    return ASTSource(kernel, signature, constexprs=constants)
-
-
-_POINTERS = {
-    torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32", torch.int64: "i64", torch.int32: "i32",
-    torch.bool: "i1",
-}  # fmt: skip
-_NUMBERS = {int: "i32", float: "fp32"}
 
 
 def compile_for(target: GPUTarget, source: ASTSource, warps: int, **options: Any) -> tuple[Any, str]:

@@ -1,45 +1,15 @@
-"""Reduced losses and their named forms, modules, per-token helpers, TokenStats and plans."""
+"""Reduced losses: their reductions, weights and masks, padded and excluded columns."""
 
 from __future__ import annotations
-
-from collections.abc import Callable
 
 import oracle
 import pytest
 import torch
-from checks import BACKENDS, DIVERGENCES, check_gradient, check_value, taken
+from checks import BACKENDS, check_gradient
+from logit_pairs import pair
 from torch import Tensor
 
 import kldiv_kernels as kk
-from kldiv_kernels.registry import STATISTICS
-
-SHAPE = (3, 4, 57)
-PARAMETERS = {
-    "js": ("beta",), "skew_kl": ("alpha",), "skew_reverse_kl": ("alpha",), "renyi": ("alpha",), "alpha": ("alpha",),
-    "alpha_beta": ("alpha", "beta"),
-}  # fmt: skip
-NAMED: dict[str, Callable[..., Tensor]] = {
-    "forward_kl": kk.forward_kl,
-    "reverse_kl": kk.reverse_kl,
-    "jeffreys": kk.jeffreys,
-    "js": kk.js_divergence,
-    "skew_kl": kk.skew_kl,
-    "skew_reverse_kl": kk.skew_reverse_kl,
-    "hellinger": kk.hellinger,
-    "tvd": kk.tvd,
-    "forward_chi2": kk.forward_chi2,
-    "reverse_chi2": kk.reverse_chi2,
-    "renyi": kk.renyi,
-    "alpha": kk.alpha_divergence,
-    "alpha_beta": kk.alpha_beta_divergence,
-    "triangular": kk.triangular,
-    "cauchy_schwarz": kk.cauchy_schwarz,
-    "cross_entropy": kk.soft_cross_entropy,
-}
-
-
-def _pair(dtype: torch.dtype = torch.float32) -> tuple[Tensor, Tensor]:
-    return (2 * torch.randn(SHAPE)).to(dtype).requires_grad_(), (2 * torch.randn(SHAPE)).to(dtype)
 
 
 def _options(which: str) -> tuple[dict[str, object], Tensor]:
@@ -71,7 +41,7 @@ WHICH = ["plain", "weight", "mask", "integer mask", "labels", "labels and mask",
 @pytest.mark.parametrize("which", WHICH)
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_reductions(which: str, backend: str) -> None:
-    logits, reference = _pair()
+    logits, reference = pair()
     options, coefficient = _options(which)
     temperature = options.get("temperature", 1.0)
     expected = oracle.evaluate("reverse_kl", logits, reference, cotangent=coefficient, temperature=temperature)
@@ -87,7 +57,7 @@ def test_reductions(which: str, backend: str) -> None:
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_no_reduction(which: str, backend: str) -> None:
     """ "none" gives weight·D per token; its gradient is that of the sum times whatever comes from above."""
-    logits, reference = _pair()
+    logits, reference = pair()
     options, coefficient = _options(which)
     tokens = (coefficient != 0).sum() if which != "plain" else 12
     coefficient = coefficient * tokens
@@ -105,7 +75,7 @@ def test_no_reduction(which: str, backend: str) -> None:
 
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_temperature_squared_per_token(backend: str) -> None:
-    logits, reference = _pair()
+    logits, reference = pair()
     temperature = torch.rand(3, 4) + 0.5
     loss = kk.forward_kl(logits, reference, temperature=temperature, temperature_squared=True, backend=backend)
     expected = oracle.evaluate("forward_kl", logits, reference, temperature=temperature, cotangent=temperature**2 / 12)
@@ -181,7 +151,7 @@ def test_weight_zero_leaves_an_infinite_value_out(reduction: str, backend: str) 
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_padding_columns(backend: str) -> None:
     """Columns from vocab_size on are never read, and the two rows may have different widths."""
-    logits, reference = _pair()
+    logits, reference = pair()
     reference.requires_grad_()
     plain = kk.js_divergence(logits, reference, backend=backend)
     wanted, wanted_reference = torch.autograd.grad(plain, [logits, reference])
@@ -198,7 +168,7 @@ def test_padding_columns(backend: str) -> None:
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_excluded_column(backend: str) -> None:
     """Both softmaxes leave the column out: the same as −inf there in both rows."""
-    logits, reference = _pair()
+    logits, reference = pair()
     exclude = torch.randint(57, (3, 4))
     exclude[0, 0] = -1
     out = torch.arange(57) == exclude[..., None]
@@ -211,113 +181,3 @@ def test_excluded_column(backend: str) -> None:
     assert torch.allclose(logits.grad, x.grad, atol=1e-7)
     assert not logits.grad[out].any()
     assert not torch.allclose(loss, kk.jeffreys(logits, reference, backend=backend), rtol=1e-3)
-
-
-def test_every_divergence_has_a_named_form() -> None:
-    assert set(NAMED) == {name for name in DIVERGENCES if STATISTICS[name].builtin}
-    for function in NAMED.values():
-        assert getattr(kk, function.__name__) is function
-        assert function.__doc__
-
-
-@pytest.mark.parametrize("kind", NAMED)
-@pytest.mark.parametrize("backend", BACKENDS)
-def test_named_forms(kind: str, backend: str) -> None:
-    logits, reference = _pair()
-    common = {"temperature": 1.4, "mask": torch.rand(3, 4) < 0.7, "backend": backend}
-    options = {name: {**common, **taken(name, 0.3, 0.8)} for name in NAMED}
-    named = NAMED[kind](logits, reference, **options[kind])
-    general = kk.divergence_loss(logits, reference, kind, **options[kind])
-    assert torch.equal(named, general)
-    # Not another divergence's form, nor one with student and teacher exchanged.
-    others = [kk.divergence_loss(logits, reference, other, **options[other]) for other in NAMED if other != kind]
-    assert not any(torch.allclose(named, other, rtol=1e-4) for other in others)
-
-
-@pytest.mark.parametrize("given", [0.9, 0.5, torch.full((3, 4), 0.5)], ids=["another", "the default", "per token"])
-@pytest.mark.parametrize("name", ["alpha", "beta"])
-@pytest.mark.parametrize("kind", DIVERGENCES)
-def test_a_parameter_is_for_the_kinds_that_have_it(kind: str, name: str, given: float | Tensor) -> None:
-    """An error for the others, also where it would be what None means; token_stats serves several kinds at once."""
-    logits, reference = _pair()
-    ids, logprobs = reference.log_softmax(-1).topk(5).indices, reference.log_softmax(-1).topk(5).values
-    option, has = {name: given}, PARAMETERS.get(kind, ())
-    calls: list[tuple[str, Callable[[], object]]] = [
-        ("divergence_loss", lambda: kk.divergence_loss(logits, reference, kind, **option)),
-        ("divergence_loss", lambda: NAMED[kind](logits, reference, **option)),
-        ("topk_divergence_loss", lambda: kk.topk_divergence_loss(logits, ids, logprobs, kind, **option)),
-        ("topk_divergence_loss", lambda: kk.topk_divergence_from_logits(logits, reference, kind, k=5, **option)),
-        ("DivergenceLoss", lambda: kk.nn.DivergenceLoss(kind, **option)),
-        ("TopKDivergenceLoss", lambda: kk.nn.TopKDivergenceLoss(kind, **option)),
-    ]
-    for where, call in calls:
-        if name in has:
-            call()
-            continue
-        what = "given" if isinstance(given, Tensor) else given
-        allowed = ", ".join(other for other in DIVERGENCES if name in PARAMETERS.get(other, ()))
-        with pytest.raises(ValueError, match=rf"^{where}: {name} is {what}, which kind '{kind}' has no use for; it is"
-                           rf" for {allowed}$"):  # fmt: skip
-            call()
-    if name in has:
-        half = kk.divergence_loss(logits, reference, kind, **{name: 0.5})
-        assert torch.equal(half, kk.divergence_loss(logits, reference, kind))
-    kk.token_stats(logits, reference, stats=list({kind, "js", "renyi"}), **option)
-
-
-@pytest.mark.parametrize(
-    ("module", "kind", "options"),
-    [
-        (kk.nn.DivergenceLoss("renyi", alpha=0.3), "renyi", {"alpha": 0.3}),
-        (kk.nn.KLDivLoss(temperature=2.0), "forward_kl", {"temperature": 2.0}),
-        (kk.nn.KLDivLoss(reverse=True), "reverse_kl", {}),
-        (kk.nn.JSDivLoss(0.9), "js", {"beta": 0.9}),
-        (kk.nn.JSDivLoss(), "js", {"beta": 0.5}),
-        (kk.nn.HellingerLoss(reduction="sum"), "hellinger", {"reduction": "sum"}),
-    ],
-    ids=repr,
-)
-def test_modules(module: kk.nn.DivergenceLoss, kind: str, options: dict[str, object]) -> None:
-    logits, reference = _pair()
-    mask = torch.rand(3, 4) < 0.7
-    assert torch.equal(
-        module(logits, reference, mask=mask), kk.divergence_loss(logits, reference, kind, mask=mask, **options)
-    )
-    assert kind in repr(module)
-
-
-@pytest.mark.parametrize("labels_shape", [(3, 4), (3, 4, 6)], ids=str)
-@pytest.mark.parametrize("backend", BACKENDS)
-def test_selective_log_softmax(labels_shape: tuple[int, ...], backend: str) -> None:
-    logits, _ = _pair()
-    labels = torch.randint(57, labels_shape)
-    got = kk.selective_log_softmax(logits, labels, temperature=0.7, backend=backend)
-    index = labels if len(labels_shape) == 3 else labels[..., None]
-    exact = logits.detach().double().requires_grad_()
-    wanted = (exact / 0.7).log_softmax(-1).gather(-1, index).reshape(labels_shape)
-    check_value(got, wanted.detach())
-    upstream = torch.randn(labels_shape)
-    got.backward(upstream)
-    wanted.backward(upstream.double())
-    check_gradient(logits.grad, exact.grad, torch.full((3, 4, 1), 10.0))
-
-
-@pytest.mark.parametrize("backend", BACKENDS)
-def test_entropy(backend: str) -> None:
-    logits, _ = _pair(torch.bfloat16)
-    mask = torch.rand(3, 4) < 0.5
-    expected = oracle.evaluate("entropy", logits, temperature=1.9, mask=mask)
-    got = kk.entropy(logits, temperature=1.9, mask=mask, backend=backend)
-    check_value(got, expected.value)
-    got.sum().backward()
-    check_gradient(logits.grad, expected.student, expected.student_floor)
-
-
-def test_token_stats_is_a_mapping_with_attributes() -> None:
-    logits, reference = _pair()
-    stats = kk.token_stats(logits, reference, stats=("js", "argmax", "entropy"))
-    assert list(stats) == ["js", "argmax", "entropy"]
-    assert dict(stats.items())["js"] is stats.js is stats["js"]
-    assert stats.argmax.dtype == torch.int64
-    with pytest.raises(AttributeError, match=r"no statistic 'logprob'; it has js, argmax, entropy"):
-        _ = stats.logprob

@@ -3,39 +3,16 @@
 from __future__ import annotations
 
 import itertools
-import re
 from typing import Any
 
 import pytest
-import torch
+from cuda_plans import BF16, FP32, ROWS, TWO_SWEEP, compiled, one_tensor, plan
 
-import kldiv_kernels as kk
 from kldiv_kernels.registry import STATISTICS
 
-compiled = pytest.importorskip("kldiv_kernels._C")
-
-ROWS = 8192
-BF16 = {"student_bytes": 2, "teacher_bytes": 2}
-FP32 = {"student_bytes": 4, "teacher_bytes": 4}
-ONE_BF16 = {"student_bytes": 2, "stats": ["logprob", "entropy"]}
-TWO_SWEEP = (1, 0)
+pytestmark = pytest.mark.usefixtures("no_cuda_plan")
 # What a block may have, and the largest cluster.
 TARGETS = {80: (166_912, 1), 86: (101_376, 1), 90: (232_448, 16), 100: (232_448, 16), 120: (101_376, 8)}
-
-
-@pytest.fixture(autouse=True)
-def _no_wish(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.delenv("KLDIV_CUDA_PLAN", raising=False)
-
-
-def plan(capability: int, columns: int, **options: Any) -> Any:
-    return compiled.plan_cuda(
-        capability=capability, columns=columns, **{"rows": ROWS, "stats": ["forward_kl"], **BF16, **options}
-    )
-
-
-def one_tensor(capability: int, columns: int) -> Any:
-    return plan(capability, columns, teacher_bytes=0, stats=["logprob", "entropy"])
 
 
 @pytest.mark.parametrize(
@@ -102,28 +79,6 @@ def test_longer_rows_never_take_smaller_clusters_until_nothing_has_three_stages(
     clusters = [plan(90, columns).cluster for columns in range(8_192, 262_145, 1_024)]
     assert clusters == sorted(clusters)
     assert set(clusters) == {1, 2, 4, 8, 16}
-
-
-def test_a_top_k_loss_by_name() -> None:
-    shape = {"rows": 8192, "vocab": 151_936, "kind": "topk_loss"}
-    found = kk.plan(**shape, device="sm_90")
-    assert (found.kernel, found.cluster, found.stages) == ("one-read", 4, 3)
-    assert found.bytes == 2 * 8192 * 151_936 * 2
-    assert kk.plan(**shape, device="sm_86").kernel == "two-sweep"
-    assert kk.plan(**shape).bytes == found.bytes
-
-
-@pytest.mark.parametrize("device", ["cpu", "sm_90"])
-@pytest.mark.parametrize(("kind", "moved"), [("forward_kl", 5), ("topk_loss", 3), ("policy_loss", 3)])
-def test_float16_losses_read_again(kind: str, moved: int, device: str) -> None:
-    """Their gradients wait for the loss scale, which comes in with backward."""
-    shape = {"rows": 64, "vocab": 32_000, "kind": kind, "device": device}
-    found = kk.plan(**shape, dtype=torch.float16)
-    assert "one-read" not in found.kernel
-    assert found.bytes == moved * 64 * 32_000 * 2
-    assert found.reason.endswith("backward reads float16 logits again, with the loss scale")
-    assert "one-read" in kk.plan(**shape, dtype=torch.bfloat16).kernel
-    assert "float16" not in kk.plan(**shape, dtype=torch.float16, gradient=False).reason
 
 
 REFUSALS: dict[str, tuple[dict[str, Any], str]] = {
@@ -235,63 +190,6 @@ def test_sweeps_and_bytes() -> None:
         assert (found.sweeps, found.bytes) == (sweeps, units * table), found.reason
 
 
-@pytest.mark.parametrize(
-    ("wish", "columns", "cluster", "stages"),
-    [
-        ("two-sweep", 151_936, *TWO_SWEEP), ("cluster=16", 151_936, 16, 4), ("cluster=16,stages=2", 151_936, 16, 2),
-        ("stages=2,cluster=16", 151_936, 16, 2), ("stages=1", 151_936, 4, 1), ("stages=4", 151_936, 16, 4),
-        ("cluster=2", 8_000, 2, 4), ("stages=2", 512, 1, 2), ("cluster=16", 1_024, 16, 4), ("", 151_936, 8, 3),
-    ],
-)  # fmt: skip
-def test_the_environment_takes_the_choice(
-    monkeypatch: pytest.MonkeyPatch, wish: str, columns: int, cluster: int, stages: int
-) -> None:
-    monkeypatch.setenv("KLDIV_CUDA_PLAN", wish)
-    found = plan(90, columns)
-    assert (found.cluster, found.stages) == (cluster, stages), found.reason
-    assert ("KLDIV_CUDA_PLAN" in found.reason) == bool(wish)
-
-
-def test_the_environment_changes_no_call_that_has_to_be_two_sweep(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("KLDIV_CUDA_PLAN", "cluster=16,stages=4")
-    assert "16 bytes" in plan(90, 151_936, aligned=False).reason
-    assert "sm_80" in plan(80, 151_936).reason
-
-
-@pytest.mark.parametrize(
-    ("wish", "options", "message"),
-    [
-        ("cluster", {}, "expected two-sweep, or cluster=C,stages=S with either part left out"),
-        ("one-read", {}, "expected two-sweep, or cluster=C,stages=S"),
-        ("cluster=4,", {}, "expected two-sweep, or cluster=C,stages=S"),
-        ("cluster=4,cluster=8", {}, "expected two-sweep, or cluster=C,stages=S"),
-        ("cluster=4;stages=2", {}, "'4;stages=2' is no number of at least 1"),
-        ("cluster=-4", {}, "'-4' is no number of at least 1"),
-        ("stages=0", {}, "'0' is no number of at least 1"),
-        ("stages=", {}, "'' is no number of at least 1"),
-        ("cluster=3", {}, "expected a cluster of 1, 2, 4, 8 or 16"),
-        ("stages=5", {}, "expected at most 4 stages"),
-        ("cluster=16", {"capability": 120}, "sm_120 has clusters of at most 8"),
-        ("cluster=8", {"columns": 256}, "256 columns leave a CTA of the cluster without any"),
-        (
-            "cluster=4,stages=2", {},
-            "sm_90 has no shared memory for 2 row pairs of 151,936 columns in a cluster of 4",
-        ),
-        ("cluster=2", {}, "sm_90 has no shared memory for 1 row pair of 151,936 columns in a cluster of 2"),
-        (
-            "stages=2", {"capability": 120},
-            "sm_120 has no shared memory for 2 row pairs of 151,936 columns in a cluster of at most 8",
-        ),
-    ],
-)  # fmt: skip
-def test_the_environment_is_refused(
-    monkeypatch: pytest.MonkeyPatch, wish: str, options: dict[str, Any], message: str
-) -> None:
-    monkeypatch.setenv("KLDIV_CUDA_PLAN", wish)
-    with pytest.raises(ValueError, match=re.escape(f"KLDIV_CUDA_PLAN is '{wish}': {message}")):
-        plan(**{"capability": 90, "columns": 151_936, **options})
-
-
 @pytest.mark.parametrize("capability", [0, 70, 75, 130, 900])
 def test_no_target(capability: int) -> None:
     with pytest.raises(ValueError, match=f"serves sm_80 to sm_129, not sm_{capability}"):
@@ -302,65 +200,3 @@ def test_a_target_not_named_gets_the_least_of_its_generation() -> None:
     for capability, like in ((88, 86), (87, 80), (101, 100), (121, 120), (110, 120)):
         target = compiled.cuda_target(capability)
         assert (target.shared_bytes, target.largest_cluster) == TARGETS[like]
-
-
-def test_the_api_plans_a_loss_and_statistics() -> None:
-    loss = kk.plan(rows=ROWS, vocab=151_936, kind="js", device="sm_90a")
-    assert (loss.backend, loss.kernel, loss.sweeps) == ("cuda", "one-read", 3)
-    assert (loss.cluster, loss.stages, loss.threads) == (8, 3, 576)
-    assert loss.shared_memory == plan(90, 151_936).shared_bytes > 3 * 151_936 // 8 * 4
-    assert loss.bytes == 3 * ROWS * 151_936 * 2
-    statistics = kk.plan(rows=ROWS, vocab=151_936, stats=["logprob", "entropy"], device="sm_90")
-    assert (statistics.kernel, statistics.cluster, statistics.bytes) == ("two-sweep", 1, 3 * ROWS * 151_936 * 2)
-    values = kk.plan(rows=ROWS, vocab=151_936, kind="js", gradient=False, device="sm_90")
-    assert (values.kernel, values.sweeps) == ("two-sweep", 2)
-    assert kk.plan(rows=ROWS, vocab=151_936, dtype=torch.float32, device="sm_90").cluster == 16
-
-
-def test_the_api_names_the_device_of_a_refused_plan(monkeypatch: pytest.MonkeyPatch) -> None:
-    with pytest.raises(ValueError, match="plan: device is 'sm_75'; the cuda backend serves sm_80 to sm_129"):
-        kk.plan(rows=4, vocab=8, device="sm_75")
-    monkeypatch.setenv("KLDIV_CUDA_PLAN", "cluster=5")
-    with pytest.raises(ValueError, match="plan: KLDIV_CUDA_PLAN is 'cluster=5'"):
-        kk.plan(rows=4, vocab=8, device="sm_90")
-
-
-def test_what_cuda_does_not_serve_goes_to_the_next_backend(monkeypatch: pytest.MonkeyPatch) -> None:
-    double = kk.plan(rows=4, vocab=64, dtype=torch.float64, device="sm_90")
-    assert double.backend == "reference"
-    assert "cuda: it serves float32, bfloat16 and float16, not torch.float64" in double.reason
-    kk.register_statistic(
-        "overlap", value=lambda logp, logq: logp.exp() * logq.exp(),
-        grad_logq=lambda logp, logq: logp.exp() * logq.exp(), grad_logp=lambda logp, logq: logp.exp() * logq.exp(),
-    )  # fmt: skip
-    try:
-        users = kk.plan(rows=4, vocab=64, kind="overlap", device="sm_90")
-    finally:
-        kk.unregister_statistic("overlap")
-    assert users.backend == "reference"
-    assert "cuda: it has no overlap" in users.reason
-    monkeypatch.setenv("KLDIV_BACKEND", "reference")
-    assert kk.plan(rows=4, vocab=64, device="sm_90").reason == "reference: KLDIV_BACKEND=reference"
-    monkeypatch.setenv("KLDIV_BACKEND", "cpu")
-    with pytest.raises(ValueError, match="KLDIV_BACKEND is 'cpu'; expected auto or one of cuda, triton, reference"):
-        kk.plan(rows=4, vocab=64, device="sm_90")
-
-
-def test_triton_reads_again_for_the_gradient(monkeypatch: pytest.MonkeyPatch) -> None:
-    pytest.importorskip("triton")
-    monkeypatch.setenv("KLDIV_BACKEND", "triton")
-    found = kk.plan(rows=ROWS, vocab=32_000, device="sm_90")
-    assert (found.backend, found.sweeps, found.threads) == ("triton", 2, 128)
-    assert found.bytes == 5 * ROWS * 32_000 * 2
-    assert found.cluster is None
-
-
-def test_a_policy_loss_reads_the_logits_once() -> None:
-    unit = ROWS * 151_936 * 2
-    plans = {
-        device: kk.plan(rows=ROWS, vocab=151_936, kind="policy_loss", device=device) for device in ("cpu", "sm_90")
-    }
-    assert {plan.bytes for plan in plans.values()} == {2 * unit}
-    assert plans["sm_90"].kernel == "one-read"
-    assert kk.plan(rows=ROWS, vocab=151_936, kind="policy_loss", device="sm_80").bytes == 3 * unit
-    assert kk.plan(rows=ROWS, vocab=151_936, stats=["logprob", "entropy"]).bytes == 3 * unit

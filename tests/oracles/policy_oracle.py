@@ -133,6 +133,13 @@ AGGREGATION = {
 }  # fmt: skip
 
 
+def arguments_of(name: str) -> dict[str, Any]:
+    """What policy_loss is given for the loss of TERMS of that name."""
+    loss_type, options, _ = TERMS[name]
+    needs = {"normalizer": 30.0} if loss_type == "dr_grpo" else {}
+    return {"loss_type": loss_type, **options, **needs}
+
+
 def aggregate(sequences: list[Tensor], how: str, normalizer: float | None, count_empty: bool = True) -> Tensor:
     """The scalar of a list of sequences, each the values of its valid tokens."""
     tokens = sum(len(x) for x in sequences)

@@ -5,30 +5,24 @@ The composed form is tested against formulas (test_policy.py) and against TRL (t
 
 from __future__ import annotations
 
-import gc
-import weakref
 from typing import Any
 
 import policy_oracle as oracle
 import pytest
 import torch
-from checks import BACKENDS, CUDA_ON_HOST
 from policy_oracle import TERMS
+from policy_two_forms import ONE_READ_BACKENDS, VOCAB, arguments_for, both, check
 from torch import Tensor
 
 import kldiv_kernels as kk
-from kldiv_kernels.policy import one_read
 from kldiv_kernels.policy.options import CLIPPED
 
-ONE_READ_BACKENDS = [name for name in BACKENDS if name in ("cpu", "cuda")]
 pytestmark = pytest.mark.skipif(not ONE_READ_BACKENDS, reason="no backend here has the one-read form")
-VOCAB = 136
 OF_A_TOKEN = (*CLIPPED, "cispo", "sapo", "reinforce", "topr", "dppo_tv", "dppo_kl")
 BY_TOKEN = [
     name for name, (loss_type, options, _) in TERMS.items()
     if loss_type in OF_A_TOKEN and loss_type not in ("gspo", "topr") and "importance_level" not in options
 ]  # fmt: skip
-
 OPTIONS: dict[str, dict[str, Any]] = {
     "own policy": {"old": None},
     "own policy sapo": {"old": None, "loss_type": "sapo"},
@@ -66,71 +60,13 @@ OPTIONS: dict[str, dict[str, Any]] = {
 }  # fmt: skip
 
 
-def _arguments(batch: oracle.Batch, **options: Any) -> dict[str, Any]:
-    """Of policy_loss: float32 tensors for what the options ask for."""
-    arguments: dict[str, Any] = {"mask": batch.mask}
-    if options.pop("old", True):
-        arguments["old_logprobs"] = batch.old.float()
-    if options.pop("anchor", False):
-        arguments["anchor_logprobs"] = (batch.old - 0.1).float()
-    if options.pop("weights", False):
-        arguments["token_weights"] = torch.rand(batch.mask.shape)
-    if options.pop("sampling", False):
-        arguments["sampling_logprobs"] = batch.sampling.float().masked_fill_(
-            torch.rand(batch.mask.shape) < 0.1, torch.nan
-        )
-    if options.pop("kl", False):
-        arguments |= {"reference_logprobs": batch.reference.float(), "kl_coef": 0.3}
-    if options.pop("exact", False):
-        arguments |= {"reference_logits": batch.reference_logits.float(), "kl_coef": 0.3}
-    return arguments | options
-
-
-def _both(
-    batch: oracle.Batch, backend: str, dtype: torch.dtype, **options: Any
-) -> tuple[kk.PolicyLoss, Tensor, kk.PolicyLoss, Tensor]:
-    """The loss and its leaf in the one-read form, and composed in float64 from the same logits."""
-    logits = batch.logits.to(dtype).requires_grad_()
-    exact = logits.detach().double().requires_grad_()
-    arguments = _arguments(batch, **options)
-    advantages = batch.advantages.float()
-    out = kk.policy_loss(logits, batch.token_ids, advantages, backend=backend, **_as(arguments, dtype))
-    want = kk.policy_loss(
-        exact, batch.token_ids, advantages, backend="reference", **_as(arguments, dtype, torch.float64)
-    )
-    return out, logits, want, exact
-
-
-def _as(arguments: dict[str, Any], *dtypes: torch.dtype) -> dict[str, Any]:
-    """Reference logits rounded to the first dtype, and then as the last."""
-    if "reference_logits" not in arguments:
-        return arguments
-    reference = arguments["reference_logits"]
-    for dtype in dtypes:
-        reference = reference.to(dtype)
-    return arguments | {"reference_logits": reference}
-
-
-def _check(out: kk.PolicyLoss, logits: Tensor, want: kk.PolicyLoss, exact: Tensor) -> None:
-    assert out.loss.item() == pytest.approx(want.loss.item(), rel=1e-5, abs=1e-6)
-    assert out.metrics.keys() == want.metrics.keys()
-    for name, value in out.metrics.items():
-        assert value.item() == pytest.approx(want.metrics[name].item(), rel=1e-4, abs=1e-5), name
-    # An upstream factor, and rows as large as each other: the gradient is relative to the largest of all.
-    (got,), (wanted,) = torch.autograd.grad(3 * out.loss, logits), torch.autograd.grad(3 * want.loss, exact)
-    largest = wanted.abs().max()
-    assert largest > 1e-3
-    rounding = 0 if logits.dtype == torch.float32 else 2 * torch.finfo(logits.dtype).eps
-    assert ((got.double() - wanted).abs() <= 2e-5 * largest + rounding * wanted.abs()).all()
-
-
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("name", BY_TOKEN)
 @pytest.mark.parametrize("backend", ONE_READ_BACKENDS)
 def test_terms(name: str, dtype: torch.dtype, backend: str, plan: None, passes: list[str]) -> None:
     loss_type, options, _ = TERMS[name]
     needs = {"normalizer": 30.0} if loss_type == "dr_grpo" else {}
-    _check(*_both(oracle.batch(vocab=VOCAB), backend, dtype, loss_type=loss_type, **options, **needs))
+    check(*both(oracle.batch(vocab=VOCAB), backend, dtype, loss_type=loss_type, **options, **needs))
     assert passes == ["policy_loss", "statistics"]
 
 
@@ -140,93 +76,15 @@ def test_options(name: str, backend: str, plan: None, passes: list[str]) -> None
     batch = oracle.batch(vocab=VOCAB)
     if "vocab_size" in OPTIONS[name]:
         batch.token_ids %= OPTIONS[name]["vocab_size"]
-    _check(*_both(batch, backend, torch.float32, **OPTIONS[name]))
+    check(*both(batch, backend, torch.float32, **OPTIONS[name]))
     assert passes == ["policy_loss", "statistics"]
-
-
-@pytest.mark.parametrize(
-    "options",
-    [
-        {"loss_type": "gspo"}, {"loss_type": "vespo"}, {"loss_type": "gmpo"}, {"loss_type": "topr"},
-        {"importance_level": "sequence"}, {"entropy_quantile": 0.5}, {"off_policy_threshold": 0.1},
-        {"cov_selection": "kl"}, {"old": None, "sampling": True}, {"exact": True, "kl_estimator": "k3"},
-    ],
-    ids=str,
-)  # fmt: skip
-@pytest.mark.parametrize("backend", ONE_READ_BACKENDS)
-def test_what_takes_two_passes(options: dict[str, Any], backend: str, passes: list[str]) -> None:
-    """The gradient of a token depends on others, or on more of the row than its log-probability."""
-    _check(*_both(oracle.batch(vocab=VOCAB), backend, torch.float32, **options))
-    assert passes == ["statistics", "statistics"]
-
-
-@pytest.mark.parametrize("backend", ONE_READ_BACKENDS)
-def test_nothing_waits_for_the_device(backend: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    known = one_read.known
-
-    def watched(*arguments: Any) -> one_read.Known:
-        with oracle.NoHostValue():
-            return known(*arguments)
-
-    monkeypatch.setattr(one_read, "known", watched)
-    out, *_ = _both(oracle.batch(vocab=VOCAB), backend, torch.float32, kl=True, sampling=True, entropy_coef=0.1)
-    assert out.loss.isfinite()
-
-
-@pytest.mark.parametrize("backend", ONE_READ_BACKENDS)
-def test_without_gradient_there_is_none(backend: str, passes: list[str]) -> None:
-    batch = oracle.batch(vocab=VOCAB)
-    out = kk.policy_loss(batch.logits.float(), batch.token_ids, batch.advantages, mask=batch.mask, backend=backend)
-    assert not out.loss.requires_grad
-    assert passes == ["statistics"]
-
-
-@pytest.mark.parametrize("backend", ONE_READ_BACKENDS)
-def test_per_token_loss_has_a_gradient_where_asked_for(backend: str, passes: list[str]) -> None:
-    batch = oracle.batch(vocab=VOCAB)
-    plain, *_ = _both(batch, backend, torch.float32, kl=True)
-    assert not plain.per_token_loss.requires_grad
-    out, logits, want, exact = _both(batch, backend, torch.float32, kl=True, per_token_gradient=True)
-    assert passes == ["policy_loss", "statistics", "statistics", "statistics"]
-    assert torch.equal(out.per_token_loss, plain.per_token_loss)
-    weights = torch.randn(batch.mask.shape)
-    (got,) = torch.autograd.grad((weights * out.per_token_loss).sum(), logits)
-    (wanted,) = torch.autograd.grad((weights * want.per_token_loss).sum(), exact)
-    assert wanted.abs().max() > 0.1
-    assert (got.double() - wanted).abs().max() <= 2e-5 * wanted.abs().max()
-
-
-@pytest.mark.parametrize("backend", ONE_READ_BACKENDS)
-def test_the_logits_are_not_kept(backend: str) -> None:
-    """As the loss is kept, for its metrics say: neither before the backward pass nor after it."""
-    batch = oracle.batch(vocab=VOCAB)
-    leaf = batch.logits.float().requires_grad_()
-    logits = leaf * 1
-    alive = weakref.ref(logits)
-    out = kk.policy_loss(logits, batch.token_ids, batch.advantages, mask=batch.mask, backend=backend)
-    del logits
-    gc.collect()
-    assert alive() is None
-    out.loss.backward()
-    assert leaf.grad.any()
-
-
-@pytest.mark.parametrize("backend", ONE_READ_BACKENDS)
-def test_float16_with_a_loss_scale(backend: str, passes: list[str]) -> None:
-    """A gradient below float16's numbers, until it is scaled."""
-    out, logits, want, exact = _both(oracle.batch(vocab=VOCAB), backend, torch.float16, normalizer=1e8)
-    assert passes == ["statistics", "statistics"]
-    (got,) = torch.autograd.grad(2**20 * out.loss, logits)
-    (wanted,) = torch.autograd.grad(2**20 * want.loss, exact)
-    assert (got.double() - wanted).abs().max() <= 2e-3 * wanted.abs().max()
-    assert wanted.any()
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize("backend", ONE_READ_BACKENDS)
 def test_whatever_the_default_dtype(backend: str, dtype: torch.dtype) -> None:
     batch = oracle.batch(vocab=VOCAB)
-    arguments = _arguments(batch, kl=True, entropy_coef=0.1)
+    arguments = arguments_for(batch, kl=True, entropy_coef=0.1)
     gradients = []
     for default in (torch.float32, dtype):
         logits = batch.logits.float().requires_grad_()
@@ -243,8 +101,8 @@ def test_whatever_the_default_dtype(backend: str, dtype: torch.dtype) -> None:
 @pytest.mark.parametrize("backend", ONE_READ_BACKENDS)
 def test_any_normalizer_of_one_element(backend: str, normalizer: Tensor) -> None:
     batch = oracle.batch(vocab=VOCAB)
-    out, logits, _, _ = _both(batch, backend, torch.float32, normalizer=normalizer)
-    again, leaf, _, _ = _both(batch, backend, torch.float32, normalizer=7.0)
+    out, logits, _, _ = both(batch, backend, torch.float32, normalizer=normalizer)
+    again, leaf, _, _ = both(batch, backend, torch.float32, normalizer=7.0)
     assert torch.equal(torch.autograd.grad(out.loss, logits)[0], torch.autograd.grad(again.loss, leaf)[0])
 
 
@@ -263,20 +121,6 @@ def test_a_nan_in_old_logprobs_is_seen(backend: str, loss_type: str, plan: None)
         (got,) = torch.autograd.grad(out.loss, logits)
         assert got[0, 1].isnan().all()
         assert got.flatten(0, 1)[2:].isfinite().all()
-
-
-@pytest.mark.parametrize("backend", ONE_READ_BACKENDS)
-def test_a_kept_graph_gives_the_same_gradient_again(backend: str) -> None:
-    batch = oracle.batch(vocab=VOCAB)
-    logits = batch.logits.float().requires_grad_()
-    loss = kk.policy_loss(logits, batch.token_ids, batch.advantages, mask=batch.mask, backend=backend).loss / 3
-    first, second = (torch.autograd.grad(loss, logits, retain_graph=True)[0] for _ in range(2))
-    assert torch.equal(first, second)
-    assert torch.equal(first, torch.autograd.grad(loss, logits)[0])
-    with pytest.raises(RuntimeError, match="double backward"):
-        torch.autograd.grad(
-            kk.policy_loss(logits, batch.token_ids, batch.advantages, backend=backend).loss, logits, create_graph=True
-        )
 
 
 @pytest.mark.parametrize("loss_type", ["grpo", "dppo_tv"])
@@ -315,47 +159,3 @@ def test_all_masked(backend: str, plan: None) -> None:
     out.loss.backward()
     assert out.loss.item() == 0
     assert not logits.grad.any()
-
-
-@pytest.mark.parametrize("backend", ONE_READ_BACKENDS)
-def test_operators(backend: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Schema, fake and autograd, as torch.library checks them."""
-    calls: list[tuple[Any, ...]] = []
-    batch = oracle.batch(vocab=VOCAB)
-    logits = batch.logits.float().requires_grad_()
-    real = torch.ops.kldiv_kernels.policy
-    monkeypatch.setattr(
-        torch.ops.kldiv_kernels, "policy", lambda *arguments: (calls.append(arguments), real(*arguments))[1]
-    )
-    arguments = _arguments(batch, kl=True, entropy_coef=0.1)
-    kk.policy_loss(logits, batch.token_ids, batch.advantages.float(), backend=backend, **arguments)
-    monkeypatch.undo()
-    torch.library.opcheck(real.default, calls[0])
-    torch.library.opcheck(
-        torch.ops.kldiv_kernels.with_gradient.default, (torch.tensor(2.0), logits, torch.randn_like(logits)),
-        test_utils=("test_schema", "test_faketensor"),
-    )  # fmt: skip
-    for position, wrong, message in (
-        (-3, "ppo", "policy_term must not be ppo"),
-        (-2, "k9", "policy_kl must not be k9"),
-        (-1, [1.0], "policy_bounds must be"),
-    ):
-        broken = list(calls[0])
-        broken[position] = wrong
-        with pytest.raises(RuntimeError, match=message):
-            real(*broken)
-
-
-@pytest.mark.skipif(CUDA_ON_HOST, reason="the operators are the same")
-@pytest.mark.parametrize("backend", ONE_READ_BACKENDS)
-def test_torch_compile(backend: str) -> None:
-    batch = oracle.batch(vocab=VOCAB)
-    arguments = _arguments(batch, kl=True, entropy_coef=0.1)
-    logits = batch.logits.float().requires_grad_()
-
-    def loss(x: Tensor) -> Tensor:
-        return kk.policy_loss(x, batch.token_ids, batch.advantages.float(), backend=backend, **arguments).loss
-
-    (eager,) = torch.autograd.grad(2 * loss(logits), logits)
-    compiled = 2 * torch.compile(loss, fullgraph=True, backend="aot_eager")(logits)
-    assert torch.allclose(torch.autograd.grad(compiled, logits)[0], eager, rtol=1e-6, atol=1e-9)

@@ -3,132 +3,19 @@
 from __future__ import annotations
 
 import dataclasses
-import itertools
 
 import pytest
 import torch
-from checks import CUDA_ON_HOST, DIVERGENCES, check_gradient, check_value, with_parameters
-from cuda_host.one_read import Machine, Option, prepare, uneven
-from torch import Tensor
+from checks import CUDA_ON_HOST, DIVERGENCES, check_gradient, with_parameters
+from cuda_host.one_read import Machine, uneven
+from topk_cuda_problem import COLUMNS, PLANS, TWO_SWEEP, check, logits_of, problem, some_labels
 
 import kldiv_kernels as kk
 from kldiv_kernels import ops
-from kldiv_kernels.backends import Call, OneReadTopK, get
 
 if not CUDA_ON_HOST:
     pytest.skip("runs under KLDIV_CUDA_HOST=1", allow_module_level=True)
-
-TWO_SWEEP = "two-sweep"
-PLANS = [f"cluster={c},stages={s}" for c, s in itertools.product((1, 2, 4, 8, 16), (1, 2, 3, 4))]
 TAILS = ("bucket", "renormalize", "renormalize_teacher")
-COLUMNS = 776
-
-
-@dataclasses.dataclass(frozen=True)
-class Problem:
-    call: Call
-    teacher: Tensor
-    scale: Tensor
-    kind: str
-    alpha: float = 0.5
-    beta: float = 0.5
-
-    def run(self) -> tuple[Tensor, Tensor, Tensor]:
-        """Values, divergences and dlogits."""
-        backend = get("cuda")
-        assert isinstance(backend, OneReadTopK)
-        return backend.topk(self.call, self.teacher, self.scale, self.kind, self.alpha, self.beta)
-
-    def kernel(self) -> str:
-        """What the launcher says of its choice when the model gives up at once."""
-        call = dataclasses.replace(self.call, mask=None)
-        with pytest.MonkeyPatch.context() as environment:
-            environment.setenv("KLDIV_HOST_STEPS", "1")
-            with pytest.raises(RuntimeError, match="no end after 1 steps") as error:
-                dataclasses.replace(self, call=call).run()
-        return str(error.value)
-
-    def rows(self, index: slice | list[int] | Tensor) -> Problem:
-        c = self.call
-        call = dataclasses.replace(
-            c, logits=c.logits[index], labels=None if c.labels is None else c.labels[index],
-            mask=None if c.mask is None else c.mask[index],
-        )  # fmt: skip
-        return dataclasses.replace(self, call=call, teacher=self.teacher[index], scale=self.scale[index])
-
-    def expected(self) -> tuple[Tensor, Tensor, Tensor]:
-        """The same in float64, composed of statistics."""
-        leaf = self.call.logits.double().requires_grad_()
-        exact = dataclasses.replace(self.call, logits=leaf)
-        values = ops.statistics(exact, "reference", False)
-        assert exact.labels is not None
-        none = torch.zeros_like(self.teacher, dtype=torch.bool)
-        none[:, : exact.labels_per_row] = exact.labels < 0
-        outcomes = torch.where(none, -torch.inf, values.T)
-        parameters = {"alpha": self.alpha, "beta": self.beta, "mask": exact.mask}
-        divergences = kk.token_stats(outcomes, self.teacher.double(), stats=(self.kind,), **parameters)[self.kind]
-        (gradient,) = torch.autograd.grad(ops.weighted_sum(self.scale.double(), divergences), leaf)
-        return values.detach(), divergences.detach(), gradient
-
-
-def problem(
-    logits: Tensor,
-    labels: Tensor,
-    kind: str = "forward_kl",
-    tail: str = "bucket",
-    *,
-    alpha: float = 0.5,
-    beta: float = 0.5,
-    scale: Tensor | None = None,
-    near: float = 1.0,
-    **options: Option,
-) -> Problem:
-    """A teacher of its own, at a distance from the student."""
-    rows, count = labels.shape
-    theirs = (
-        torch.where(labels < 0, -torch.inf, near * torch.randn(rows, count))
-        .log_softmax(-1)
-        .nan_to_num(nan=-torch.inf, neginf=-torch.inf)
-    )
-    if tail != "renormalize":
-        theirs = torch.cat([theirs + torch.tensor(0.7).log(), torch.tensor(0.3).log().expand(rows, 1)], -1)
-    if tail == "renormalize_teacher":
-        theirs[:, -1] = -torch.inf
-    stats = ("logprob",) if tail == "renormalize" else ("logprob", "tail_logprob")
-    call = prepare(stats, logits, None, labels.reshape(*logits.shape[:-1], count), ignore_index=-1, **options)
-    weights = torch.rand(rows) + 0.5 if scale is None else scale
-    return Problem(call, theirs, weights, kind, alpha, beta)
-
-
-def some_labels(rows: int, columns: int, count: int) -> Tensor:
-    return torch.stack([torch.randperm(columns)[:count] for _ in range(rows)])
-
-
-def logits_of(rows: int, columns: int = COLUMNS, dtype: torch.dtype = torch.bfloat16) -> Tensor:
-    return (2 * torch.randn(rows, columns)).to(dtype)
-
-
-def check(given: Problem, form: str = "one-read") -> tuple[Tensor, Tensor, Tensor]:
-    """What the kernels of that form give, after comparing it with float64."""
-    chosen = given.kernel()
-    assert form in chosen, chosen
-    values, divergences, gradient = given.run()
-    wanted = given.expected()
-    check_value(values, wanted[0].float())
-    check_value(divergences, wanted[1].float())
-    assert gradient.dtype == given.call.logits.dtype
-    temperature = given.call.parameters[0] if given.call.token_parameters is None else 0.5
-    floor = 2 * given.scale.abs().reshape(*gradient.shape[:-1], 1) / temperature
-    finite = wanted[2].isfinite().all(-1)
-    check_gradient(gradient[finite], wanted[2][finite], floor[finite])
-    return values, divergences, gradient
-
-
-@pytest.fixture
-def machine(monkeypatch: pytest.MonkeyPatch) -> Machine:
-    chosen = Machine(monkeypatch)
-    chosen()
-    return chosen
 
 
 @pytest.fixture(params=["one-read", TWO_SWEEP])
@@ -279,64 +166,6 @@ def test_padding_strides_and_temperatures(form: str) -> None:
     floor = 4 * given.scale.reshape(2, 4, 1)
     check_gradient(gradient[..., :COLUMNS], wanted[..., :COLUMNS], floor)
     assert not gradient[..., COLUMNS:].any()
-
-
-@pytest.mark.parametrize("plan", PLANS)
-def test_plans_and_rows(plan: str, machine: Machine) -> None:
-    cluster, stages = (int(part.split("=")[1]) for part in plan.split(","))
-    _, columns = uneven(cluster)
-    for rows in (1, 2, 2 * stages + 3):
-        machine(cluster, stages, clusters=2 if rows > 2 else 3, seed=cluster + stages)
-        labels = some_labels(rows, columns, 24)
-        labels[0, 5:] = -1
-        check(problem(logits_of(rows, columns), labels))
-        check(problem(logits_of(rows, columns, torch.float32), labels, "js"))
-
-
-@pytest.mark.parametrize("kept", [[0], [8], [0, 8], [1, 2, 3, 5, 6, 7], []], ids=str)
-@pytest.mark.parametrize("stages", [1, 3])
-def test_mask(kept: list[int], stages: int, machine: Machine) -> None:
-    machine(4, stages)
-    logits = logits_of(9)
-    mask = torch.zeros(9, dtype=torch.bool)
-    mask[kept] = True
-    logits[~mask] = torch.nan
-    given = problem(logits, some_labels(9, COLUMNS, 12), mask=mask)
-    values, divergences, gradient = given.run()
-    assert not values[:, ~mask].any()
-    assert not divergences[~mask].any()
-    assert not gradient[~mask].any()
-    if kept:
-        check(given.rows(mask))
-        assert torch.equal(given.rows(mask).run()[2], gradient[mask])
-
-
-@pytest.mark.parametrize(
-    ("columns", "count", "dtype", "device"),
-    [
-        (COLUMNS, 30, torch.float16, "sm_90"), (2600, 1025, torch.float32, "sm_90"), (775, 30, torch.float32, "sm_90"),
-        (COLUMNS, 30, torch.bfloat16, "sm_80"),
-    ],
-)  # fmt: skip
-def test_what_takes_two_sweeps(columns: int, count: int, dtype: torch.dtype, device: str, machine: Machine) -> None:
-    machine(device=device)
-    check(problem(logits_of(3, columns, dtype), some_labels(3, columns, count)), TWO_SWEEP)
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-def test_same_bits_in_any_order_and_batch(dtype: torch.dtype, machine: Machine) -> None:
-    logits, labels = logits_of(7, 1032, dtype), some_labels(7, 1032, 100)
-    labels[2, 50:] = labels[2, :50]
-    given = problem(logits, labels, "js")
-    machine(4, 2)
-    expected = given.run()
-    for seed in range(30):
-        machine(4, 1 + seed % 3, clusters=1 + seed % 4, seed=seed)
-        rows = [slice(None), [seed % 7], [6, 2, 3]][seed % 3]
-        values, divergences, gradient = given.rows(rows).run()
-        assert torch.equal(values, expected[0][:, rows]), seed
-        assert torch.equal(divergences, expected[1][rows]), seed
-        assert torch.equal(gradient, expected[2][rows]), seed
 
 
 @pytest.mark.parametrize("reduction", ["mean", "sum"])
