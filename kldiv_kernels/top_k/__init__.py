@@ -5,13 +5,14 @@
 
 from __future__ import annotations
 
-from kldiv_kernels.top_k.divergences import topk_divergence_from_logits, topk_divergence_loss
+from kldiv_kernels.top_k.divergences import tail_checked, topk_divergence_from_logits, topk_divergence_loss
 from kldiv_kernels.top_k.inputs import looks_at, tail_of, teacher_checked
 from kldiv_kernels.top_k.statistics import TopK, topk, topk_token_stats
 
 __all__ = [
     "TopK",
     "looks_at",
+    "tail_checked",
     "tail_of",
     "teacher_checked",
     "topk",

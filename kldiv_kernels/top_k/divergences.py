@@ -103,10 +103,7 @@ def topk_divergence_loss(
     """
     where = "topk_divergence_loss"
     statistic = registry.get(kind, f"{where}: kind", registry.divergence_names())
-    if tail not in _TAILS:
-        raise ValueError(f"{where}: tail is {tail!r}; expected {', '.join(_TAILS[:-1])} or {_TAILS[-1]}")
-    if tail == "none" and kind not in _RAW:
-        raise ValueError(f"{where}: kind is {kind!r}; expected {', '.join(_RAW)} where tail is 'none'")
+    tail_checked(where, kind, tail)
     if tail_logprob is not None and tail != "bucket":
         raise ValueError(f"{where}: tail_logprob is given, but tail is {tail!r}; expected 'bucket'")
     topk_inputs.tail_floor_checked(where, tail_floor, tail, tail_logprob)
@@ -162,6 +159,13 @@ def topk_divergence_loss(
         # Logits of what they are the log-probabilities of.
         values = token_stats(ours, theirs, stats=(kind,), alpha=alpha, beta=beta, mask=valid)[kind]
     return reduced(values.reshape(-1), scale, reduction, leading)
+
+
+def tail_checked(where: str, kind: str, tail: str) -> None:
+    if tail not in _TAILS:
+        raise ValueError(f"{where}: tail is {tail!r}; expected {', '.join(_TAILS[:-1])} or {_TAILS[-1]}")
+    if tail == "none" and kind not in _RAW:
+        raise ValueError(f"{where}: kind is {kind!r}; expected {', '.join(_RAW)} where tail is 'none'")
 
 
 @on_replicas

@@ -197,7 +197,7 @@ POLICY: dict[str, tuple[Callable[[], object], type[Exception], str]] = {
         lambda: kk.nn.PolicyLoss(mask=LABELS), TypeError, "PolicyLoss: mask belongs to a batch; give it to forward()",
     ),
     "option of a module": (
-        lambda: kk.nn.PolicyLoss(clip=0.2), TypeError, "PolicyLoss: clip is no option of policy_loss; expected one of",
+        lambda: kk.nn.PolicyLoss(clip=0.2), TypeError, "PolicyLoss: clip is no option of policy_loss; did you mean",
     ),
     "value of a module": (
         lambda: kk.nn.PolicyLoss(dual_clip=0.5), ValueError, "PolicyLoss: dual_clip is 0.5; expected 1 or more",
