@@ -1,4 +1,4 @@
-// What the operators of every device ask of their arguments. They check only what would crash: inputs.py stands above.
+// What the operators of every device ask of their arguments. They check only what would crash: inputs/ stands above.
 #pragma once
 
 #include <torch/csrc/stable/library.h>

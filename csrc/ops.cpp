@@ -1,6 +1,6 @@
 // The tensor operators, on PyTorch's stable ABI: one build serves every Python and every PyTorch from 2.10 on.
 // They are functional but for scale_, carry no autograd and check only what would crash: kldiv_kernels/ops.py and
-// inputs.py stand above them.
+// inputs/ stand above them.
 #include <tuple>
 
 #include "cpu/largest.h"

@@ -34,6 +34,7 @@ def divergence_loss(
     alpha: Parameter | None = None,
     beta: Parameter | None = None,
     ignore_index: int = -100,
+    shift: bool = False,
     vocab_size: int | None = None,
     exclude: Tensor | None = None,
     backend: Backend = "auto",
@@ -49,8 +50,12 @@ def divergence_loss(
         logits, reference_logits: [*, V]; see `token_stats`. The reference gets a gradient when it requires one.
         kind: a divergence of the registry: forward_kl, reverse_kl, jeffreys, js, skew_kl, hellinger, tvd, …
         weight: [*], multiplies each token's divergence. May require grad (then the two-pass form is used).
-        labels: [*]; tokens whose label equals `ignore_index` are left out.
+        labels: [*]; tokens whose label equals `ignore_index` are left out. A causal model's logits at t predict token
+            t + 1: give its own labels with `shift=True`, or labels[:, 1:] with logits[:, :-1].
         mask: [*] bool or integers; tokens where it is 0 are left out.
+        shift: False (default): the row at t has the labels, mask, weight and exclude that stand at t. True: those that
+            stand at t + 1, the token that a causal model's logits predict there; the last row is left out. Logits are
+            then [..., tokens, V] of whole sequences. They are not copied, as slices of them are not.
         normalizer: what "mean" divides by; default: the number of valid tokens. Give the number over all ranks and
             accumulation steps when training with either.
         reduction: "mean" = Σ weight·D over valid tokens / normalizer; "sum"; "none" = weight·D per token, [*].
@@ -78,6 +83,9 @@ def divergence_loss(
     alpha, beta = inputs.of_a_kind(where, statistic, alpha, beta)
     reduction_checked(where, reduction)
     inputs.logits_checked(where, logits, "logits")
+    labels, mask, weight, exclude = inputs.shifted(
+        where, shift, logits, labels, mask, ignore_index, weight=(weight, 0), exclude=(exclude, -1)
+    )
     inputs.label_mask_checked(where, labels, logits)
     inputs.weight_checked(where, weight, logits)
     leading = logits.shape[:-1]

@@ -70,9 +70,9 @@ class _Wanted:
     def names(self) -> list[str]:
         return [s.name for s in self.stats]
 
-    def moved(self, read_again: bool) -> int:
-        reads = self.tensors * (1 + (self.gradient and read_again))
-        return self.rows * self.vocab * self.dtype.itemsize * (reads + self.gradient)
+    def moved(self, sweeps: int) -> int:
+        """Each sweep reads all tensors, and the last one writes the gradient."""
+        return self.rows * self.vocab * self.dtype.itemsize * (self.tensors * sweeps + self.gradient)
 
 
 def plan(
@@ -207,19 +207,23 @@ def _why_again(wanted: _Wanted) -> str:
 
 def _of_triton(wanted: _Wanted, reason: str) -> Plan:
     from kldiv_kernels.backends.triton.bind import bound_for
-    from kldiv_kernels.backends.triton.launch import GPU_TILE
+    from kldiv_kernels.backends.triton.launch import GPU_TILE, Shape
 
-    normalised = bound_for(tuple(wanted.names), True).sums > 0
-    return Plan(
-        "triton", "two-sweep", 1 + normalised + wanted.gradient, 32 * GPU_TILE.warps,
-        wanted.moved(read_again=True), f"triton: {reason}",
-    )  # fmt: skip
+    # Many rows are a program's each, few are cut into slices; a row is swept as often either way. What a cache may
+    # still hold of it, when rows are short or few, counts as read: as in the plan of the two-sweep kernels of `cuda`.
+    bound = bound_for(tuple(wanted.names), True)
+    sweeps = 1 + (bound.sums > 0) + wanted.gradient
+    moved = wanted.moved(sweeps)
+    if bound.tail:
+        # A bit a column says which are labels: it is cleared, and read by the first sweep.
+        moved += 2 * 4 * wanted.rows * Shape.of(wanted.vocab, wanted.dtype.itemsize, False).mark_words
+    return Plan("triton", "two-sweep", sweeps, 32 * GPU_TILE.warps, moved, f"triton: {reason}")
 
 
 def _reference(wanted: _Wanted, reason: str) -> Plan:
     return Plan(
         "reference", "PyTorch", 1 + wanted.gradient, torch.get_num_threads(),
-        wanted.moved(read_again=not wanted.one_read), f"reference: {reason}{_why_again(wanted)}",
+        wanted.moved(1 + (wanted.gradient and not wanted.one_read)), f"reference: {reason}{_why_again(wanted)}",
     )  # fmt: skip
 
 

@@ -35,6 +35,7 @@ class FixedOptions(TypedDict, total=False):
     reference_temperature: Parameter | None
     temperature_squared: bool
     ignore_index: int
+    shift: bool
     vocab_size: int | None
     backend: Backend
 
@@ -110,6 +111,7 @@ class FixedTopKOptions(TypedDict, total=False):
     alpha: Parameter | None
     beta: Parameter | None
     ignore_index: int
+    shift: bool
     vocab_size: int | None
     check: bool | None
     backend: Backend

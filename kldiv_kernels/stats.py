@@ -40,6 +40,7 @@ def token_stats(
     beta: Parameter = 0.5,
     mask: Tensor | None = None,
     ignore_index: int = -100,
+    shift: bool = False,
     vocab_size: int | None = None,
     exclude: Tensor | None = None,
     backend: Backend = "auto",
@@ -56,11 +57,15 @@ def token_stats(
         reference_logits: [*, V], the teacher; needed by statistics that compare two rows. May require grad.
         labels: [*] integers for logprob and reference_logprob, or [*, K] for K labels a token. A label equal to
             `ignore_index` (default -100) makes those statistics 0 there, without gradient.
+            A causal model's logits at t predict token t + 1: give its own labels with `shift=True`, or labels[:, 1:]
+            with logits[:, :-1].
         stats: names of the registry; the documentation of losses has their table.
         temperature: float or [*]; logits are divided by it. Default 1.
         reference_temperature: the same for the reference logits; default: `temperature`.
         alpha, beta: parameters of the divergences that have them, float or [*]; default 0.5.
         mask: [*] bool or integers; where it is 0 the row is not read, its statistics and gradient are 0.
+        shift: False (default): the row at t belongs to what stands at t in labels, mask and exclude. True: to what
+            stands at t + 1; the last row is left out. Logits are then [..., tokens, V] of whole sequences.
         vocab_size: columns from here on are padding: never read, gradient 0. Default: V.
         exclude: [*] integers, one column a row that both softmaxes leave out; -1 for none.
         backend: "auto" (the fastest that serves the call) or a name from `kldiv_kernels.backends()`.
@@ -81,13 +86,17 @@ def token_stats(
     (-1.8423, 0.8783)
     >>> (-stats.logprob.mean() - 0.01 * stats["entropy"].mean()).backward()
     """
-    wanted = inputs.statistics(stats, "token_stats")
+    where = "token_stats"
+    wanted = inputs.statistics(stats, where)
+    labels, mask, exclude = inputs.shifted(
+        where, shift, logits, labels, mask, ignore_index, exclude=(exclude, -1)
+    )  # fmt: skip
     call = inputs.prepare(
-        "token_stats", logits, reference_logits, labels,
+        where, logits, reference_logits, labels,
         stats=wanted, temperature=temperature, reference_temperature=reference_temperature, alpha=alpha, beta=beta,
         mask=mask, ignore_index=ignore_index, vocab_size=vocab_size, exclude=exclude,
     )  # fmt: skip
-    chosen = inputs.select(call, backend, "token_stats")
+    chosen = inputs.select(call, backend, where)
     needs_gradient = torch.is_grad_enabled() and (
         logits.requires_grad or (call.reference is not None and call.reference.requires_grad)
     )
@@ -142,13 +151,15 @@ def selective_log_softmax(
     temperature: Parameter = 1.0,
     mask: Tensor | None = None,
     ignore_index: int = -100,
+    shift: bool = False,
     vocab_size: int | None = None,
     exclude: Tensor | None = None,
     backend: Backend = "auto",
 ) -> Tensor:
     """log softmax(logits/temperature) at the labels, per token, differentiable: [*] or [*, K] like `labels`.
 
-    The [*, V] log-softmax is never formed, forward or backward. Args and errors: see `token_stats`.
+    The [*, V] log-softmax is never formed, forward or backward. A causal model's logits at t predict token t + 1: give
+    its own labels with `shift=True` (the last value is then 0). Args and errors: see `token_stats`.
 
     >>> import torch, kldiv_kernels as kk
     >>> kk.selective_log_softmax(torch.zeros(2, 4), torch.tensor([[0, 1], [2, 3]])).exp()
@@ -157,5 +168,5 @@ def selective_log_softmax(
     """
     return token_stats(
         logits, labels=labels, stats=("logprob",), temperature=temperature, mask=mask,
-        ignore_index=ignore_index, vocab_size=vocab_size, exclude=exclude, backend=backend,
+        ignore_index=ignore_index, shift=shift, vocab_size=vocab_size, exclude=exclude, backend=backend,
     )["logprob"]  # fmt: skip

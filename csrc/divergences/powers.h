@@ -52,10 +52,13 @@ struct Alpha : Plain {
     }
 };
 
+// What a column's logarithm is taken less for its share e^(x - L) of a sum: of a sum of 0, too, all shares are 0.
+KLDIV_FN inline Real or_without_shares(Real log_sum) { return log_sum == -infinity ? infinity : log_sum; }
+
 // --- Renyi: log(sum p^a q^(1-a)) / (a-1), a above 0 and not 1
 // With L the logarithm and r = exp(a lp + (1-a) lq - L), which sums to 1, grad_logq = -r and grad_logp = a/(a-1) r;
 // q and a/(a-1) p are taken off, so that both sum to 0 and are 0 where the rows are equal: r - q = q (e^(a u - L) - 1),
-// r - p = p (e^((a-1) u - L) - 1).
+// r - p = p (e^((a-1) u - L) - 1). No column has a share of an infinite L: r counts as 0 in all of them.
 struct Renyi : Alpha {
     static constexpr bool log_sum = true, grad_needs_row = true;
     template <class F>
@@ -89,7 +92,7 @@ struct Renyi : Alpha {
         Real log_sum = row.log_sum < Real(-1e20) ? -infinity : row.log_sum;
         const Real excess = alpha * (alpha - 1) * row.sum[0];
         if (std::fabs(log_sum) < Real(0.5) && std::fabs(excess) < Real(0.5)) log_sum = std::log1p(excess);
-        return {log_sum / (alpha - 1), 0, 0, {log_sum}};
+        return {log_sum / (alpha - 1), 0, 0, {or_without_shares(log_sum)}};
     }
 };
 
@@ -98,10 +101,11 @@ struct Renyi : Alpha {
 // of its poles the formula above is a difference of numbers a thousand times larger. It is taken from the neighbours
 // among 0, a, l in their order, as (f[y, z] - f[x, y]) / (z - x) with q^l f[x, y] = X (e^((y-x) u) - 1) / (y-x), X one
 // of q^l, p^a q^b, p^l. For small u a term is q^l u^2 (1/2 + (a+l) u/6 + (a^2+al+l^2) u^2/24 + ...).
+// grad_logq = (q^l - p^a q^b) / a and grad_logp = (p^l - p^a q^b) / b, whose sums add up to l D.
 struct AlphaBeta : Plain {
+    // The term and one of the gradients: grad_logq where a > 0, else grad_logp. That one can stay finite where D is
+    // not.
     static constexpr int sums = 2;
-    // Where q is 0 and b negative, the term itself is infinite.
-    KLDIV_FN static bool infinite_where_p_is_zero(Real alpha) { return alpha < 0; }
     // An interval between neighbours.
     template <class F>
     struct Gap {
@@ -113,7 +117,7 @@ struct AlphaBeta : Plain {
         // q^l f over the interval, from q^l e^(c u) at its ends.
         KLDIV_FN F slope(F from, F to, F u) const {
             const F x = width * u;
-            return select(abs(x) < broadcast(1.0f), from * expm1(x), to - from) * over;
+            return select(abs(x) < broadcast(1.0f), bounded(from) * expm1(x), to - from) * over;
         }
     };
     template <class F>
@@ -121,11 +125,13 @@ struct AlphaBeta : Plain {
         F a, b, l, near, c3, c4, c5, c6, over_span;
         Gap<F> of_a, of_b, low, high;  // [0, a], [a, l], and the neighbours' intervals
         int a_rank, l_rank;            // places of a and l in the order of 0, a, l
+        bool sums_grad_logq;
         KLDIV_FN Constants(Real alpha, Real beta, const Real*) {
             const Real lambda = alpha + beta;
             a = broadcast(static_cast<float>(alpha));
             b = broadcast(static_cast<float>(beta));
             l = broadcast(static_cast<float>(lambda));
+            sums_grad_logq = alpha > 0;
             of_a.set(alpha);
             of_b.set(beta);
             a_rank = (alpha > 0) + (alpha > lambda);
@@ -150,11 +156,17 @@ struct AlphaBeta : Plain {
             c6 = broadcast(static_cast<float>(power / 720));
         }
     };
-    // e^x, and 0 in a column without mass in either row, where a negative exponent would give infinity.
+    // e^x, and 0 in a column without mass in either row, where a negative exponent would give infinity. A finite mask
+    // leaves no mass either: even a float64 probability is 0 below e^-745.
     template <class F>
     KLDIV_FN static F power(F x, const Element<F>& e) {
-        const Mask nowhere = (e.lp < broadcast(-1e29f)) & (e.lq < broadcast(-1e29f));
+        const Mask nowhere = (e.lp < broadcast(-745.0f)) & (e.lq < broadcast(-745.0f));
         return select(nowhere, broadcast(0.0f), exp(x));
+    }
+    // So that times 0 it is 0.
+    template <class F>
+    KLDIV_FN static F bounded(F x) {
+        return min(broadcast(std::numeric_limits<float>::max()), x);
     }
     template <class F>
     struct Powers {
@@ -174,8 +186,10 @@ struct AlphaBeta : Plain {
         y = fma(y, e.u, c.c4);
         y = fma(y, e.u, c.c3);
         y = fma(y, e.u, broadcast(0.5f));
-        out[0] = select(abs(e.u) < c.near, (x.q * e.u) * (e.u * y), far);
-        out[1] = -c.of_a.slope(x.q, x.cross, e.u);
+        const F value = select(abs(e.u) < c.near, (bounded(x.q) * e.u) * (e.u * y), far);
+        // A difference of two infinities, which is NaN, stands for an infinite term.
+        out[0] = min(value, broadcast(std::numeric_limits<float>::infinity()));
+        out[1] = c.sums_grad_logq ? -c.of_a.slope(x.q, x.cross, e.u) : c.of_b.slope(x.cross, x.p, e.u);
     }
     template <class F>
     KLDIV_FN static F grad_logq(const Element<F>& e, const Constants<F>& c) {
@@ -187,11 +201,30 @@ struct AlphaBeta : Plain {
         const Powers<F> x = powers(e, c);
         return c.of_b.slope(x.cross, x.p, e.u);
     }
-    KLDIV_FN static Finished finish(const RowSums& row, Real alpha, Real beta) {
-        // Infinite by p^a q^b where one of them is 0 and its power negative: both sums by that term.
-        if (row.sum[0] == infinity)
-            return {infinity, alpha > 0 ? -infinity : infinity, beta > 0 ? -infinity : infinity};
-        return {row.sum[0], row.sum[1], (alpha + beta) * row.sum[0] - row.sum[1]};
+    // A column where p is 0 has infinite p^a q^b if a < 0, and p^l if l < 0; where q is 0, p^a q^b if b < 0, and q^l
+    // if l < 0. If infinities of both signs meet in a sum, the lower power decides: l against a if b < 0, else a.
+    KLDIV_FN static Finished finish(const RowSums& row, Real a, Real b) {
+        const Real l = a + b, other = l * row.sum[0] - row.sum[1];
+        Finished done = {row.sum[0], a > 0 ? row.sum[1] : other, a > 0 ? other : row.sum[1]};
+        bool q_is_zero = row.q_is_zero, p_is_zero = row.p_is_zero;
+        if ((q_is_zero && std::min(b, l) < 0) || (p_is_zero && std::min(a, l) < 0))
+            done.value = infinity;
+        else if (done.value == infinity)  // a power beyond the range of floats, of a column next to no mass
+            q_is_zero = p_is_zero = true;
+        if (done.value < infinity) return done;
+        if (q_is_zero && b < 0)
+            done.sum_q = -infinity;
+        else if (p_is_zero && a < 0)
+            done.sum_q = infinity;
+        else if (q_is_zero && l < 0)
+            done.sum_q = -infinity;
+        if (p_is_zero && a < 0)
+            done.sum_p = -infinity;
+        else if (q_is_zero && b < 0)
+            done.sum_p = infinity;
+        else if (p_is_zero && l < 0)
+            done.sum_p = -infinity;
+        return done;
     }
 };
 
@@ -275,7 +308,7 @@ struct CauchySchwarz : Plain {
         const Real missing = std::max(Real(0), (qq * dd - qd * qd) / (qq * pp));
         const Real far = std::log(qq) + std::log(pp) - 2 * log_pq;
         const Real value = missing < Real(0.5) ? -std::log1p(-missing) : far;
-        return {value, 0, 0, {log_pq, qq, pp, qd / pq, (qd + dd) / pq}};
+        return {value, 0, 0, {or_without_shares(log_pq), qq, pp, qd / pq, (qd + dd) / pq}};
     }
 };
 

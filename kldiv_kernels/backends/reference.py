@@ -222,7 +222,7 @@ class _Rows:
         assert term is not None
         g = term(elements)
         assert isinstance(g, Tensor)
-        total = g.sum(dim=1, keepdim=True)
+        total = g.sum(dim=1, keepdim=True) if statistic.log_sum is None else 0 * g[:, :1]
         # A column without mass takes no share of an infinite sum, which outweighs all own terms.
         taken = torch.where(share == 0, torch.zeros_like(share), share * total)
         return c * torch.where(total.isinf(), -taken, g - taken)

@@ -55,7 +55,7 @@ ALPHA = two_sided(
 
 # --- Renyi: log(sum p^a q^(1-a)) / (a-1)
 # Its gradient is a softmax r of a log p + (1-a) log q; q and p are taken off it, so that equal rows have a gradient of
-# exactly 0: r - q = q (e^(a u - L) - 1), L the logarithm.
+# exactly 0: r - q = q (e^(a u - L) - 1), L the logarithm. No column has a share of an infinite L: r counts as 0.
 def renyi_log_sum(e: Elements) -> Tensor:
     return torch.where(e.logp <= LOG_ZERO, torch.full_like(e.logp, -torch.inf), e.logp + (e.alpha - 1) * e.u)
 
@@ -72,7 +72,11 @@ def renyi_combine(total: Tensor, log_sum: Tensor, alpha: Tensor, beta: Tensor) -
 
 def _share_of_log_sum(e: Elements, log_term: Tensor) -> Tensor:
     assert e.log_sum is not None
-    return (log_term - e.log_sum).exp()
+    return _share(log_term, e.log_sum)
+
+
+def _share(log_term: Tensor, log_sum: Tensor) -> Tensor:
+    return torch.where(log_sum.isinf(), torch.zeros_like(log_term), (log_term - log_sum).exp())
 
 
 def _renyi_excess(e: Elements, probability: Tensor, c: Tensor) -> Tensor:
@@ -80,8 +84,7 @@ def _renyi_excess(e: Elements, probability: Tensor, c: Tensor) -> Tensor:
     assert e.log_sum is not None
     log = _renyi_log(e.sums[0], e.log_sum, e.alpha)
     x = c * e.u - log
-    # An infinite sum leaves nothing of any term.
-    far = torch.where(log == torch.inf, torch.zeros_like(probability), (renyi_log_sum(e) - log).exp()) - probability
+    far = _share(renyi_log_sum(e), log) - probability
     return torch.where(x.abs() < 1, probability * torch.expm1(x), far)
 
 
@@ -118,7 +121,21 @@ def _alpha_beta_powers(e: Elements) -> tuple[Tensor, Tensor, Tensor]:
 
 def _slope(start: Tensor, end: Tensor, width: Tensor, u: Tensor) -> Tensor:
     """q^l (e^(y u) - e^(x u)) / (y - x), y = x + width, from q^l e^(x u) and q^l e^(y u)."""
-    return torch.where((width * u).abs() < 1, start * torch.expm1(width * u), end - start) / width
+    # The difference of two infinite powers has the sign of their ratio's logarithm.
+    step = torch.where(start.isinf() & end.isinf(), (width * u).sign() * torch.inf, end - start)
+    return torch.where((width * u).abs() < 1, _bounded(start) * torch.expm1(width * u), step) / width
+
+
+def _bounded(power: Tensor) -> Tensor:
+    """So that times 0 it is 0."""
+    return power.clamp_max(torch.finfo(power.dtype).max)
+
+
+def _one_sign(g: Tensor, positive: Tensor) -> Tensor:
+    """Where infinities of both signs meet in a row, those of the lower power stay, as `positive` says."""
+    up, down = g == torch.inf, g == -torch.inf
+    both = up.any(dim=1, keepdim=True) & down.any(dim=1, keepdim=True)
+    return torch.where(both & torch.where(positive, down, up), torch.zeros_like(g), g)
 
 
 def alpha_beta_value(e: Elements) -> Tensor:
@@ -137,8 +154,11 @@ def alpha_beta_value(e: Elements) -> Tensor:
     centre = nodes.mean(dim=0) * e.u
     spread = ((nodes - nodes.mean(dim=0)) * e.u).square().sum(dim=0)
     cubes = ((nodes - nodes.mean(dim=0)) * e.u).pow(3).sum(dim=0)
-    near = q_power * centre.exp() * e.u.square() * (0.5 + spread / 48 + cubes / 360 + spread.square() / 2880)
-    return torch.where((span * e.u).abs() < _near_of(e.u.dtype), near, far)
+    series = 0.5 + spread / 48 + cubes / 360 + spread.square() / 2880
+    near = _bounded(q_power) * centre.exp() * e.u.square() * series
+    value = torch.where((span * e.u).abs() < _near_of(e.u.dtype), near, far)
+    # A difference of infinities stands for an infinite term; rows that hold NaN have it in u.
+    return torch.where(value.isnan() & ~e.u.isnan(), torch.full_like(value, torch.inf), value)
 
 
 def _near_of(dtype: torch.dtype) -> float:
@@ -147,13 +167,14 @@ def _near_of(dtype: torch.dtype) -> float:
 
 
 def alpha_beta_grad_logq(e: Elements) -> Tensor:
+    """(q^l - p^a q^b) / a. Where p is 0, by p^a if a < 0; where q is 0, by q^l or q^b. l is below a if b < 0."""
     cross, _, q_power = _alpha_beta_powers(e)
-    return -_slope(q_power, cross, e.alpha, e.u)
+    return _one_sign(-_slope(q_power, cross, e.alpha, e.u), e.beta > 0)
 
 
 def alpha_beta_grad_logp(e: Elements) -> Tensor:
     cross, p_power, _ = _alpha_beta_powers(e)
-    return _slope(cross, p_power, e.beta, e.u)
+    return _one_sign(_slope(cross, p_power, e.beta, e.u), e.alpha > 0)
 
 
 ALPHA_BETA = two_sided(

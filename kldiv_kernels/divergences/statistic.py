@@ -24,7 +24,11 @@ class Bound:
 
 @dataclass(frozen=True)
 class Statistic:
-    """One row of the registry. `value`, `grad_logq`, `grad_logp` are elementwise; see `elements.py`."""
+    """One row of the registry. `value`, `grad_logq`, `grad_logp` are elementwise; see `elements.py`.
+
+    `log_sum` is a term whose log-sum-exp the row wants as well. Its gradients are then shares that sum to 1, of which
+    probabilities are taken: they sum to 0 over a row.
+    """
 
     name: str
     formula: str

@@ -63,6 +63,7 @@ def topk_divergence_loss(
     alpha: Parameter | None = None,
     beta: Parameter | None = None,
     ignore_index: int = -100,
+    shift: bool = False,
     vocab_size: int | None = None,
     check: bool | None = None,
     backend: Backend = "auto",
@@ -110,6 +111,7 @@ def topk_divergence_loss(
     alpha, beta = inputs.of_a_kind(where, statistic, alpha, beta)
     reduction_checked(where, reduction)
     inputs.logits_checked(where, logits, "logits")
+    labels, mask, weight = inputs.shifted(where, shift, logits, labels, mask, ignore_index, weight=(weight, 0))
     inputs.weight_checked(where, weight, logits)
     inputs.alpha_and_beta_checked(where, statistic, alpha, beta, logits)
     looks = topk_inputs.looks_at(logits, check)
@@ -181,17 +183,23 @@ def topk_divergence_from_logits(
     vocab_size: int | None = None,
     mask: Tensor | None = None,
     tail: Tail = "bucket",
+    weight: Tensor | None = None,
+    labels: Tensor | None = None,
+    normalizer: float | Tensor | None = None,
+    reduction: Reduction = "mean",
+    temperature_squared: bool = False,
+    alpha: Parameter | None = None,
+    beta: Parameter | None = None,
+    ignore_index: int = -100,
+    shift: bool = False,
     backend: Backend = "auto",
-    **options: object,
 ) -> Tensor:
     """`topk_divergence_loss` on the k likeliest tokens of the teacher, of the student, or of either.
 
     Args:
         logits, reference_logits: [*, V]. The reference gets no gradient. k: 1 to the vocabulary size.
         support: whose k likeliest tokens: "teacher" (default), "student" or "union" (up to 2k of them, each once).
-        options: weight, labels, normalizer, reduction, temperature_squared, alpha, beta, ignore_index.
-        kind, tail, temperature, reference_temperature, vocab_size, mask, backend: see `topk_divergence_loss` and
-            `divergence_loss`.
+        the others: see `topk_divergence_loss` and `divergence_loss`.
 
     Returns and raises: as `topk_divergence_loss`.
 
@@ -205,6 +213,7 @@ def topk_divergence_from_logits(
     if support not in ("teacher", "student", "union"):
         raise ValueError(f"{where}: support is {support!r}; expected teacher, student or union")
     inputs.logits_checked(where, reference_logits, "reference_logits")
+    labels, mask, weight = inputs.shifted(where, shift, logits, labels, mask, ignore_index, weight=(weight, 0))
     reference = reference_logits.detach()
     ids = largest(where, logits if support == "student" else reference, k, vocab_size, mask, backend)
     if support == "union":
@@ -218,7 +227,8 @@ def topk_divergence_from_logits(
     return topk_divergence_loss(
         logits, ids, teacher["topk_logprobs"], kind, tail=tail,
         tail_logprob=teacher["tail_logprob"] if tail == "bucket" else None, temperature=temperature, mask=mask,
-        vocab_size=vocab_size, check=False, backend=backend, **options,  # type: ignore[arg-type]
+        vocab_size=vocab_size, check=False, backend=backend, weight=weight, labels=labels, normalizer=normalizer,
+        reduction=reduction, temperature_squared=temperature_squared, alpha=alpha, beta=beta, ignore_index=ignore_index,
     )  # fmt: skip
 
 

@@ -63,6 +63,7 @@ def topk_token_stats(
     temperature: Parameter = 1.0,
     mask: Tensor | None = None,
     ignore_index: int = -100,
+    shift: bool = False,
     vocab_size: int | None = None,
     check: bool | None = None,
     backend: Backend = "auto",
@@ -76,7 +77,7 @@ def topk_token_stats(
             "logprob", "entropy", "logsumexp" [*] of the whole row, in the same pass.
         check: whether values of topk_ids are checked. Default: on CPU tensors only, since it waits for the device. A
             token that occurs twice in a row of unchecked ids counts twice.
-        temperature, mask, ignore_index, vocab_size, backend: see `token_stats`.
+        temperature, mask, ignore_index, shift, vocab_size, backend: see `token_stats`. topk_ids are those of the rows.
 
     Returns: TokenStats, float32, in nats; 0 where masked.
 
@@ -95,6 +96,7 @@ def topk_token_stats(
     if "logprob" in stats and labels is None:
         raise ValueError(f"{where}: labels is None; logprob needs one label a token, shape {list(logits.shape[:-1])}")
     inputs.logits_checked(where, logits, "logits")
+    labels, mask = inputs.shifted(where, shift, logits, labels, mask, ignore_index)
     looks = topk_inputs.looks_at(logits, check)
     ids = topk_inputs.ids_checked(where, "topk_ids", topk_ids, logits, vocab_size, looks)
     topk_inputs.each_once_checked(where, "topk_ids", ids, looks)

@@ -12,10 +12,11 @@ from checks import (
     check_gradient,
     check_statistic,
     check_value,
+    parameters,
     with_parameters,
 )
-from infinities import FINITE_GRADIENT, NO_STUDENT_MASS, NO_TEACHER_MASS
-from torch import Tensor
+from infinities import FINITE_GRADIENT, NO_STUDENT_MASS, NO_TEACHER_MASS, WITHOUT_SHARES
+from torch import Tensor, nn
 
 import kldiv_kernels as kk
 from kldiv_kernels.registry import STATISTICS
@@ -71,6 +72,75 @@ def test_minus_infinity(name: str, alpha: float, beta: float, side: str, columns
         expected, floor = getattr(far, of), getattr(far, f"{of}_floor")
         assert torch.allclose(expected, getattr(near, of), rtol=1e-9, atol=1e-12), "the oracle's limit does not exist"
         check_gradient(got, expected, floor)
+
+
+# Beyond those of every test: negative, above 1, and with a sum of either sign.
+WIDE_ALPHAS = ((-1.0, 0.5), (2.0, 0.5), (2.5, 0.5))
+WIDE_ALPHA_BETAS = ((-1.0, 0.5), (0.5, -1.0), (-1.0, -0.5), (-0.5, -1.5), (2.0, 1.0), (2.5, -0.5), (-0.5, 2.5))
+
+
+def _wide_parameters(name: str) -> list[tuple[float, float]]:
+    statistic = STATISTICS[name]
+    wide = () if statistic.alpha is None else WIDE_ALPHAS if statistic.beta is None else WIDE_ALPHA_BETAS
+    return parameters(statistic) + [(a, b) for a, b in wide if statistic.alpha.allows(a)]
+
+
+def _rows_without_mass() -> tuple[Tensor, Tensor]:
+    """Columns at −inf in the student, in the teacher, in each its own, in all that the other has."""
+    logits, reference = _pair(4, 24)
+    logits[0, 3] = reference[1, 20:] = logits[2, :2] = reference[2, 5:8] = -torch.inf
+    logits[3, ::2] = reference[3, 1::2] = -torch.inf
+    return logits, reference
+
+
+@pytest.mark.parametrize("name", DIVERGENCES)
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_limits_of_the_definition(name: str, backend: str) -> None:
+    """A column at −inf is one whose logit goes to −inf, equally fast in both rows: what then has a limit is that limit,
+    what goes to infinity is infinite. An infinite gradient is 0 in the columns of its row that have no mass, and has in
+    the others the sign with which it grows where both rows have mass."""
+    logits, reference = _rows_without_mass()
+    common = (logits > -torch.inf) & (reference > -torch.inf)
+    for alpha, beta in _wide_parameters(name):
+        # The last columns are at −inf in both rows; the oracle does not have them.
+        student, teacher = (
+            nn.functional.pad(x, (0, 3), value=-torch.inf).requires_grad_() for x in (logits, reference)
+        )
+        value = _stats(name, student, teacher, backend, alpha=alpha, beta=beta)
+        value.sum().backward()
+        # At e^−200 the least power is negligible, and the largest still within float64.
+        near, far = (
+            oracle.evaluate(name, logits, reference, alpha=alpha, beta=beta, floor=floor) for floor in (190.0, 200.0)
+        )
+        finite = _settled(near.value, far.value)
+        check_value(value, torch.where(finite, far.value, torch.inf))
+        shares = WITHOUT_SHARES.get(name)
+        left = (None, None) if shares is None else shares(*(x.double().softmax(-1) for x in (reference, logits)), alpha)
+        for of, x, got, instead in (
+            ("student", logits, student.grad, left[0]), ("teacher", reference, teacher.grad, left[1]),
+        ):  # fmt: skip
+            assert not got[:, 24:].any()
+            got = got[:, :24]
+            limit, floor = getattr(far, of), getattr(far, f"{of}_floor")
+            growth = limit - getattr(near, of)
+            settled = _settled(getattr(near, of), limit).all(-1)
+            if instead is not None:
+                limit, settled = torch.where(finite[:, None], limit, instead), torch.ones_like(settled)
+                floor = torch.where(finite[:, None], floor, 1.0)
+            rows = settled & (common.any(-1) | finite | (instead is not None))
+            check_gradient(got[rows], limit[rows], floor[rows])
+            for row in (~rows).nonzero()[:, 0].tolist():
+                of_both = growth[row, common[row]] if common[row].any() else got[row, x[row] > -torch.inf]
+                sign = of_both[0].sign()
+                assert (of_both.sign() == sign).all()
+                infinite = torch.where(x[row] > -torch.inf, sign * torch.inf, 0.0)
+                assert torch.equal(got[row].double(), infinite.double()) or (
+                    got[row].isfinite().all() and not common[row].any()
+                ), f"row {row} of the {of}, alpha {alpha}, beta {beta}: {got[row]}"
+
+
+def _settled(near: Tensor, far: Tensor) -> Tensor:
+    return torch.isclose(near, far, rtol=1e-9, atol=1e-12)
 
 
 @pytest.mark.parametrize("name", [name for name in STATISTIC_NAMES if STATISTICS[name].per_label])
@@ -176,6 +246,31 @@ def test_masks_by_large_negatives(name: str, dtype: torch.dtype, fill: str, back
         if got is not None:
             check_gradient(got[:, :100], side, floor)
             assert not got[:, 100:].any()
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_masks_under_negative_powers(backend: str) -> None:
+    """A power of −1e4 in both rows counts for nothing; in one row it is beyond float32, and the gradient has a sign."""
+    for alpha, beta in WIDE_ALPHA_BETAS:
+        options = {"alpha": alpha, "beta": beta}
+        logits, reference = _pair(3, 210)
+        logits[:, 100:] = reference[:, 100:] = -1e4
+        logits[2] = reference[2]
+        student, teacher = logits.clone().requires_grad_(), reference.clone().requires_grad_()
+        value = _stats("alpha_beta", student, teacher, backend, **options)
+        value.sum().backward()
+        expected = oracle.evaluate("alpha_beta", logits[:, :100], reference[:, :100], **options)
+        check_value(value, expected.value)
+        check_gradient(student.grad[:2, :100], expected.student[:2], expected.student_floor[:2])
+        check_gradient(teacher.grad[:2, :100], expected.teacher[:2], expected.teacher_floor[:2])
+        assert value[2] == 0
+        assert not any(x.grad[2].any() or x.grad[:, 100:].any() for x in (student, teacher))
+        logits[:, 90:100] = -1e4
+        student, teacher = logits.clone().requires_grad_(), reference.clone().requires_grad_()
+        value = _stats("alpha_beta", student, teacher, backend, **options)
+        value.sum().backward()
+        assert value.isinf().all() or (beta > 0 and alpha + beta > 0)
+        assert not any(x.isnan().any() for x in (value, student.grad, teacher.grad))
 
 
 @pytest.mark.parametrize("side", ["student", "teacher"])

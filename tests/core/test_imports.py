@@ -36,7 +36,7 @@ ORDER = (
 )
 LEVEL = {name: level for level, names in enumerate(ORDER) for name in names}
 # Folders that show others nothing but their face, of which these modules are a part.
-FAMILIES = ("policy", "top_k")
+FAMILIES = ("inputs", "policy", "top_k")
 SHOWN = {"kldiv_kernels.policy.advantages"}
 
 

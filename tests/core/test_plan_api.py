@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 from cuda_plans import ROWS, plan
@@ -75,13 +77,37 @@ def test_what_cuda_does_not_serve_goes_to_the_next_backend(monkeypatch: pytest.M
         kk.plan(rows=4, vocab=64, device="sm_90")
 
 
-def test_triton_reads_again_for_the_gradient(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("rows", [4, ROWS])
+@pytest.mark.parametrize(
+    ("asked", "sweeps", "units"),
+    [
+        ({"kind": "forward_kl"}, 2, 5), ({"kind": "js"}, 3, 7), ({"kind": "js", "gradient": False}, 2, 4),
+        ({"kind": "forward_kl", "gradient": False}, 1, 2), ({"kind": "policy_loss"}, 2, 3),
+        ({"stats": ["logprob", "entropy"]}, 2, 3), ({"stats": ["collision"]}, 3, 4),
+        ({"stats": ["forward_kl", "js"]}, 3, 7), ({"kind": "js", "dtype": torch.float16}, 3, 7),
+    ],
+)  # fmt: skip
+def test_triton_reads_once_a_sweep(
+    monkeypatch: pytest.MonkeyPatch, asked: dict[str, Any], sweeps: int, units: int, rows: int
+) -> None:
+    """And as often as the two-sweep kernels of the cuda backend."""
+    pytest.importorskip("triton")
+    monkeypatch.setenv("KLDIV_CUDA_PLAN", "two-sweep")
+    cuda = kk.plan(rows=rows, vocab=32_000, device="sm_90", **asked)
+    monkeypatch.setenv("KLDIV_BACKEND", "triton")
+    found = kk.plan(rows=rows, vocab=32_000, device="sm_90", **asked)
+    assert (found.backend, found.sweeps, found.threads) == ("triton", sweeps, 128)
+    assert found.bytes == units * rows * 32_000 * 2
+    assert (cuda.backend, cuda.kernel, cuda.sweeps, cuda.bytes) == ("cuda", "two-sweep", found.sweeps, found.bytes)
+    assert found.cluster is None
+
+
+def test_triton_marks_the_labels_of_a_top_k_loss(monkeypatch: pytest.MonkeyPatch) -> None:
     pytest.importorskip("triton")
     monkeypatch.setenv("KLDIV_BACKEND", "triton")
-    found = kk.plan(rows=ROWS, vocab=32_000, device="sm_90")
-    assert (found.backend, found.sweeps, found.threads) == ("triton", 2, 128)
-    assert found.bytes == 5 * ROWS * 32_000 * 2
-    assert found.cluster is None
+    # 32,768 columns are two whole slices.
+    found = kk.plan(rows=ROWS, vocab=32_768, kind="topk_loss", device="sm_90")
+    assert found.bytes == 3 * ROWS * 32_768 * 2 + 2 * ROWS * 32_768 // 8
 
 
 def test_a_policy_loss_reads_the_logits_once() -> None:

@@ -8,6 +8,9 @@ import triton.language as tl
 from kldiv_kernels.backends.triton.formulas.math import exp, expm1, kl_term, log1p
 from kldiv_kernels.backends.triton.formulas.statistic import INFINITY, P_ZERO, Q_ZERO, TWO, rows
 
+# As a power: see SMALLEST_NORMAL.
+LARGEST = tl.constexpr(2.0**127 * (2 - 2.0**-23))
+
 
 # --- alpha: (p^a q^(1-a) - a p - (1-a) q) / (a (a-1)); the KL divergences at a = 1 and 0
 # Best for a >= 1/2; p and q change places for the others. For small u a term is
@@ -92,6 +95,13 @@ def alpha_grad_logp(p, q, lp, lq, u, alpha, beta):
 # --- Renyi: log(sum p^a q^(1-a)) / (a-1), a above 0 and not 1
 # With L the logarithm and r = exp(a lp + (1-a) lq - L), which sums to 1, grad_logq = -r and grad_logp = a/(a-1) r.
 # q and a/(a-1) p are taken off, so that both sum to 0 and are 0 where the rows are equal: r - q = q (e^(a u - L) - 1).
+# No column has a share of an infinite L: r counts as 0 in all of them.
+@triton.jit
+def _or_without_shares(log_sum):
+    """What a column's logarithm is taken less for its share of a sum: of a sum of 0, too, all shares are 0."""
+    return tl.where(log_sum == -INFINITY, INFINITY, log_sum)
+
+
 @triton.jit
 def renyi_terms(p, q, lp, lq, u, alpha, beta):
     return (_alpha_term(p, q, lp, u, alpha),)
@@ -108,7 +118,7 @@ def renyi_finish(total, log_sum, q_is_zero, p_is_zero, alpha, beta):
     excess = alpha * (alpha - 1.0) * total
     near = (tl.abs(log_sum) < 0.5) & (tl.abs(excess) < 0.5)
     log_sum = tl.where(near, log1p(excess), log_sum)
-    return log_sum / (alpha - 1.0), 0.0, 0.0, log_sum
+    return log_sum / (alpha - 1.0), 0.0, 0.0, _or_without_shares(log_sum)
 
 
 @triton.jit
@@ -134,10 +144,20 @@ def renyi_grad_logp(p, q, lp, lq, u, alpha, beta, log_sum):
 # A term is q^l f[0, a, l], the second divided difference of f(c) = e^(c u), which has no pole; it is taken from the
 # neighbours among 0, a, l in their order (see the C++ twin). For small u it is
 # q^l u² (1/2 + (a+l) u/6 + (a²+al+l²) u²/24 + ...), the quotients (l^n − a^n) / b by recurrence.
+# grad_logq = (q^l − p^a q^b) / a and grad_logp = (p^l − p^a q^b) / b, whose sums add up to l D.
 @triton.jit
 def _power(x, lp, lq):
-    """e^x, and 0 in a column without mass in either row, where a negative exponent would give infinity."""
-    return tl.where((lp < -1e27) & (lq < -1e27), 0.0, exp(x))
+    """e^x, and 0 in a column without mass in either row, where a negative exponent would give infinity.
+
+    A finite mask leaves no mass either: even a float64 probability is 0 below e^−745.
+    """
+    return tl.where((lp < -745.0) & (lq < -745.0), 0.0, exp(x))
+
+
+@triton.jit
+def _bounded(x):
+    """So that times 0 it is 0."""
+    return tl.where(x == INFINITY, LARGEST, x)
 
 
 @triton.jit
@@ -145,7 +165,7 @@ def _slope(start, end, width, u):
     """q^l f over an interval, from q^l e^(c u) at its ends."""
     x = width * u
     near = tl.abs(x) < 1.0
-    return tl.where(near, start * expm1(tl.where(near, x, 0.0)), end - start) / width
+    return tl.where(near, _bounded(start) * expm1(tl.where(near, x, 0.0)), end - start) / width
 
 
 @triton.jit
@@ -173,16 +193,36 @@ def alpha_beta_terms(p, q, lp, lq, u, alpha, beta):
     y = tl.fma(y, u, c3 / 6.0)
     y = tl.fma(y, u, 0.5)
     near = tl.abs(u) * tl.maximum(tl.abs(a), tl.abs(total)) < 0.25
-    return tl.where(near, (q_power * u) * (u * y), far), -_slope(q_power, cross, a, u)
+    value = tl.where(near, (_bounded(q_power) * u) * (u * y), far)
+    # A difference of two infinities, which is NaN, stands for an infinite term.
+    value = tl.where(value != value, INFINITY, value)
+    # One of the gradients: the one that can stay finite where D is not.
+    if alpha > 0.0:
+        g = -_slope(q_power, cross, a, u)
+    else:
+        g = _slope(cross, p_power, beta, u)
+    return value, g
 
 
 @triton.jit
-def alpha_beta_finish(total, of_q, q_is_zero, p_is_zero, alpha, beta):
-    value = tl.where(p_is_zero & (alpha < 0.0), INFINITY, total)
-    # Infinite by p^a q^b where one of them is 0 and its power negative: both sums by that term.
-    infinite = value == INFINITY
-    of_p = tl.where(infinite, tl.where(beta > 0.0, -INFINITY, INFINITY), (alpha + beta) * total - of_q)
-    of_q = tl.where(infinite, tl.where(alpha > 0.0, -INFINITY, INFINITY), of_q)
+def alpha_beta_finish(total, summed, q_is_zero, p_is_zero, alpha, beta):
+    """A column where p is 0 has infinite p^a q^b if a < 0, and p^l if l < 0; where q is 0, p^a q^b if b < 0, and q^l
+    if l < 0. If infinities of both signs meet in a sum, the lower power decides: l against a if b < 0, else a."""
+    a_falls, b_falls, l_falls = alpha < 0.0, beta < 0.0, alpha + beta < 0.0
+    infinite = (q_is_zero & (b_falls | l_falls)) | (p_is_zero & (a_falls | l_falls))
+    # A power beyond the range of floats, of a column next to no mass.
+    beyond = (total == INFINITY) & ~infinite
+    q_is_zero, p_is_zero = q_is_zero | beyond, p_is_zero | beyond
+    infinite = infinite | beyond
+    value = tl.where(infinite, INFINITY, total)
+    other = (alpha + beta) * total - summed
+    of_q, of_p = tl.where(a_falls, other, summed), tl.where(a_falls, summed, other)
+    of_q = tl.where(infinite & q_is_zero & l_falls, -INFINITY, of_q)
+    of_q = tl.where(infinite & p_is_zero & a_falls, INFINITY, of_q)
+    of_q = tl.where(infinite & q_is_zero & b_falls, -INFINITY, of_q)
+    of_p = tl.where(infinite & p_is_zero & l_falls, -INFINITY, of_p)
+    of_p = tl.where(infinite & q_is_zero & b_falls, INFINITY, of_p)
+    of_p = tl.where(infinite & p_is_zero & a_falls, -INFINITY, of_p)
     return value, of_q, of_p
 
 
@@ -247,7 +287,7 @@ def cauchy_schwarz_finish(qq, pp, qd, dd, log_sum, q_is_zero, p_is_zero, alpha, 
     missing = tl.where(missing < 0.0, 0.0, missing)
     far = tl.log(qq) + tl.log(pp) - 2.0 * log_pq
     value = tl.where(missing < 0.5, -log1p(-tl.where(missing < 0.5, missing, 0.5)), far)
-    return value, 0.0, 0.0, log_pq, 2.0 / qq, 2.0 / pp, qd / pq, (qd + dd) / pq
+    return value, 0.0, 0.0, _or_without_shares(log_pq), 2.0 / qq, 2.0 / pp, qd / pq, (qd + dd) / pq
 
 
 @triton.jit
@@ -274,5 +314,5 @@ def cauchy_schwarz_grad_logp(p, q, lp, lq, u, alpha, beta, log_pq, scale_q, scal
 
 
 POWER_DIVERGENCES = rows(
-    globals(), alpha=Q_ZERO | P_ZERO, renyi=Q_ZERO, alpha_beta=P_ZERO, collision=0, cauchy_schwarz=TWO
+    globals(), alpha=Q_ZERO | P_ZERO, renyi=Q_ZERO, alpha_beta=Q_ZERO | P_ZERO, collision=0, cauchy_schwarz=TWO
 )
