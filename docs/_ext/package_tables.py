@@ -65,9 +65,10 @@ def parameters_of(statistic: Statistic) -> list[str]:
 
 
 def function_of(kind: str) -> str:
-    """The public function that is `divergence_loss` with this kind."""
+    """The public function that is `divergence_loss` with this kind, or that one itself."""
     said = f"divergence_loss(logits, reference_logits, {kind!r}, ...)"
-    return next(name for name in kk.__all__ if said in (getattr(kk, name).__doc__ or ""))
+    named = (name for name in kk.__all__ if said in (getattr(kk, name).__doc__ or ""))
+    return next(named, "divergence_loss")
 
 
 class _Table(SphinxDirective):
