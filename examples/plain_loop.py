@@ -46,17 +46,16 @@ def main() -> None:
 
     def batch(texts: list[str]) -> tuple[dict[str, Tensor], Tensor]:
         inputs = tokenizer(texts, padding=True, truncation=True, max_length=LENGTH, return_tensors="pt").to(device)
-        # A position's target is the next token, or -100 where that is padding. Shift the labels, not the logits:
-        # autograd would copy the gradient of logits[:, :-1].
-        labels = inputs["input_ids"].masked_fill(inputs["attention_mask"] == 0, -100)
-        return inputs, torch.nn.functional.pad(labels[:, 1:], (0, 1), value=-100)
+        return inputs, inputs["input_ids"].masked_fill(inputs["attention_mask"] == 0, -100)
 
     def loss_of(inputs: dict[str, Tensor], labels: Tensor, tokens: Tensor | None = None) -> Tensor:
         with torch.no_grad():
             target = teacher(**inputs).logits
         with torch.autocast(device, torch.bfloat16, enabled=args.bf16):
             logits = student(**inputs).logits
-        return kk.divergence_loss(logits, target, args.kind, labels=labels, vocab_size=vocab_size, normalizer=tokens)
+        # shift: the logits at a position predict the next token. Without a slice of them, which would cost memory.
+        options = {"labels": labels, "shift": True, "vocab_size": vocab_size, "normalizer": tokens}
+        return kk.divergence_loss(logits, target, args.kind, **options)
 
     lines = [line for line in args.data.read_text().splitlines() if line.strip()]
     held_out, texts = batch(lines[:BATCH]), itertools.cycle(lines[BATCH:])
@@ -66,7 +65,7 @@ def main() -> None:
     for _ in tqdm(range(args.steps)):
         batches = [batch(list(itertools.islice(texts, BATCH))) for _ in range(ACCUMULATION)]
         # The loss is one mean over all tokens of the step, however they are spread over its batches.
-        tokens = sum((labels != -100).sum() for _, labels in batches)
+        tokens = sum((labels[:, 1:] != -100).sum() for _, labels in batches)
         for inputs, labels in batches:
             loss_of(inputs, labels, tokens).backward()
         optimizer.step()
