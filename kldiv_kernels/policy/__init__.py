@@ -1,7 +1,8 @@
 """Losses of the GRPO family from raw logits, their options, and advantages.
 
 `loss` has the public function, `options` what it can be told, `terms` the surrogates, `weights` what a token counts,
-`slopes` gradients that are known beforehand, `one_read` the form whose gradient comes out of the same read.
+`per_token` puts these together for log-probabilities that are given, `assembly` the whole loss; `slopes` has
+gradients that are known beforehand, `one_read` the form whose gradient comes out of the same read.
 """
 
 from __future__ import annotations
@@ -19,9 +20,9 @@ from kldiv_kernels.policy.options import (
     PolicyOptions,
     resolve,
 )
-from kldiv_kernels.policy.slopes import times
-from kldiv_kernels.policy.terms import PolicyTerm, Tokens, level_log_ratio, policy_term, ratio_bounds
-from kldiv_kernels.policy.weights import aggregate, highest_entropy, sampled_kl
+from kldiv_kernels.policy.per_token import TokenLosses, token_losses
+from kldiv_kernels.policy.terms import level_log_ratio, ratio_bounds
+from kldiv_kernels.policy.weights import aggregate, highest_entropy
 
 __all__ = [
     "CHOICES",
@@ -32,16 +33,13 @@ __all__ = [
     "OPTION_NAMES",
     "PolicyLoss",
     "PolicyOptions",
-    "PolicyTerm",
-    "Tokens",
+    "TokenLosses",
     "advantages",
     "aggregate",
     "highest_entropy",
     "level_log_ratio",
     "policy_loss",
-    "policy_term",
     "ratio_bounds",
     "resolve",
-    "sampled_kl",
-    "times",
+    "token_losses",
 ]

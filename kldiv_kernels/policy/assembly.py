@@ -9,15 +9,9 @@ from torch import Tensor
 
 from kldiv_kernels.policy.inputs import Batch
 from kldiv_kernels.policy.options import INF, PolicyOptions
-from kldiv_kernels.policy.terms import PolicyTerm, Tokens, level_log_ratio, policy_term
-from kldiv_kernels.policy.weights import (
-    aggregate,
-    highest_entropy,
-    off_policy_weight,
-    on_policy_sequences,
-    sampled_kl,
-    weighted,
-)
+from kldiv_kernels.policy.per_token import TokenLosses, token_losses
+from kldiv_kernels.policy.slopes import times
+from kldiv_kernels.policy.weights import aggregate, highest_entropy, off_policy_weight, on_policy_sequences
 
 
 @dataclass(frozen=True)
@@ -39,17 +33,18 @@ class PolicyLoss:
 
 def assemble(batch: Batch, options: PolicyOptions, shape: torch.Size) -> PolicyLoss:
     """The loss of a batch; `shape` is that of per_token_loss."""
-    log_ratio = batch.logprob - batch.anchor
-    level = level_log_ratio(log_ratio, batch.valid, options)
-    tokens = Tokens(batch.logprob, batch.anchor, batch.advantages, batch.valid, log_ratio, level)
     weight = off_policy_weight(batch, options)
-    term = policy_term(tokens, options, None if weight is None else weight.log())
+    losses = token_losses(
+        batch.logprob, batch.anchor, batch.advantages, batch.valid, options,
+        reference=batch.reference if batch.exact_kl is None else None, weight=weight,
+    )  # fmt: skip
+    term = losses.per_token if batch.weights is None else times(losses.per_token, batch.weights)
+    kl = losses.kl if batch.exact_kl is None else batch.exact_kl
 
     kept = batch.valid
     if options.entropy_quantile < 1:
         kept = highest_entropy(batch.entropy, batch.valid, options.entropy_quantile)
-    per_token = torch.where(_selected(batch, kept, options), weighted(term.per_token, batch, weight, options), 0.0)
-    kl = _kl(batch, tokens, options)
+    per_token = torch.where(_selected(batch, kept, options), term, 0.0)
     if kl is not None and options.kl_coef != 0:
         per_token = per_token + torch.where(batch.valid, options.kl_coef * kl, 0.0)
 
@@ -61,7 +56,7 @@ def assemble(batch: Batch, options: PolicyOptions, shape: torch.Size) -> PolicyL
             how, normalizer = options.aggregation, batch.normalizer
         loss = loss - options.entropy_coef * aggregate(batch.entropy, kept, how, normalizer, count_empty)
     with torch.no_grad():
-        metrics = _metrics(batch, term, level, kl, weight)
+        metrics = _metrics(batch, losses, kl, weight)
     logprob, entropy = (x.detach().reshape(shape) for x in (batch.logprob, batch.entropy))
     return PolicyLoss(loss, per_token.reshape(shape), metrics, logprob, entropy)
 
@@ -75,21 +70,13 @@ def _selected(batch: Batch, kept: Tensor, options: PolicyOptions) -> Tensor:
     )
 
 
-def _kl(batch: Batch, tokens: Tokens, options: PolicyOptions) -> Tensor | None:
-    if batch.exact_kl is not None:
-        return batch.exact_kl
-    return None if batch.reference is None else sampled_kl(tokens, batch.reference, options)
-
-
-def _metrics(
-    batch: Batch, term: PolicyTerm, level: Tensor, kl: Tensor | None, weight: Tensor | None
-) -> dict[str, Tensor]:
-    ratio, moved = level.exp(), batch.logprob - batch.old
+def _metrics(batch: Batch, losses: TokenLosses, kl: Tensor | None, weight: Tensor | None) -> dict[str, Tensor]:
+    ratio, moved = losses.level_log_ratio.exp(), batch.logprob - batch.old
     tokens = {
         "entropy": batch.entropy,
         "ratio_mean": ratio,
         "approx_kl": torch.expm1(moved) - moved,
-        **{f"clip_fraction_{name}": where for name, where in term.clipped.items()},
+        **{f"clip_fraction_{name}": where for name, where in losses.clipped.items()},
     }
     if kl is not None:
         tokens["kl" if batch.exact_kl is None else "exact_kl"] = kl

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from kldiv_kernels.policy.inputs import Batch, Tensors, prepare
 from kldiv_kernels.policy.options import CLIPPED, EXACT_KL, INF, PolicyOptions, bounds
+from kldiv_kernels.policy.slopes import times
 from kldiv_kernels.policy.terms import ratio_bounds
 from kldiv_kernels.policy.weights import aggregation_weights, off_policy_weight, weighted
 
@@ -54,7 +55,9 @@ def known(tensors: Tensors, valid: Tensor, options: PolicyOptions, stats: tuple[
     scale = _scale(batch, options)
     weight = off_policy_weight(batch, options)
     nothing = torch.zeros_like(scale)
-    policy_weight = weighted(scale, batch, weight, options)
+    policy_weight = weighted(scale, weight, options)
+    if batch.weights is not None:
+        policy_weight = times(policy_weight, batch.weights)
     if tensors.old_logprobs is not None or tensors.anchor_logprobs is not None:
         # A NaN that was given is none of those, and is to be seen.
         policy_weight = torch.where(batch.anchor.isnan(), torch.nan, policy_weight)

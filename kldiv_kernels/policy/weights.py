@@ -119,12 +119,9 @@ def highest_entropy(entropy: Tensor, mask: Tensor, fraction: float) -> Tensor:
     return mask & (entropy.detach() >= low + (high - low) * (position - below).to(low.dtype))
 
 
-def weighted(values: Tensor, batch: Batch, weight: Tensor | None, options: PolicyOptions) -> Tensor:
-    """Values of the policy term times the off-policy weight and the caller's."""
-    # VESPO has the off-policy weight inside its own.
-    if weight is not None and options.loss_type != "vespo":
-        values = times(values, weight)
-    return values if batch.weights is None else times(values, batch.weights)
+def weighted(values: Tensor, weight: Tensor | None, options: PolicyOptions) -> Tensor:
+    """Values of the policy term times the off-policy weight, which VESPO has inside its own."""
+    return values if weight is None or options.loss_type == "vespo" else times(values, weight)
 
 
 def aggregation_weights(

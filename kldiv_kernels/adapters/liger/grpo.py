@@ -9,17 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from kldiv_kernels import inputs
-from kldiv_kernels.policy import (
-    CLIPPED,
-    PolicyOptions,
-    Tokens,
-    aggregate,
-    level_log_ratio,
-    policy_term,
-    resolve,
-    sampled_kl,
-    times,
-)
+from kldiv_kernels.policy import CLIPPED, PolicyOptions, aggregate, resolve, token_losses
 from kldiv_kernels.stats import selective_log_softmax
 
 _LOSS_TYPES = ("grpo", "bnpo", "dr_grpo", "dapo", "luspo", "cispo", "sapo", "vespo")
@@ -115,22 +105,22 @@ def triton_grpo_loss(
     if vllm_is_ratio is not None:
         ratio = torch.where(valid, _spread(where, "vllm_is_ratio", vllm_is_ratio, shape).to(now.dtype), 1.0)
 
-    log_ratio = logprob - old
-    level = level_log_ratio(log_ratio, valid, options)
     log_weight = None
     if loss_type == "vespo" and ratio is not None and vllm_is_ratio is not None:
         log_weight = _once(ratio.log(), valid, vllm_is_ratio)
-    tokens = Tokens(logprob, old, advantages, valid, log_ratio, level)
-    term = policy_term(tokens, options, log_weight)
-    loss = term.per_token if ratio is None or loss_type == "vespo" else times(term.per_token, ratio)
-    kl = None
+    reference = None
     if beta != 0 and ref_logp is not None:
-        kl = sampled_kl(tokens, torch.where(valid, ref_logp.detach().to(now.dtype), now), options)
-        loss = loss + beta * kl
-        kl = torch.where(valid, kl.detach(), 0.0)
+        reference = torch.where(valid, ref_logp.detach().to(now.dtype), now)
+    losses = token_losses(
+        logprob, old, advantages, valid, options, reference=reference, weight=ratio, log_weight=log_weight
+    )
+    loss, kl = losses.per_token, None
+    if losses.kl is not None:
+        loss = loss + beta * losses.kl
+        kl = torch.where(valid, losses.kl.detach(), 0.0)
     loss = torch.where(valid, loss, 0.0)
     clipped = torch.zeros_like(loss)
-    for side in term.clipped.values():
+    for side in losses.clipped.values():
         clipped = torch.where(side & valid, 1.0, clipped)
     if not reduce:
         return loss, kl, clipped.detach()

@@ -38,6 +38,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
@@ -45,17 +46,7 @@ from torch import Tensor
 
 from kldiv_kernels.adapters.verl.aggregation import agg_loss
 from kldiv_kernels.adapters.verl.config import read
-from kldiv_kernels.policy import (
-    PolicyOptions,
-    PolicyTerm,
-    Tokens,
-    aggregate,
-    level_log_ratio,
-    policy_term,
-    ratio_bounds,
-    resolve,
-    times,
-)
+from kldiv_kernels.policy import PolicyOptions, TokenLosses, aggregate, ratio_bounds, resolve, token_losses
 
 PolicyLossFn = Callable[..., tuple[Tensor, dict[str, float]]]
 
@@ -91,26 +82,25 @@ def _policy_loss(name: str) -> PolicyLossFn:
         valid = response_mask != 0
         # What a masked token holds, NaN or not, must not reach a sum or a gradient.
         logprob, old, advantages = (torch.where(valid, x, 0.0) for x in (log_prob, old_log_prob.detach(), advantages))
-        log_ratio = logprob - old
-        level = level_log_ratio(log_ratio, valid, options)
-        if name == "gspo":
-            level = (level.detach() + logprob - logprob.detach()).clamp(max=_GSPO_CLAMP)
-        term = policy_term(Tokens(logprob, old, advantages.detach(), valid, log_ratio, level), options, None)
-        per_token = term.per_token
-        if name == "dro":
-            per_token = per_token + _dro_beta(where, config) / 2 * log_ratio.square()
+        advantages = advantages.detach()
+        weights = None
         if rollout_is_weights is not None:
-            weights = _weights(name, torch.where(valid, rollout_is_weights.detach(), 1.0), valid)
-            per_token = times(per_token, weights.expand_as(per_token))
+            weights = _weights(name, torch.where(valid, rollout_is_weights.detach(), 1.0), valid).expand_as(logprob)
+        losses = token_losses(
+            logprob, old, advantages, valid, options,
+            weight=weights,
+            penalty=_dro_beta(where, config) / 2 * (logprob - old).square() if name == "dro" else None,
+            level=partial(_gspo_level, logprob) if name == "gspo" else None,
+        )  # fmt: skip
         if name == "geo_mean":
-            total = aggregate(per_token, valid, "seq-mean-token-mean", None, count_empty=True)
+            total = aggregate(losses.per_token, valid, "seq-mean-token-mean", None, count_empty=True)
         else:
             mode = "seq-mean-token-mean" if name == "sapo" else loss_agg_mode
-            total = agg_loss(per_token, valid, mode, **read(config, "global_batch_info", {}))
+            total = agg_loss(losses.per_token, valid, mode, **read(config, "global_batch_info", {}))
         with torch.no_grad():
             means = {
                 f"actor/{key}": torch.where(valid, x, 0).sum() / valid.sum().clamp_min(1)
-                for key, x in _metrics(name, log_ratio, level, advantages, term, options).items()
+                for key, x in _metrics(name, losses, advantages, options).items()
             }
         # One transfer from the device for all of them.
         values = torch.stack([x.float() for x in means.values()]).tolist() if means else []
@@ -182,10 +172,14 @@ def _weights(name: str, weights: Tensor, valid: Tensor) -> Tensor:
     return (logs.sum(-1, keepdim=True) / valid.sum(-1, keepdim=True).clamp_min(1)).exp()
 
 
-def _metrics(
-    name: str, log_ratio: Tensor, level: Tensor, advantages: Tensor, term: PolicyTerm, options: PolicyOptions
-) -> dict[str, Tensor]:
+def _gspo_level(logprob: Tensor, level: Tensor) -> Tensor:
+    """The sequence's log-ratio with the gradient of the token's."""
+    return (level.detach() + logprob - logprob.detach()).clamp(max=_GSPO_CLAMP)
+
+
+def _metrics(name: str, losses: TokenLosses, advantages: Tensor, options: PolicyOptions) -> dict[str, Tensor]:
     """What verl logs the means of, per token."""
+    log_ratio, level, where = losses.log_ratio, losses.level_log_ratio, losses.clipped
     if name == "gpg":
         return {}
     if name == "kl_cov":
@@ -195,13 +189,13 @@ def _metrics(
     if name == "dro":
         return {"ppo_kl": kl}
     if name == "clip_cov":
-        return {"pg_clipfrac": term.clipped["cov"], "ppo_kl": kl}
+        return {"pg_clipfrac": where["cov"], "ppo_kl": kl}
     never = torch.zeros_like(advantages, dtype=torch.bool)
     clipped, lower = never, never
     if name == "vanilla":
-        clipped, lower = term.clipped["low"] | term.clipped["high"], term.clipped.get("dual", never)
+        clipped, lower = where["low"] | where["high"], where.get("dual", never)
     elif name == "gspo":
-        clipped = term.clipped["low"] | term.clipped["high"]
+        clipped = where["low"] | where["high"]
     elif name == "cispo":
         low, high = ratio_bounds(options)
         clipped = (level.exp() < low) | (level.exp() > high)
@@ -209,6 +203,6 @@ def _metrics(
         outside = (log_ratio < -options.clip_low) | (log_ratio > options.clip_high)
         clipped, lower = outside & (advantages > 0), outside & (advantages < 0)
     elif name in ("dppo_tv", "dppo_kl"):
-        clipped = term.clipped["low"] | term.clipped["high"]
+        clipped = where["low"] | where["high"]
         lower = ~clipped & (level.exp() > options.delta)
     return {"pg_clipfrac": clipped, "ppo_kl": kl, "pg_clipfrac_lower": lower}

@@ -1,0 +1,64 @@
+"""From log-probabilities to the loss of each token: the policy term, its weight, and the KL to a reference policy."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from kldiv_kernels.policy.options import PolicyOptions
+from kldiv_kernels.policy.terms import Tokens, level_log_ratio, policy_term
+from kldiv_kernels.policy.weights import sampled_kl, weighted
+
+
+@dataclass(frozen=True)
+class TokenLosses:
+    """[B, T] each. What stands where the mask is False is of no meaning, and finite.
+
+    per_token: the policy term times its weight, without the KL. clipped: by name, where a gradient was clipped away.
+    log_ratio, level_log_ratio: of the policy to its anchor, of the token and at the importance level. kl: the estimator
+    `options.kl_estimator`, None without a reference. All but `clipped` carry the gradient.
+    """
+
+    per_token: Tensor
+    clipped: dict[str, Tensor]
+    log_ratio: Tensor
+    level_log_ratio: Tensor
+    kl: Tensor | None
+
+
+def token_losses(
+    logprob: Tensor,
+    anchor: Tensor,
+    advantages: Tensor,
+    mask: Tensor,
+    options: PolicyOptions,
+    *,
+    reference: Tensor | None = None,
+    weight: Tensor | None = None,
+    log_weight: Tensor | None = None,
+    penalty: Tensor | None = None,
+    level: Callable[[Tensor], Tensor] | None = None,
+) -> TokenLosses:
+    """The losses of tokens [B, T] whose log-probabilities are given, each finite where the mask is False.
+
+    Args:
+        logprob: of the policy, with gradient. anchor: of the policy that the ratio is taken to. reference: of the
+            policy that the KL is taken to.
+        weight: multiplies the policy term. VESPO has the off-policy weight inside its own: there it takes
+            `log_weight`, whose sum over a sequence counts; default weight.log().
+        penalty: added to the policy term before its weight.
+        level: what becomes of the log-ratio at the importance level.
+    """
+    log_ratio = logprob - anchor
+    of_level = level_log_ratio(log_ratio, mask, options)
+    if level is not None:
+        of_level = level(of_level)
+    tokens = Tokens(logprob, anchor, advantages, mask, log_ratio, of_level)
+    if log_weight is None and weight is not None and options.loss_type == "vespo":
+        log_weight = weight.log()
+    term = policy_term(tokens, options, log_weight)
+    per_token = term.per_token if penalty is None else term.per_token + penalty
+    kl = None if reference is None else sampled_kl(tokens, reference, options)
+    return TokenLosses(weighted(per_token, weight, options), term.clipped, log_ratio, of_level, kl)
