@@ -20,12 +20,6 @@ from kldiv_kernels.benchmarking import peers
 COLOURS = {
     peers.OURS: "#1b7837", peers.LOGPROB: "#7fbf7b", "compile": "#2166ac", "eager": "#888888", "trl": "#d6604d",
 }  # fmt: skip
-LABELS = {
-    "compile": "torch.compile",
-    "eager": "PyTorch eager",
-    "trl": "TRL",
-    peers.LOGPROB: "our log-probability loss",
-}
 
 
 def draw(record: dict[str, Any]) -> Figure:
@@ -80,7 +74,7 @@ def _bars(axes: Axes, x: int, case: dict[str, Any], names: list[str]) -> None:
         name, milliseconds = one["name"], one["seconds"] * 1e3
         bars = axes.bar(
             x + (index - (len(timed) - 1) / 2) * width, milliseconds, width * 0.95,
-            label=LABELS.get(name, name), color=COLOURS.get(name),
+            label=peers.LABELS.get(name, name), color=COLOURS.get(name),
         )  # fmt: skip
         text = f"{milliseconds:.3g}" if milliseconds < 100 else f"{milliseconds:,.0f}"
         axes.bar_label(bars, labels=[text], fontsize=8, padding=1)

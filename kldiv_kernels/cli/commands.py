@@ -255,6 +255,7 @@ def bench(
     console.print(report.times_table(results))
     targets = report.targets_table(results)
     if targets is not None:
+        console.print()
         console.print(targets)
     for line in report.problems(results):
         console.print(line)
