@@ -59,9 +59,11 @@ class Target:
         return value <= self.bound if self.at_most else value >= self.bound
 
     def text(self) -> str:
-        unit = {"copy": "× copy", "logprob": "× our log-probability loss", "memory": "u extra memory"}.get(
-            self.against, f"× faster than {self.against}"
-        )
+        unit = {
+            "copy": "× the copy's time",
+            "logprob": "× our log-probability loss's time",
+            "memory": "× the logits in extra memory",
+        }.get(self.against, f"× faster than {self.against}")
         return f"{'≤' if self.at_most else '≥'} {self.bound:g} {unit}"
 
 

@@ -35,6 +35,13 @@ OURS = "kldiv_kernels"
 PEERS = ("eager", "compile", "trl")
 # Beside a top-k loss: what reading the logits once and writing their gradient takes for one label.
 LOGPROB = "logprob"
+# What a reader calls them.
+LABELS = {
+    "eager": "PyTorch eager",
+    "compile": "torch.compile",
+    "trl": "TRL",
+    LOGPROB: "our log-probability loss",
+}
 
 
 def _forward_kl(student: Tensor, teacher: Tensor) -> Tensor:

@@ -9,46 +9,58 @@ from rich.table import Table
 from kldiv_kernels.benchmarking import peers
 from kldiv_kernels.benchmarking.measure import CaseResult, Result
 
+_COLUMNS = (
+    "time\n(ms)", "times\nthe copy", "extra\nmemory\n(MB)", "extra\nmemory\n(× logits)", "ours is\nfaster by",
+)  # fmt: skip
+EXPLANATION = (
+    "Time is that of the loss and its gradient: the median of several calls. "
+    "A loss has to read its logits and write their gradient at least. "
+    '"Times the copy" is its time, divided by that of copying so many bytes on this machine. '
+    "1 is the limit of the machine's memory; less means that caches helped. "
+    "Extra memory is what a call needs beyond its inputs. The gradient alone is 1 × the logits."
+)
+
 
 def times_table(results: list[CaseResult]) -> Table:
     """A section a case, a line an implementation; narrow enough for 80 columns."""
+    case = results[0].case
     table = Table(
-        title="loss + dlogits",
-        caption="u: one pass over one [N, V] tensor. GB/s: the 3u (2u) that the case needs / time. "
-        "× copy: time / time of copying as much.",
+        title=f"loss and gradient, {case.rows:,} tokens × {case.vocab:,} columns",
+        caption=EXPLANATION,
+        caption_justify="left",
         box=SIMPLE_HEAD,
+        padding=(0, 1, 0, 0),
     )
     table.add_column("", no_wrap=True)
-    for column in ("ms", "GB/s", "% copy", "× copy", "extra MB", "extra u", "ours ×"):
-        table.add_column(column.replace(" ", "\n"), justify="right", no_wrap=True)
+    for column in _COLUMNS:
+        table.add_column(column, justify="right", no_wrap=True)
     for result in results:
         table.add_row(f"[bold]{result.case.name}[/bold]")
         for one in result.results:
+            name = f"  {peers.LABELS.get(one.name, one.name)}"
             if one.error is not None:
-                table.add_row(f"  {one.name}", "[red]failed[/red]")
+                table.add_row(name, "[red]failed[/red]")
             else:
-                table.add_row(f"  {one.name}", *_numbers(result, one))
+                table.add_row(name, *_numbers(result, one))
         table.add_section()
     return table
 
 
 def _numbers(result: CaseResult, one: Result) -> list[str]:
-    times_copy, speedup = result.times_copy(one), result.speedup(one)
+    speedup = result.speedup(one)
     extra = None if one.memory is None else one.memory.extra_bytes
     return [
-        f"{one.median * 1e3:.1f}",
-        f"{result.case.floor_bytes / one.median / 1e9:.1f}",
-        f"{100 / times_copy:.0f}",
-        f"{times_copy:.2f}",
-        "?" if extra is None else f"{extra / 1e6:.0f}",
+        f"{one.median * 1e3:,.1f}",
+        f"{result.times_copy(one):.2f}",
+        "?" if extra is None else f"{extra / 1e6:,.0f}",
         "?" if extra is None else f"{extra / result.case.unit_bytes:.2f}",
-        "" if one.name == peers.OURS or speedup is None else f"{speedup:.1f}",
+        "" if one.name == peers.OURS or speedup is None else f"{speedup:.1f} ×",
     ]
 
 
 def targets_table(results: list[CaseResult]) -> Table | None:
     """What the project promises and whether this run kept it; None at shapes for which it promises nothing."""
-    table = Table("case", "target", "measured", "met", title="targets")
+    table = Table("case", "promised", "measured", "kept", title="what this project promises at this size")
     for result in results:
         for target, value in result.targets():
             if value is None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import json
 import re
 import sys
 from collections.abc import Callable
@@ -250,10 +251,11 @@ def bench(
 
         results = run(settings, step)
         bar.update(task, description="done", completed=settings.steps)
-    save(results, output / PLOT)
+    save(json.loads((output / RESULTS).read_text(encoding="utf-8")), output / PLOT)
     console.print(report.times_table(results))
     targets = report.targets_table(results)
     if targets is not None:
+        console.print()
         console.print(targets)
     for line in report.problems(results):
         console.print(line)

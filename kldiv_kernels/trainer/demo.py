@@ -15,20 +15,27 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
 from datasets import Dataset
 from rich.console import Console
-from rich.table import Table
+from rich.table import Column, Table
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerBase, PreTrainedTokenizerFast, set_seed
 
-from kldiv_kernels.trainer import run
+from kldiv_kernels.trainer import loss_cost, run
 from kldiv_kernels.trainer.data import Blocks, pack, split_blocks
 from kldiv_kernels.trainer.plots import plot_comparison, plot_final
 
 # Tests are repetitive, code pages are tables of numbers, and site-packages differ from machine to machine.
 _SKIPPED_FOLDERS = {"site-packages", "dist-packages", "test", "tests", "idle_test", "encodings", "__pycache__"}
 _END_OF_TEXT = "<|endoftext|>"
-_STAGES = ("teacher", "student_distilled", "student_ce")
+# Folder of each stage, and what a reader calls it.
+_STAGES = {
+    "teacher": "teacher",
+    "student_distilled": "student, distilled",
+    "student_ce": "student, cross-entropy alone",
+}
+_LOSS_COST = "loss_cost"
 
 
 @dataclass(frozen=True)
@@ -96,8 +103,8 @@ def run_demo(folder: Path, settings: Settings, console: Console | None = None) -
     """Every stage that is not finished; then the summary of all of them, printed and left in `folder`."""
     console = console or Console()
     tokenizer, blocks = _text(folder, settings, console)
-    for number, stage in enumerate(_STAGES, start=1):
-        console.rule(f"{number}/{len(_STAGES)} {stage.replace('_', ' ')}")
+    for number, (stage, name) in enumerate(_STAGES.items(), start=1):
+        console.rule(f"{number}/{len(_STAGES)} {name}")
         if run.is_finished(folder / stage):
             console.print("finished before")
             continue
@@ -123,7 +130,7 @@ def run_demo(folder: Path, settings: Settings, console: Console | None = None) -
             tokenizer=tokenizer,
             console=console,
         )
-    return _report(folder, console)
+    return _report(folder, _loss_cost(folder, settings, blocks, console), console)
 
 
 def standard_library_text() -> Iterator[tuple[str, str]]:
@@ -185,7 +192,19 @@ def _tokenizer(folder: Path, texts: list[str], vocab_size: int) -> PreTrainedTok
     return tokenizer
 
 
-def _report(folder: Path, console: Console) -> dict[str, Any]:
+def _loss_cost(folder: Path, settings: Settings, blocks: Blocks, console: Console) -> dict[str, Any]:
+    """Measured in seconds, on one batch; what an earlier call measured is kept, as finished stages are."""
+    before = run.read_json(folder / run.SUMMARY) if (folder / run.SUMMARY).exists() else {}
+    if _LOSS_COST in before:
+        return dict(before[_LOSS_COST])
+    teacher, student = (LlamaForCausalLM.from_pretrained(folder / stage) for stage in ("teacher", "student_distilled"))
+    device = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else torch.device("cpu")
+    batch = torch.tensor(blocks.train[: settings.batch_size]["input_ids"], device=device)
+    with console.status("measuring the loss's share of a step"):
+        return loss_cost.measure(student.to(device), teacher.to(device), batch)
+
+
+def _report(folder: Path, cost: dict[str, Any], console: Console) -> dict[str, Any]:
     summaries = {stage: run.read_json(folder / stage / run.SUMMARY) for stage in _STAGES}
     histories = {
         stage: [json.loads(line) for line in (folder / stage / run.METRICS).read_text().splitlines()]
@@ -195,10 +214,10 @@ def _report(folder: Path, console: Console) -> dict[str, Any]:
         folder / run.METRICS,
         "".join(json.dumps({"stage": stage, **entry}) + "\n" for stage in _STAGES for entry in histories[stage]),
     )
-    run.write_json(folder / run.SUMMARY, summaries)
+    run.write_json(folder / run.SUMMARY, {**summaries, _LOSS_COST: {**cost, "sentence": loss_cost.sentence(cost)}})
     rows = [
         (
-            stage.replace("_", " "),
+            _STAGES[stage],
             f"{summary['parameters']:,}",
             f"{summary['steps']:,}",
             f"{summary['held_out_loss']:.4f}",
@@ -209,22 +228,24 @@ def _report(folder: Path, console: Console) -> dict[str, Any]:
     ]
     head = ("model", "parameters", "steps", "held-out loss", "perplexity", "KL(teacher ∥ student)")
     lines = ["| " + " | ".join(cells) + " |" for cells in (head, ("---",) * len(head), *rows)]
-    run.write_whole(folder / "summary.md", "\n".join(lines) + "\n")
-    plot_comparison(folder / "loss_curves.png", {stage.replace("_", " "): histories[stage] for stage in _STAGES})
+    run.write_whole(folder / "summary.md", "\n".join((*lines, "", loss_cost.sentence(cost))) + "\n")
+    plot_comparison(folder / "loss_curves.png", {name: histories[stage] for stage, name in _STAGES.items()})
     plot_final(
         folder / "comparison.png",
         {
-            stage.replace("_", " "): {
-                "held-out loss": summary["held_out_loss"],
+            _STAGES[stage]: {
+                "held-out cross-entropy": summary["held_out_loss"],
                 "KL(teacher ∥ student)": summary["teacher_student_kl"],
             }
             for stage, summary in summaries.items()
         },
     )
-    table = Table(*head, title=str(folder))
+    # In 80 columns the names wrap between words.
+    table = Table(Column(head[0], min_width=13), *head[1:], title=str(folder))
     for row in rows:
         table.add_row(*row)
     console.print(table)
+    console.print(loss_cost.sentence(cost), highlight=False)
     for name in ("summary.md", "loss_curves.png", "comparison.png"):
         console.print(folder / name, highlight=False)
     return summaries

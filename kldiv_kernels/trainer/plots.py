@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -9,6 +10,8 @@ from typing import Any
 
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
+from matplotlib.ticker import MaxNLocator
 
 History = Sequence[Mapping[str, Any]]
 _KL = "held-out KL(teacher ∥ student)"
@@ -39,45 +42,62 @@ def plot_run(path: Path, history: History, *, title: str) -> None:
 
 def plot_comparison(path: Path, histories: Mapping[str, History]) -> None:
     """Held-out curves of several runs side by side: cross-entropy, and KL to the teacher where it was measured."""
-    figure = Figure(figsize=(11, 4), layout="constrained")
+    figure = Figure(figsize=(9, 4), layout="constrained")
     panels = {"eval_loss": "held-out cross-entropy", "eval_kl": _KL}
     for axis, (quantity, title) in zip(figure.subplots(1, 2), panels.items(), strict=True):
-        for number, (name, history) in enumerate(histories.items()):
-            steps, values = curve(history, quantity)
+        curves = {name: curve(history, quantity) for name, history in histories.items()}
+        for name, (steps, values) in curves.items():
             if steps:
-                axis.plot(steps, values, marker="o", markersize=3, label=name, color=f"C{number}")
+                axis.plot(steps, values, marker="o", markersize=3, color=_colour(name, histories))
         _label(axis, title)
-        axis.legend()
+        _show_the_gap(axis, list(curves.values()))
+    lines = [Line2D([], [], color=_colour(name, histories), marker="o", markersize=3, label=name) for name in histories]
+    _legend_below(figure, lines)
     save(figure, path)
 
 
 def plot_final(path: Path, values: Mapping[str, Mapping[str, float | None]]) -> None:
-    """Bars: one group a quantity, one bar a run; runs without the quantity are left out."""
-    figure = Figure(figsize=(9, 4), layout="constrained")
+    """Bars: a panel a quantity, a bar a run in the colour of its curve; a run without the quantity has a dash."""
     quantities = list(next(iter(values.values())))
-    for axis, quantity in zip(figure.subplots(1, len(quantities), squeeze=False)[0], quantities, strict=True):
-        shown = {name: row[quantity] for name, row in values.items() if row[quantity] is not None}
-        bars = axis.bar(list(shown), [value for value in shown.values() if value is not None])
-        axis.bar_label(bars, fmt="%.3f")
+    figure = Figure(figsize=(9, 1.6 + 0.4 * len(values)), layout="constrained")
+    for axis, quantity in zip(
+        figure.subplots(1, len(quantities), squeeze=False, sharey=True)[0], quantities, strict=True
+    ):
+        known = {name: x for name, row in values.items() if (x := row[quantity]) is not None}
+        start, end = _bar_axis(list(known.values()))
+        colours = [_colour(name, values) for name in known]
+        at = [list(values).index(name) for name in known]
+        bars = axis.barh(at, [x - start for x in known.values()], left=start, color=colours)
+        axis.bar_label(bars, labels=[f"{x:.3f}" for x in known.values()], padding=3)
+        for number, name in enumerate(values):
+            if name not in known:
+                axis.text(start + 0.02 * (end - start), number, "—", va="center")
+        axis.set_xlim(start, end)
+        axis.set_yticks(range(len(values)), list(values))
         axis.set_title(quantity)
-        axis.set_ylabel("nats per token")
+        axis.set_xlabel("nats per token, lower is better" + (f"\n(this axis starts at {start:.2f})" if start else ""))
+        axis.xaxis.set_major_locator(MaxNLocator(5))
+        axis.spines[["top", "right"]].set_visible(False)
+    # The first run on top, as in a table.
+    figure.axes[0].invert_yaxis()
     save(figure, path)
 
 
 def plot_reward(path: Path, history: History, *, title: str) -> None:
     """Reward of sampled completions beside the held-out accuracy of greedy ones; entropy and, with a reference, KL."""
-    figure = Figure(figsize=(9, 3.6), layout="constrained")
+    figure = Figure(figsize=(9, 4), layout="constrained")
     left, right = figure.subplots(1, 2)
-    left.plot(*curve(history, "reward"), label="reward, sampled")
+    left.plot(*curve(history, "reward"), label="reward of sampled answers")
     left.plot(*curve(history, "held_out_accuracy"), marker="o", markersize=3, label="held-out accuracy, greedy")
-    _label(left, "fraction right", "")
+    _label(left, "fraction of sums right", "")
     left.set_ylim(0, 1)
-    for name, label in (("entropy", "entropy"), ("kl", "KL to the start")):
+    for name, label in (("entropy", "entropy of the policy"), ("kl", "KL from the start")):
         if any(name in entry for entry in history):
             right.plot(*curve(history, name), label=label)
     _label(right, "policy")
     for axis in (left, right):
-        axis.legend()
+        # Below the curves, which may be anywhere.
+        axis.legend(loc="upper center", bbox_to_anchor=(0.5, -0.16), ncols=2, fontsize=9, frameon=False)
     figure.suptitle(title)
     save(figure, path)
 
@@ -85,6 +105,7 @@ def plot_reward(path: Path, history: History, *, title: str) -> None:
 def save(figure: Figure, path: Path) -> None:
     """PNG, written beside `path` and renamed."""
     beside = path.with_name(f".{path.name}.part")
+    figure.set_dpi(150)
     FigureCanvasAgg(figure).print_png(str(beside))  # type: ignore[no-untyped-call]
     os.replace(beside, path)
 
@@ -94,3 +115,30 @@ def _label(axis: Any, title: str, unit: str = "nats per token") -> None:
     axis.set_xlabel("step")
     axis.set_ylabel(unit)
     axis.grid(alpha=0.3)
+
+
+def _colour(name: str, runs: Mapping[str, Any]) -> str:
+    """The same for a run's curves and its bars."""
+    return f"C{list(runs).index(name)}"
+
+
+def _legend_below(figure: Figure, lines: Sequence[Line2D]) -> None:
+    figure.legend(handles=lines, loc="outside lower center", ncols=len(lines), frameon=False)
+
+
+def _show_the_gap(axis: Any, curves: Sequence[tuple[list[int], list[float]]]) -> None:
+    """The height is for trained models: the loss before the first step is so far away that it is left off the axis."""
+    trained = [y for steps, values in curves for x, y in zip(steps, values, strict=True) if x > 0 and math.isfinite(y)]
+    if trained:
+        margin = 0.06 * (max(trained) - min(trained)) or 0.1
+        axis.set_ylim(min(trained) - margin, max(trained) + margin)
+
+
+def _bar_axis(values: Sequence[float]) -> tuple[float, float]:
+    """From 0, or from nearer where the bars are of so similar a length that 0 would hide the gap between them."""
+    finite = [x for x in values if math.isfinite(x)] or [1.0]
+    low, high = min(finite), max(finite)
+    # The shortest bar is 0.7 times as long as the gap.
+    start = 0.0 if low < 0.6 * high else low - (0.7 * (high - low) or 0.1 * high)
+    # Room for the number beside the longest bar.
+    return start, high + 0.25 * (high - start)

@@ -2,15 +2,21 @@
 
 from __future__ import annotations
 
+import copy
+import io
+import json
 import os
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+from pictures import unreadable
+from rich.console import Console
 
-from kldiv_kernels.benchmarking import cases, measure, memory, peers
+from kldiv_kernels.benchmarking import cases, gpu_plot, measure, memory, peers, plot, report
 from kldiv_kernels.benchmarking.cases import GRPO, LOGPROB_ENTROPY, TOPK, TOPK_FROM_LOGITS, Case, Target
 from kldiv_kernels.benchmarking.memory import PeakMemory
 
@@ -91,6 +97,61 @@ def test_memory_says_why_it_is_unknown() -> None:
     found = memory.measure_in_subprocess(Case("no_such_kind", torch.bfloat16, rows=2, vocab=8), peers.OURS, threads=1)
     assert found.extra_bytes is None
     assert "no_such_kind" in found.reason
+
+
+RECORDS = sorted((ROOT / "benchmarks" / "results").glob("*epyc*.json"))
+
+
+def _as_measured(record: dict[str, Any]) -> list[measure.CaseResult]:
+    return [
+        measure.CaseResult(
+            Case(case["kind"], cases.dtype(case["dtype"]), case["rows"], case["vocab"]),
+            [
+                measure.Result(one["name"], one["all_seconds"], memory=PeakMemory(one["peak_extra_bytes"]))
+                for one in case["implementations"]
+            ],
+            case["copy_gb_per_second"] * 1e9,
+        )
+        for case in record["cases"]
+    ]
+
+
+@pytest.mark.parametrize("path", RECORDS, ids=lambda path: path.stem)
+def test_plots_and_tables_of_recorded_runs_can_be_read(path: Path) -> None:
+    record = json.loads(path.read_text())
+    assert unreadable(plot.draw(record)) == []
+    printed = io.StringIO()
+    Console(file=printed, width=80).print(report.times_table(_as_measured(record)))
+    text = " ".join(printed.getvalue().split())
+    assert "…" not in text, "cut off in a terminal of 80 columns"
+    assert report.EXPLANATION in text
+    for words in ("(ms)", "(MB)", "(× logits)", "the copy", "faster by"):
+        assert words in text
+    for case in record["cases"]:
+        for one in case["implementations"]:
+            assert f"{peers.LABELS.get(one['name'], one['name'])} {one['seconds'] * 1e3:,.1f}" in text
+
+
+def test_a_plot_leaves_out_what_failed_and_keeps_colours() -> None:
+    record = json.loads(next(path for path in RECORDS if path.stem.endswith("topk")).read_text())
+    failed = copy.deepcopy(record)
+    failed["cases"][0]["implementations"][2] = {"name": "eager", "error": "no"}
+    for shown, bars in ((record, 8), (failed, 7)):
+        assert len(plot.draw(shown).axes[0].patches) == bars
+    colours = {plot.COLOURS[one["name"]] for case in record["cases"] for one in case["implementations"]}
+    assert len(colours) == 5
+
+
+def test_the_plot_of_a_gpu_can_be_read_with_every_implementation() -> None:
+    names = ("cuda", "triton", "eager", "compile", "trl", "liger", "liger-grpo")
+    shapes = ((4096, 32_000), (8192, 128_256), (8192, 151_936))
+    rows = [
+        {"case": case, "implementation": name, "rows": n, "vocab": v, "milliseconds": 123.4 * (1 + k), "floor": "3u",
+         "share_of_copy": 0.5 / (1 + k)}
+        for case in ("forward_kl", "grpo", "js") for n, v in shapes for k, name in enumerate(names)
+    ]  # fmt: skip
+    assert unreadable(gpu_plot.draw(rows, "some GPU, PyTorch 2.13.0, Triton 3.6.0")) == []
+    assert unreadable(gpu_plot.draw(rows[: len(rows) // 3], "some GPU, PyTorch 2.13.0, Triton 3.6.0")) == []
 
 
 @pytest.mark.parametrize("target", [Target("copy", 2), Target("eager", 2), Target("memory", 2)])

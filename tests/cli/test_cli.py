@@ -14,7 +14,7 @@ from typer.testing import CliRunner, Result
 
 import kldiv_kernels as kk
 from kldiv_kernels import cli
-from kldiv_kernels.benchmarking import peers
+from kldiv_kernels.benchmarking import peers, report
 from kldiv_kernels.cli import doctor
 from kldiv_kernels.extras import OPTIONAL
 
@@ -193,6 +193,7 @@ def test_bench_writes_results_and_plot(tmp_path: Path) -> None:
     assert result.exit_code == 0, result.output
     assert sorted(path.name for path in output.iterdir()) == ["results.json", "times.png"]
     assert (output / "times.png").read_bytes().startswith(b"\x89PNG")
+    assert report.EXPLANATION in " ".join(result.output.split())
     record = json.loads((output / "results.json").read_text())
     assert [case["kind"] for case in record["cases"]] == ["forward_kl", "js", "logprob_entropy"]
     for case, units in zip(record["cases"], (3, 3, 2), strict=True):

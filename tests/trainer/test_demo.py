@@ -4,13 +4,22 @@ from __future__ import annotations
 
 import io
 import json
+import time
 from pathlib import Path
 
 import pytest
+import tiny
+import torch
+from matplotlib.colors import to_hex
+from matplotlib.figure import Figure
+from pictures import unreadable
 from rich.console import Console
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from kldiv_kernels.trainer import run
+from kldiv_kernels.benchmarking import peers
+from kldiv_kernels.benchmarking.cases import Case, Inputs
+from kldiv_kernels.benchmarking.memory import PeakMemory
+from kldiv_kernels.trainer import loss_cost, plots, run
 from kldiv_kernels.trainer.demo import Settings, Size, open_demo, run_demo, standard_library_text
 
 SMALL = Settings(
@@ -59,6 +68,94 @@ def test_the_demo_leaves_models_metrics_table_and_plots(finished: tuple[Path, st
         assert (folder / plot).read_bytes().startswith(b"\x89PNG")
     assert summary["teacher"]["parameters"] > summary["student_ce"]["parameters"]
     assert summary["teacher"]["teacher_student_kl"] is None
+    for name in ("student, distilled", "student, cross-entropy alone"):
+        assert name in table
+        assert name in printed
+
+
+def test_the_summary_says_what_the_loss_costs(finished: tuple[Path, str]) -> None:
+    folder, printed = finished
+    cost = json.loads((folder / "summary.json").read_text())["loss_cost"]
+    assert (cost["rows"], cost["vocab"]) == (SMALL.batch_size * SMALL.block_size, SMALL.vocab_size)
+    for name in ("kldiv_kernels", "eager"):
+        assert 0 < cost[name]["loss_seconds"] < cost[name]["step_seconds"]
+    assert cost["sentence"] == loss_cost.sentence(cost)
+    assert cost["sentence"] in " ".join(printed.split())
+    assert cost["sentence"] in (folder / "summary.md").read_text()
+
+
+def test_the_cost_of_each_loss_is_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    built = peers.build
+
+    def slow_eager(name: str, case: Case) -> peers.Loss:
+        loss = built(name, case)
+
+        def slow(inputs: Inputs) -> torch.Tensor:
+            time.sleep(0.2 if name == "eager" else 0)
+            return loss(inputs)
+
+        return slow
+
+    monkeypatch.setattr(loss_cost.peers, "build", slow_eager)
+    memory = {"kldiv_kernels": PeakMemory(10_000_000), "eager": PeakMemory(50_000_000)}
+    monkeypatch.setattr(loss_cost, "measure_in_subprocess", lambda case, name, threads: memory[name])
+    student, teacher = tiny.llama(0), tiny.llama(1)
+    before = [x.detach().clone() for x in student.parameters()]
+    cost = loss_cost.measure(student, teacher, torch.arange(10).view(2, 5))
+    assert cost["eager"]["loss_seconds"] > 0.2 > cost["kldiv_kernels"]["loss_seconds"]
+    assert any(not torch.equal(x, y) for x, y in zip(student.parameters(), before, strict=True)), "it takes steps"
+    assert all(x.grad is None for x in teacher.parameters())
+
+
+def test_the_sentence_on_cost() -> None:
+    ours = {"loss_seconds": 0.02, "step_seconds": 0.5, "extra_bytes": 17_000_000}
+    eager = {"loss_seconds": 0.3, "step_seconds": 1.2, "extra_bytes": 101_000_000}
+    text = loss_cost.sentence({"kldiv_kernels": ours, "eager": eager})
+    assert text == (
+        "The loss and its gradient took 4.0% of a training step (20.0 of 500.0 ms) with kldiv_kernels, and 25.0% of a "
+        "training step (300.0 of 1,200.0 ms) with plain PyTorch. Beyond the logits they needed 17 MB and 101 MB of "
+        "memory."
+    )
+    unknown = loss_cost.sentence({"kldiv_kernels": ours, "eager": {**eager, "extra_bytes": None}})
+    assert unknown.endswith("plain PyTorch.")
+
+
+def test_everything_in_the_plots_can_be_read(monkeypatch: pytest.MonkeyPatch) -> None:
+    drawn: list[Figure] = []
+    monkeypatch.setattr(plots, "save", lambda figure, path: drawn.append(figure))
+    names = ("teacher", "student, distilled", "student, cross-entropy alone")
+    ends = ((3.8875, None), (4.1737, 0.2009), (4.4903, 0.5725))
+    # Long before the end, and before the first step, where all are far away.
+    histories = {
+        name: [
+            {"step": step, "eval_loss": 8.3 - (8.3 - loss) * step / 400, **({} if kl is None else {"eval_kl": kl})}
+            for step in (0, 300, 400)
+        ]
+        for name, (loss, kl) in zip(names, ends, strict=True)
+    }
+    finals = {
+        name: {"held-out cross-entropy": loss, "KL(teacher ∥ student)": kl}
+        for name, (loss, kl) in zip(names, ends, strict=True)
+    }
+    plots.plot_comparison(Path(), histories)
+    plots.plot_final(Path(), finals)
+    plots.plot_run(Path(), histories["student, distilled"], title="student_distilled")
+    for figure in drawn:
+        assert unreadable(figure) == []
+    curves, bars = drawn[0].axes, drawn[1].axes
+    assert curves[0].get_ylim()[1] < 8, "the untrained models would hide the gap"
+    assert bars[0].get_xlim()[0] > 3
+    assert bars[1].get_xlim()[0] == 0, "these differ by far more than a fifth"
+    assert [to_hex(line.get_color()) for line in curves[0].lines] == [
+        to_hex(x.get_facecolor()) for x in bars[0].patches
+    ]
+    # The teacher has no KL to itself, and the students keep their colours without it.
+    assert [to_hex(line.get_color()) for line in curves[1].lines] == [
+        to_hex(x.get_facecolor()) for x in bars[1].patches
+    ]
+    assert [to_hex(x.get_facecolor()) for x in bars[0].patches][1:] == [
+        to_hex(x.get_facecolor()) for x in bars[1].patches
+    ]
 
 
 def test_both_students_start_from_the_same_weights_and_learn_differently(finished: tuple[Path, str]) -> None:
