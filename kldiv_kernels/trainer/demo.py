@@ -201,7 +201,9 @@ def _loss_cost(folder: Path, settings: Settings, blocks: Blocks, console: Consol
     device = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else torch.device("cpu")
     batch = torch.tensor(blocks.train[: settings.batch_size]["input_ids"], device=device)
     with console.status("measuring the loss's share of a step"):
-        return loss_cost.measure(student.to(device), teacher.to(device), batch)
+        for model in (student, teacher):
+            model.to(device)  # type: ignore[arg-type]
+        return loss_cost.measure(student, teacher, batch)
 
 
 def _report(folder: Path, cost: dict[str, Any], console: Console) -> dict[str, Any]:

@@ -18,7 +18,8 @@ FACE = "kldiv_kernels"
 # From the top down. A module imports what stands in a later line, or what is of its own folder.
 ORDER = (
     ("cli",),
-    ("trainer", "benchmarking"),
+    ("trainer",),
+    ("benchmarking",),
     ("adapters", "teacher_cache"),
     (FACE,),
     ("nn", "distillation"),
