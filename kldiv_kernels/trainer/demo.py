@@ -243,7 +243,7 @@ def _report(folder: Path, cost: dict[str, Any], console: Console) -> dict[str, A
         },
     )
     # In 80 columns the names wrap between words.
-    table = Table(Column(head[0], min_width=13), *head[1:], title=str(folder))
+    table = Table(Column(head[0], min_width=13), *head[1:], title=str(folder), pad_edge=False)
     for row in rows:
         table.add_row(*row)
     console.print(table)

@@ -20,7 +20,7 @@ from kldiv_kernels.benchmarking import peers
 from kldiv_kernels.benchmarking.cases import Case, Inputs
 from kldiv_kernels.benchmarking.memory import PeakMemory
 from kldiv_kernels.trainer import loss_cost, plots, run
-from kldiv_kernels.trainer.demo import Settings, Size, open_demo, run_demo, standard_library_text
+from kldiv_kernels.trainer.demo import Settings, Size, _report, open_demo, run_demo, standard_library_text
 
 SMALL = Settings(
     steps=10, batch_size=2, block_size=32, vocab_size=300, characters_a_token=20, held_out_blocks=4,
@@ -82,6 +82,15 @@ def test_the_summary_says_what_the_loss_costs(finished: tuple[Path, str]) -> Non
     assert cost["sentence"] == loss_cost.sentence(cost)
     assert cost["sentence"] in " ".join(printed.split())
     assert cost["sentence"] in (folder / "summary.md").read_text()
+
+
+def test_the_table_fits_a_terminal_of_80_columns(finished: tuple[Path, str]) -> None:
+    printed = io.StringIO()
+    console = Console(file=printed, width=80)
+    _report(finished[0], json.loads((finished[0] / "summary.json").read_text())["loss_cost"], console)
+    rows = [line for line in printed.getvalue().splitlines() if line.startswith("│")]
+    assert rows
+    assert all(line.endswith("│") and "…" not in line for line in rows)
 
 
 def test_the_cost_of_each_loss_is_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
