@@ -21,6 +21,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from setuptools import setup
+from setuptools.command.build_py import build_py
 
 ROOT = Path(__file__).parent
 # PyTorch 2.10: the oldest with torch::stable::parallel_for.
@@ -37,6 +38,13 @@ NVCC_FLAGS = [
 
 def relative(*patterns: str) -> list[str]:
     return sorted(str(path.relative_to(ROOT)) for pattern in patterns for path in ROOT.glob(pattern))
+
+
+def description() -> str:
+    """README.md for a package index, where its relative links lead nowhere: their text alone. Code stays as it is."""
+    code, link = r"^```.*?^```|`[^`\n]*`", r"!?\[([^\]]*)\]\((?!\w+:)[^)]*\)"
+    text = (ROOT / "README.md").read_text(encoding="utf-8")
+    return re.sub(f"({code})|{link}", lambda found: found[1] or found[2], text, flags=re.MULTILINE | re.DOTALL)
 
 
 def stop(message: str) -> None:
@@ -170,6 +178,14 @@ def compile_cuda(nvcc: Nvcc) -> list[str]:
     return [str(path.relative_to(ROOT)) for path in objects]
 
 
+class BuildPy(build_py):
+    def run(self) -> None:
+        # What an earlier build left in build/lib would go into this wheel: modules since deleted, libraries.
+        if not self.editable_mode:
+            shutil.rmtree(Path(self.build_lib, "kldiv_kernels"), ignore_errors=True)
+        super().run()
+
+
 def extensions() -> dict[str, object]:
     require_tools()
     import pybind11
@@ -217,7 +233,11 @@ def extensions() -> dict[str, object]:
         include_dirs=[pybind11.get_include()],
         extra_compile_args=["-std=c++17", "-O2", "-g0", f'-DKLDIV_TORCH_TARGET="{TORCH_TARGET}"', archs],
     )
-    return {"ext_modules": [library, module], "cmdclass": {"build_ext": Build}}
+    return {"ext_modules": [library, module], "cmdclass": {"build_ext": Build, "build_py": BuildPy}}
 
 
-setup(**(extensions() if os.environ.get("KLDIV_BUILD", "1") != "0" else {}))
+setup(
+    long_description=description(),
+    long_description_content_type="text/markdown",
+    **(extensions() if os.environ.get("KLDIV_BUILD", "1") != "0" else {"cmdclass": {"build_py": BuildPy}}),
+)
