@@ -3,8 +3,9 @@
 KLDIV_BUILD=0 installs without it. Everything else about the package is in pyproject.toml.
 
 Where nvcc is found (CUDA_HOME, PATH) the library gets its CUDA part too; KLDIV_CUDA=0 leaves it out, KLDIV_CUDA=1
-insists on it. KLDIV_CUDA_ARCHS="90" or "90;100" narrows what it is compiled for. Objects are kept in build/cuda by the
-content of what they are made from; ptxas.txt there is what ptxas said of the kernels.
+insists on it. KLDIV_CUDA_ARCHS="90" or "90;100" narrows what it is compiled for; "native" takes the GPUs that PyTorch
+sees, and leaves the CUDA part out where it sees none. Objects are kept in build/cuda by the content of what they are
+made from; ptxas.txt there is what ptxas said of the kernels.
 """
 
 from __future__ import annotations
@@ -71,6 +72,16 @@ def output_of(*command: str) -> str:
     return done.stdout + done.stderr
 
 
+def gpus() -> list[int]:
+    """90 for sm_90. A PyTorch without CUDA sees none, and could not use the kernels either."""
+    import torch
+
+    if torch.version.cuda is None or not torch.cuda.is_available():
+        return []
+    capabilities = [torch.cuda.get_device_capability(device) for device in range(torch.cuda.device_count())]
+    return [10 * major + minor for major, minor in capabilities]
+
+
 @dataclass(frozen=True)
 class Nvcc:
     path: str
@@ -90,20 +101,30 @@ class Nvcc:
             if asked == "1":
                 stop("KLDIV_CUDA=1, but nvcc was found neither in CUDA_HOME nor in PATH. Install the CUDA toolkit.")
             return None
-        return Nvcc(path, output_of(path, "--version"), Nvcc._archs(path))
+        archs = Nvcc._archs(path)
+        if not archs and asked == "1":
+            stop(
+                "KLDIV_CUDA=1, but there is nothing to compile for: KLDIV_CUDA_ARCHS is native and PyTorch sees no GPU "
+                "of sm_80 or later, or this nvcc knows none of them."
+            )
+        return Nvcc(path, output_of(path, "--version"), archs) if archs else None
 
     @staticmethod
     def _archs(path: str) -> tuple[int, ...]:
         known = sorted(int(arch) for arch in re.findall(r"compute_(\d+)\b", output_of(path, "--list-gpu-arch")))
         known = [arch for arch in known if arch >= CUDA_ARCHS[0]]
         text = os.environ.get("KLDIV_CUDA_ARCHS", "")
+        default = [arch for arch in CUDA_ARCHS if arch in known]
         if not text:
-            return tuple(arch for arch in CUDA_ARCHS if arch in known)
+            return tuple(default)
+        if text == "native":
+            # What each GPU would take from a build for all targets.
+            return tuple(sorted({max((arch for arch in default if arch <= gpu), default=0) for gpu in gpus()} - {0}))
         asked = sorted({int(part) for part in text.split(";")}) if re.fullmatch(r"\d+(;\d+)*", text) else []
         if not asked or not set(asked) <= set(known):
             stop(
-                f'KLDIV_CUDA_ARCHS is {text!r}; expected numbers such as "90" or "90;100", of those that this nvcc '
-                f"compiles for: {', '.join(map(str, known))}"
+                f'KLDIV_CUDA_ARCHS is {text!r}; expected native, or numbers such as "90" or "90;100", of those '
+                f"that this nvcc compiles for: {', '.join(map(str, known))}"
             )
         return tuple(asked)
 
