@@ -1,5 +1,5 @@
 # make demo, make test: on a Linux machine with Python >= 3.10 and a C++ compiler, and nothing else. Where nvcc is found
-# the CUDA kernels are compiled too, for all targets or for those of KLDIV_CUDA_ARCHS.
+# the CUDA kernels are compiled too, for the GPUs that PyTorch sees or for the targets of KLDIV_CUDA_ARCHS.
 #
 # PYTHON  the interpreter that .venv is made from.
 # TORCH   what pip is asked for where .venv has no PyTorch. Pinned, because a range can resolve to a build with
@@ -16,6 +16,10 @@ PEERS ?= liger-kernel==0.8.5 verl==0.9.1 tensordict==0.15.3 omegaconf==2.4.0 cod
 	cloudpickle==3.1.3 orjson==3.13.0
 DEMO_OPTIONS ?= --output runs/demo
 FUZZ_EXAMPLES ?= 40000
+
+# Where a command in a pipe fails, so does its line.
+SHELL := bash
+.SHELLFLAGS := -o pipefail -c
 
 VENV := .venv
 PY := $(VENV)/bin/python
@@ -86,11 +90,18 @@ clean:
 	find kldiv_kernels -name '*.so' -delete
 	rm -f $(VENV)/.installed
 
+# CUDA for the GPUs here, and none without one, unless the caller says otherwise. `KLDIV_CUDA=1 make test`: all targets.
+ifndef KLDIV_CUDA
+$(VENV)/.installed: export KLDIV_CUDA_ARCHS ?= native
+endif
+
 # PyTorch and the build tools first: the package is compiled against the PyTorch that it will run with.
+# The compiled part comes before pip, which would show nothing of it; sed leaves the number and the file of each line.
 $(VENV)/.installed: pyproject.toml setup.py $(SOURCES)
 	test -x $(PY) || $(PYTHON) -m venv $(VENV)
 	$(PY) -c "import torch" 2>/dev/null || $(PY) -m pip install $(TORCH)
-	$(PY) -m pip install "setuptools>=77" wheel ninja "pybind11>=2.12"
-	$(PY) -m pip install --no-build-isolation -e ".[dev]"
+	$(PY) -m pip install "setuptools>=77" wheel ninja "pybind11>=2.12" numpy
+	$(PY) setup.py -q build_ext --inplace | sed -uE 's|^(\[[0-9]+/[0-9]+\]) .* -c \S*/(\S+) .*|\1 c++ \2|'
+	KLDIV_BUILD=0 $(PY) -m pip install --no-build-isolation -e ".[dev]"
 	$(PY) -m pip install --no-deps --ignore-requires-python $(PEERS)
 	touch $@

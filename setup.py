@@ -3,8 +3,9 @@
 KLDIV_BUILD=0 installs without it. Everything else about the package is in pyproject.toml.
 
 Where nvcc is found (CUDA_HOME, PATH) the library gets its CUDA part too; KLDIV_CUDA=0 leaves it out, KLDIV_CUDA=1
-insists on it. KLDIV_CUDA_ARCHS="90" or "90;100" narrows what it is compiled for. Objects are kept in build/cuda by the
-content of what they are made from; ptxas.txt there is what ptxas said of the kernels.
+insists on it. KLDIV_CUDA_ARCHS="90" or "90;100" narrows what it is compiled for; "native" takes the GPUs that PyTorch
+sees, and leaves the CUDA part out where it sees none. Objects are kept in build/cuda by the content of what they are
+made from; ptxas.txt there is what ptxas said of the kernels.
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from setuptools import setup
+from setuptools.command.build_py import build_py
 
 ROOT = Path(__file__).parent
 # PyTorch 2.10: the oldest with torch::stable::parallel_for.
@@ -37,6 +39,13 @@ NVCC_FLAGS = [
 
 def relative(*patterns: str) -> list[str]:
     return sorted(str(path.relative_to(ROOT)) for pattern in patterns for path in ROOT.glob(pattern))
+
+
+def description() -> str:
+    """README.md for a package index, where its relative links lead nowhere: their text alone. Code stays as it is."""
+    code, link = r"^```.*?^```|`[^`\n]*`", r"!?\[([^\]]*)\]\((?!\w+:)[^)]*\)"
+    text = (ROOT / "README.md").read_text(encoding="utf-8")
+    return re.sub(f"({code})|{link}", lambda found: found[1] or found[2], text, flags=re.MULTILINE | re.DOTALL)
 
 
 def stop(message: str) -> None:
@@ -63,6 +72,16 @@ def output_of(*command: str) -> str:
     return done.stdout + done.stderr
 
 
+def gpus() -> list[int]:
+    """90 for sm_90. A PyTorch without CUDA sees none, and could not use the kernels either."""
+    import torch
+
+    if torch.version.cuda is None or not torch.cuda.is_available():
+        return []
+    capabilities = [torch.cuda.get_device_capability(device) for device in range(torch.cuda.device_count())]
+    return [10 * major + minor for major, minor in capabilities]
+
+
 @dataclass(frozen=True)
 class Nvcc:
     path: str
@@ -82,20 +101,30 @@ class Nvcc:
             if asked == "1":
                 stop("KLDIV_CUDA=1, but nvcc was found neither in CUDA_HOME nor in PATH. Install the CUDA toolkit.")
             return None
-        return Nvcc(path, output_of(path, "--version"), Nvcc._archs(path))
+        archs = Nvcc._archs(path)
+        if not archs and asked == "1":
+            stop(
+                "KLDIV_CUDA=1, but there is nothing to compile for: KLDIV_CUDA_ARCHS is native and PyTorch sees no GPU "
+                "of sm_80 or later, or this nvcc knows none of them."
+            )
+        return Nvcc(path, output_of(path, "--version"), archs) if archs else None
 
     @staticmethod
     def _archs(path: str) -> tuple[int, ...]:
         known = sorted(int(arch) for arch in re.findall(r"compute_(\d+)\b", output_of(path, "--list-gpu-arch")))
         known = [arch for arch in known if arch >= CUDA_ARCHS[0]]
         text = os.environ.get("KLDIV_CUDA_ARCHS", "")
+        default = [arch for arch in CUDA_ARCHS if arch in known]
         if not text:
-            return tuple(arch for arch in CUDA_ARCHS if arch in known)
+            return tuple(default)
+        if text == "native":
+            # What each GPU would take from a build for all targets.
+            return tuple(sorted({max((arch for arch in default if arch <= gpu), default=0) for gpu in gpus()} - {0}))
         asked = sorted({int(part) for part in text.split(";")}) if re.fullmatch(r"\d+(;\d+)*", text) else []
         if not asked or not set(asked) <= set(known):
             stop(
-                f'KLDIV_CUDA_ARCHS is {text!r}; expected numbers such as "90" or "90;100", of those that this nvcc '
-                f"compiles for: {', '.join(map(str, known))}"
+                f'KLDIV_CUDA_ARCHS is {text!r}; expected native, or numbers such as "90" or "90;100", of those '
+                f"that this nvcc compiles for: {', '.join(map(str, known))}"
             )
         return tuple(asked)
 
@@ -170,6 +199,14 @@ def compile_cuda(nvcc: Nvcc) -> list[str]:
     return [str(path.relative_to(ROOT)) for path in objects]
 
 
+class BuildPy(build_py):
+    def run(self) -> None:
+        # What an earlier build left in build/lib would go into this wheel: modules since deleted, libraries.
+        if not self.editable_mode:
+            shutil.rmtree(Path(self.build_lib, "kldiv_kernels"), ignore_errors=True)
+        super().run()
+
+
 def extensions() -> dict[str, object]:
     require_tools()
     import pybind11
@@ -217,7 +254,11 @@ def extensions() -> dict[str, object]:
         include_dirs=[pybind11.get_include()],
         extra_compile_args=["-std=c++17", "-O2", "-g0", f'-DKLDIV_TORCH_TARGET="{TORCH_TARGET}"', archs],
     )
-    return {"ext_modules": [library, module], "cmdclass": {"build_ext": Build}}
+    return {"ext_modules": [library, module], "cmdclass": {"build_ext": Build, "build_py": BuildPy}}
 
 
-setup(**(extensions() if os.environ.get("KLDIV_BUILD", "1") != "0" else {}))
+setup(
+    long_description=description(),
+    long_description_content_type="text/markdown",
+    **(extensions() if os.environ.get("KLDIV_BUILD", "1") != "0" else {"cmdclass": {"build_py": BuildPy}}),
+)

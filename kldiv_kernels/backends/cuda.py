@@ -61,7 +61,7 @@ def _refusal() -> str | None:
         return "this PyTorch is built for ROCm; the cuda backend serves NVIDIA GPUs"
     if not architectures():
         return (
-            "this build has no CUDA part: nvcc was not found when it was built, or KLDIV_CUDA=0 left it out; "
+            "this build has no CUDA part: when it was built there was no nvcc, or KLDIV_CUDA=0, or make found no GPU; "
             "with the CUDA toolkit in PATH or CUDA_HOME run: pip install --no-build-isolation ."
         )
     if not torch.cuda.is_available():

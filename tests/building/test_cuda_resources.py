@@ -130,7 +130,7 @@ def test_the_numbers_are_those_of_the_library(table: dict[str, Any]) -> None:
     if tool is None:
         pytest.skip("needs cuobjdump")
     if not cuda.architectures():
-        pytest.skip("the library has no CUDA part")
+        pytest.skip("the library has no CUDA part; make builds one for the GPU here, or for KLDIV_CUDA_ARCHS")
     done = subprocess.run([tool, "--dump-resource-usage", str(LIBRARY)], capture_output=True, text=True, check=True)
     found: dict[tuple[str, int], tuple[int, int]] = {}
     for part in done.stdout.split("Fatbin elf code:")[1:]:
@@ -144,13 +144,12 @@ def test_the_numbers_are_those_of_the_library(table: dict[str, Any]) -> None:
         for (name, target), used in found.items()
         if name in names and resources.runs_on(names[name], target)
     }
-    assert built
+    targets = {target for _, target in built}
+    assert targets
     recorded = {
         (row["kernel"], int(key[3:])): (cell[0], cell[3])
         for row in table["kernels"]
         for key, cell in row.items()
-        if key.startswith("sm_")
+        if key.startswith("sm_") and int(key[3:]) in targets
     }
-    different = {key: (used, recorded.get(key)) for key, used in built.items() if recorded.get(key) != used}
-    assert not different, "run: python tests/building/cuda_resources.py"
-    assert {kernel for kernel, _ in built} == {row["kernel"] for row in table["kernels"]}
+    assert built == recorded, "run: python tests/building/cuda_resources.py"

@@ -5,10 +5,13 @@ PyTorch is not installed anew: the clean environment reads it from this one.
 
 from __future__ import annotations
 
+import email
 import os
+import re
 import shutil
 import subprocess
 import sys
+import sysconfig
 import tarfile
 import zipfile
 from pathlib import Path
@@ -19,6 +22,12 @@ import torch
 
 ROOT = Path(__file__).resolve().parents[2]
 NOT_SOURCES = (".git", ".venv", ".*_cache", "__pycache__", "build", "dist", "runs", "*.egg-info", "*.so")
+# What lies in a tree that was worked in, and belongs neither into an sdist nor into a wheel.
+LEFT_OVER = (
+    "kldiv_kernels/libkldiv_kernels.so", "kldiv_kernels/_C.cpython-39-x86_64-linux-gnu.so",
+    "build/lib/kldiv_kernels/gone.py", "docs/_build/conf.py", "runs/demo/metrics.json", ".venv/lib/other.py",
+)  # fmt: skip
+BESIDE_THE_PACKAGE = {"CHANGELOG.md", "LICENSE", "MANIFEST.in", "README.md", "pyproject.toml", "setup.py"}
 # Everything that an installation needs is in this environment.
 PIP_INSTALL = ("install", "--quiet", "--no-index", "--no-deps", "--no-build-isolation", "--disable-pip-version-check")
 
@@ -61,8 +70,26 @@ def succeeds(*command: str | Path, **environment: str) -> str:
 
 @pytest.fixture
 def sources(tmp_path: Path) -> Path:
-    """The source tree without anything built in it."""
-    return shutil.copytree(ROOT, tmp_path / "sources", ignore=shutil.ignore_patterns(*NOT_SOURCES))
+    """The source tree as after some work in it: what was built there is stale, or another Python's."""
+    tree = Path(shutil.copytree(ROOT, tmp_path / "sources", ignore=shutil.ignore_patterns(*NOT_SOURCES)))
+    for name in LEFT_OVER:
+        (tree / name).parent.mkdir(parents=True, exist_ok=True)
+        (tree / name).write_text("raise SystemExit('stale')")
+    # setuptools reads the list of the last sdist and adds to it.
+    (tree / "kldiv_kernels.egg-info").mkdir()
+    (tree / "kldiv_kernels.egg-info" / "SOURCES.txt").write_text("\n".join([*LEFT_OVER, "tests/conftest.py"]))
+    return tree
+
+
+def files(tree: Path, *folders: str) -> set[str]:
+    found = {str(path.relative_to(tree)) for folder in folders for path in (tree / folder).rglob("*") if path.is_file()}
+    return found.difference(LEFT_OVER)
+
+
+def without_metadata(names: list[str]) -> set[str]:
+    """The packed files; "setup.cfg" and "PKG-INFO" are the packers' own."""
+    own = re.compile(r".*/$|.*\.(egg|dist)-info/|(PKG-INFO|setup\.cfg)?$")
+    return {name for name in names if not own.match(name)}
 
 
 def test_sdist_and_wheel_install_and_work(sources: Path, tmp_path: Path) -> None:
@@ -72,14 +99,15 @@ def test_sdist_and_wheel_install_and_work(sources: Path, tmp_path: Path) -> None
     (sdist,) = dist.glob("*.tar.gz")
     (wheel,) = dist.glob("*.whl")
     with tarfile.open(sdist) as archive:
-        packed = {name.partition("/")[2] for name in archive.getnames()}
-    expected = {str(path.relative_to(sources)) for path in (sources / "csrc").rglob("*") if path.is_file()}
-    assert expected | {"LICENSE", "pyproject.toml", "setup.py"} <= packed
+        packed = [member.name.partition("/")[2] for member in archive.getmembers() if member.isfile()]
+    assert without_metadata(packed) == files(sources, "csrc", "kldiv_kernels") | BESIDE_THE_PACKAGE
     with zipfile.ZipFile(wheel) as archive:
         installed = archive.namelist()
-    assert "kldiv_kernels/libkldiv_kernels.so" in installed
-    assert "kldiv_kernels/py.typed" in installed
-    assert not [name for name in installed if name.startswith(("csrc", "tests", "benchmarks"))]
+        (metadata,) = [archive.read(name) for name in installed if name.endswith(".dist-info/METADATA")]
+    compiled = {"kldiv_kernels/libkldiv_kernels.so", f"kldiv_kernels/_C{sysconfig.get_config_var('EXT_SUFFIX')}"}
+    assert without_metadata(installed) == files(sources, "kldiv_kernels") | compiled
+    assert any(name.endswith("/LICENSE") for name in installed)
+    _readable_on_an_index(email.message_from_string(metadata.decode()))
 
     environment = tmp_path / "clean"
     succeeds(sys.executable, "-m", "venv", environment)
@@ -94,6 +122,20 @@ def test_sdist_and_wheel_install_and_work(sources: Path, tmp_path: Path) -> None
     assert "forward_kl" in succeeds(environment / "bin" / "kldiv", "plan", "--help")
 
 
+def _readable_on_an_index(metadata: email.message.Message) -> None:
+    """The README's words and code, and of its links those that lead somewhere from there."""
+    assert metadata["Description-Content-Type"] == "text/markdown"
+    shown, readme = str(metadata.get_payload()), (ROOT / "README.md").read_text()
+    fences = re.compile(r"^```.*?^```", re.S | re.M)
+    assert fences.findall(shown) == fences.findall(readme)
+    prose = fences.sub("", shown)
+    assert all(target.startswith("https://") for target in re.findall(r"\]\(([^)]*)\)", prose))
+    assert not re.search(r"<(img|a) |^\[[^\]]*\]:", prose, re.M), "links of these kinds are not looked after"
+    assert re.findall(r"\w+", prose) == re.findall(
+        r"\w+", re.sub(r"\]\((?!https:)[^)]*\)", "]", fences.sub("", readme))
+    )
+
+
 def test_without_the_compiled_part(sources: Path, tmp_path: Path) -> None:
     target = tmp_path / "site"
     # CXX names no compiler: KLDIV_BUILD=0 must not look for one.
@@ -103,7 +145,8 @@ def test_without_the_compiled_part(sources: Path, tmp_path: Path) -> None:
     smoke = SMOKE.format(installed=str(target), backend="auto")
     said = succeeds(sys.executable, "-c", smoke, PYTHONPATH=str(target))
     assert "KLDIV_BUILD=0" in said
-    assert not list(target.rglob("kldiv_kernels/*.so"))
+    package = {f"kldiv_kernels/{path.name}" for path in (target / "kldiv_kernels").iterdir() if path.is_file()}
+    assert package == {name for name in files(sources, "kldiv_kernels") if name.count("/") == 1}
 
 
 def test_no_compiler_says_what_to_install(sources: Path, tmp_path: Path) -> None:
