@@ -76,9 +76,9 @@ def cache_teacher(
     options = {name: value for name, value in locals().items() if name not in ("output", "resume")}
     require(dtype in _DTYPES, "--dtype", f"{dtype!r}; expected {' or '.join(_DTYPES)}")
     require(0 < temperature < float("inf"), "--temperature", f"{temperature} is not above 0 and finite")
+    require_model(teacher, "--teacher")
     for source in data:
         require_source(source, "--data")
-    require_model(teacher, "--teacher")
 
     from kldiv_kernels.distillation import shared_vocab_size
     from kldiv_kernels.teacher_cache import CacheInfo, TeacherCache

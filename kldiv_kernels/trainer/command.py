@@ -153,10 +153,10 @@ def distill(
     require(lr > 0, "--lr", f"{lr} is not above 0")
     require(0 < held_out < 1, "--held-out", f"{held_out} is not between 0 and 1")
     sources = data or []
-    for source in sources:
-        require_source(source, "--data")
     for option, model in (("--student", student), ("--teacher", teacher)):
         require_model(model, option)
+    for source in sources:
+        require_source(source, "--data")
 
     from kldiv_kernels.distillation import shared_vocab_size
     from kldiv_kernels.trainer import run

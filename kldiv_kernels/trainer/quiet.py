@@ -1,6 +1,6 @@
 """What transformers and datasets print of themselves, left out where it says nothing about the run.
 
-Only their bars and one message are: every other warning, as of weights that a checkpoint lacks, is still printed.
+Only their bars and two messages are: every other warning, as of weights that a checkpoint lacks, is still printed.
 """
 
 from __future__ import annotations
@@ -11,11 +11,15 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 import datasets
-from huggingface_hub.utils import enable_progress_bars
+from huggingface_hub.utils import enable_progress_bars  # type: ignore[attr-defined]
 from transformers.utils import logging as transformers_logging
 
-# The Trainer copies the ids of the tokenizer's special tokens into the model's configuration. That is as it should be.
-_ALIGNED = "The tokenizer has new PAD/BOS/EOS tokens"
+_LEFT_OUT = (
+    # The Trainer copies the ids of the tokenizer's special tokens into the model's configuration, as it should.
+    "The tokenizer has new PAD/BOS/EOS tokens",
+    # It tells the oldest checkpoint by the number of its step instead, which is what it should be told by.
+    "mtime may not be reliable on this filesystem",
+)
 
 
 @contextmanager
@@ -41,4 +45,4 @@ def quiet() -> Iterator[None]:
 
 
 def _says_something(record: logging.LogRecord) -> bool:
-    return not record.getMessage().startswith(_ALIGNED)
+    return not record.getMessage().startswith(_LEFT_OUT)

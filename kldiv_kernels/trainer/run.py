@@ -164,9 +164,15 @@ class _Schedule(TrainerCallback):
     the run has more steps now; the later steps' come from the new one."""
 
     def on_train_begin(self, args: Any, state: TrainerState, control: TrainerControl, **given: Any) -> None:
-        schedule, groups = given["lr_scheduler"], given["optimizer"].param_groups
-        for group, base, factor in zip(groups, schedule.base_lrs, schedule.lr_lambdas, strict=True):
-            group["lr"] = base * factor(schedule.last_epoch)
+        schedule = given["lr_scheduler"]
+        rates = [
+            base * factor(schedule.last_epoch)
+            for base, factor in zip(schedule.base_lrs, schedule.lr_lambdas, strict=True)
+        ]
+        for group, rate in zip(given["optimizer"].param_groups, rates, strict=True):
+            group["lr"] = rate
+        # What the Trainer logs of that step.
+        schedule._last_lr = rates
 
 
 class _StopAtStep(TrainerCallback):
