@@ -9,7 +9,15 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from kldiv_kernels.trainer.options import load_model, load_tokenizer, option_errors, require, require_source
+from kldiv_kernels.trainer.interrupts import resumable
+from kldiv_kernels.trainer.options import (
+    load_model,
+    load_tokenizer,
+    option_errors,
+    require,
+    require_model,
+    require_source,
+)
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -20,6 +28,7 @@ if TYPE_CHECKING:
 _DTYPES = {"fp32": "float32", "fp16": "float16"}
 
 
+@resumable
 def cache_teacher(
     teacher: Annotated[str, typer.Option(help="Teacher: local folder or hub id of a causal language model.")],
     data: Annotated[
@@ -49,9 +58,11 @@ def cache_teacher(
     """Write a teacher's k most probable tokens at each position of a text.
 
     Leaves in --output: shards of safetensors with ids, exact log-probs and
-    the text's tokens, cache.json, and the teacher's tokenizer. A killed run
-    continues with the same command and --resume; its shards are then those
-    of a run that did not stop. kldiv_kernels.teacher_cache reads them.
+    the text's tokens, cache.json, and the teacher's tokenizer. Ctrl-C stops
+    it at once and loses the shard that is being filled. A run that was
+    stopped or killed continues with the same command and --resume; its shards
+    are then those of a run that did not stop. kldiv_kernels.teacher_cache
+    reads them.
 
     [bold]Examples[/bold]
 
@@ -65,8 +76,9 @@ def cache_teacher(
     options = {name: value for name, value in locals().items() if name not in ("output", "resume")}
     require(dtype in _DTYPES, "--dtype", f"{dtype!r}; expected {' or '.join(_DTYPES)}")
     require(0 < temperature < float("inf"), "--temperature", f"{temperature} is not above 0 and finite")
-    for option, source in (("--teacher", teacher), *(("--data", source) for source in data)):
-        require_source(source, option)
+    require_model(teacher, "--teacher")
+    for source in data:
+        require_source(source, "--data")
 
     from kldiv_kernels.distillation import shared_vocab_size
     from kldiv_kernels.teacher_cache import CacheInfo, TeacherCache
@@ -74,6 +86,7 @@ def cache_teacher(
     from kldiv_kernels.trainer import run
     from kldiv_kernels.trainer.caching import check_same_data, weights_checksum
     from kldiv_kernels.trainer.data import load_documents, pack
+    from kldiv_kernels.trainer.quiet import quiet
 
     with option_errors():
         run.check_run(output, options, resume=resume)
@@ -86,7 +99,7 @@ def cache_teacher(
             width = shared_vocab_size(model, None, vocab_size)
         require(len(tokenizer) <= width, "--vocab-size", f"{width} is below the tokenizer's {len(tokenizer)} tokens")
         require(k <= width, "--k", f"{k} is above the {width} columns of the teacher")
-        with option_errors("--data"):
+        with option_errors("--data"), quiet():
             blocks = pack(load_documents(data, config=data_config, column=text_column).train, tokenizer, block_size)
         require(len(blocks) > 0, "--data", f"the text has fewer than {block_size} tokens, one block")
         if begun:
@@ -130,30 +143,27 @@ def _fill(
     model: PreTrainedModel, blocks: Dataset, writer: TeacherCacheWriter, *, batch_size: int, block_size: int
 ) -> None:
     import torch
-    from rich.progress import (
-        BarColumn,
-        MofNCompleteColumn,
-        Progress,
-        TextColumn,
-        TimeElapsedColumn,
-        TimeRemainingColumn,
-    )
+    from rich.console import Console
 
     from kldiv_kernels.trainer.caching import cache_blocks
+    from kldiv_kernels.trainer.progress import Lines, bar
 
     device = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
-    columns = (
-        TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(),
-        TimeElapsedColumn(), TimeRemainingColumn(), TextColumn("{task.fields[note]}"),
-    )  # fmt: skip
-    with Progress(*columns) as bar:
-        task = bar.add_task("caching blocks", total=len(blocks), note="")
+    model.to(device or "cpu")  # type: ignore[arg-type]
+    console, total = Console(), len(blocks)
+    if not console.is_terminal:
+        lines = Lines(console, "block", total, writer.sequences, writer.sequences * block_size)
+        cache_blocks(
+            model, blocks, writer, batch_size=batch_size, on_progress=lambda done: lines.show(done, done * block_size)
+        )
+        return
+    with bar(console) as shown:
+        task = shown.add_task("caching blocks", total=total, note="")
 
         def show(done: int) -> None:
-            speed = bar.tasks[task].speed
-            bar.update(task, completed=done, note=f"{speed * block_size:,.0f} tokens/s" if speed else "")
+            speed = shown.tasks[task].speed
+            shown.update(task, completed=done, note=f"{speed * block_size:,.0f} tokens/s" if speed else "")
 
-        model.to(device or "cpu")  # type: ignore[arg-type]
         cache_blocks(model, blocks, writer, batch_size=batch_size, on_progress=show)
 
 

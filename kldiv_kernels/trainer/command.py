@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any, get_args
 import typer
 
 from kldiv_kernels.choices import DivergenceKind, Tail
+from kldiv_kernels.trainer.interrupts import resumable
 from kldiv_kernels.trainer.options import (
     cached_sequences,
     load_model,
@@ -19,6 +20,7 @@ from kldiv_kernels.trainer.options import (
     option_errors,
     require,
     require_backend,
+    require_model,
     require_same_tokens,
     require_source,
 )
@@ -33,6 +35,7 @@ _OF_TEXT = ("teacher", "data", "block_size", "data_config", "text_column")
 _OF_CACHE = ("teacher_cache", "tail")
 
 
+@resumable
 def distill(
     context: typer.Context,
     student: Annotated[str, typer.Option(help="Student: local folder or hub id of a causal language model.")],
@@ -79,7 +82,14 @@ def distill(
         int | None, typer.Option(help="Columns from here on are padding. Default: the narrower model's width.")
     ] = None,
     backend: Annotated[str, typer.Option(help="Backend of kldiv_kernels; see kldiv doctor.")] = "auto",
-    steps: Annotated[int, typer.Option(min=1, help="Optimiser steps.")] = 1000,
+    steps: Annotated[
+        int,
+        typer.Option(
+            min=1,
+            help="Optimiser steps. With --resume more than before extend a run: the learning rate goes on as in a run "
+            "of the new number from the start.",
+        ),
+    ] = 1000,
     batch_size: Annotated[
         int, typer.Option(min=1, help="Blocks, or sequences of a cache, a device and micro-batch.")
     ] = 8,
@@ -100,13 +110,20 @@ def distill(
     log_every: Annotated[int, typer.Option(min=1, help="Steps between lines of metrics.jsonl.")] = 10,
     eval_every: Annotated[int, typer.Option(min=1, help="Steps between held-out evaluations.")] = 100,
     save_every: Annotated[int, typer.Option(min=1, help="Steps between checkpoints.")] = 100,
-    resume: Annotated[bool, typer.Option("--resume", help="Continue the run in --output, exactly.")] = False,
+    resume: Annotated[
+        bool,
+        typer.Option(
+            "--resume", help="Continue the run in --output, exactly. Options stay the same; --steps may grow."
+        ),
+    ] = False,
 ) -> None:
     """Distil a teacher into a student on text, or from a teacher's log-probs on disk.
 
     Leaves in --output: the student and its tokenizer, metrics.jsonl,
-    summary.json, loss.png and the last two checkpoints. A killed run
-    continues with the same command and --resume, as if it had not stopped.
+    summary.json, loss.png and the last two checkpoints. Ctrl-C stops it after
+    the step, with a checkpoint; a second one stops it at once. A run that was
+    stopped or killed continues with the same command and --resume, as if it
+    had not stopped.
 
     [bold]Examples[/bold]
 
@@ -136,12 +153,15 @@ def distill(
     require(lr > 0, "--lr", f"{lr} is not above 0")
     require(0 < held_out < 1, "--held-out", f"{held_out} is not between 0 and 1")
     sources = data or []
-    for option, source in (("--student", student), ("--teacher", teacher), *(("--data", source) for source in sources)):
-        require_source(source, option)
+    for option, model in (("--student", student), ("--teacher", teacher)):
+        require_model(model, option)
+    for source in sources:
+        require_source(source, "--data")
 
     from kldiv_kernels.distillation import shared_vocab_size
     from kldiv_kernels.trainer import run
     from kldiv_kernels.trainer.data import Blocks, load_blocks
+    from kldiv_kernels.trainer.quiet import quiet
 
     with option_errors():
         arguments = run.training_arguments(
@@ -152,8 +172,8 @@ def distill(
             # Blocks have no padding, and their end-of-text tokens may be the tokenizer's padding token.
             include_num_input_tokens_seen="all" if teacher_cache is None else "non_padding",
         )  # fmt: skip
-        run.check_run(output, options, resume=resume)
-    if not run.is_finished(output):
+        extended = run.check_run(output, options, resume=resume, extendable="steps")
+    if extended or not run.is_finished(output):
         cache = None if teacher_cache is None else open_cache(teacher_cache, temperature)
         tokenizer = load_tokenizer(student, "--student")
         if teacher is not None:
@@ -170,7 +190,7 @@ def distill(
             require(
                 len(tokenizer) <= width, "--vocab-size", f"{width} is below the tokenizer's {len(tokenizer)} tokens"
             )
-            with option_errors("--data"), arguments.main_process_first():
+            with option_errors("--data"), arguments.main_process_first(), quiet():
                 blocks = load_blocks(
                     sources, tokenizer, block_size=block_size, held_out=held_out, seed=seed,
                     config=data_config, column=text_column,
@@ -195,6 +215,7 @@ def _of_this_run(options: dict[str, Any], context: typer.Context) -> dict[str, A
     return {name: value for name, value in options.items() if name not in others}
 
 
+@resumable
 def demo(
     output: Annotated[Path, typer.Option(help="Folder for models, metrics, summary and plots.")] = Path("runs/demo"),
     steps: Annotated[
@@ -207,7 +228,8 @@ def demo(
     and compare it with the same student trained by cross-entropy alone.
 
     Without --resume an earlier demo in --output is replaced; a folder that
-    holds anything else is left alone.
+    holds anything else is left alone. Ctrl-C stops it after the step, with a
+    checkpoint. It runs on one thread.
 
     [bold]Examples[/bold]
 
@@ -218,11 +240,13 @@ def demo(
       $ kldiv demo --resume
     """
     from kldiv_kernels.trainer.demo import Settings, open_demo, run_demo
+    from kldiv_kernels.trainer.threads import one_thread
 
     settings = Settings(steps=steps, seed=seed)
     with option_errors():
         open_demo(output, settings, resume=resume)
-    run_demo(output, settings)
+    with one_thread():
+        run_demo(output, settings)
 
 
 def _check_loss(

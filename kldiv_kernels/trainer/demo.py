@@ -8,6 +8,7 @@ reported.
 from __future__ import annotations
 
 import json
+import shlex
 import shutil
 import sysconfig
 from collections.abc import Iterable, Iterator
@@ -25,6 +26,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerBase,
 from kldiv_kernels.trainer import loss_cost, run
 from kldiv_kernels.trainer.data import Blocks, pack, split_blocks
 from kldiv_kernels.trainer.plots import plot_comparison, plot_final
+from kldiv_kernels.trainer.quiet import quiet
 
 # Tests are repetitive, code pages are tables of numbers, and site-packages differ from machine to machine.
 _SKIPPED_FOLDERS = {"site-packages", "dist-packages", "test", "tests", "idle_test", "encodings", "__pycache__"}
@@ -66,7 +68,7 @@ class Size:
 
 @dataclass(frozen=True)
 class Settings:
-    """Sized so that the whole demo takes about five minutes on two cores."""
+    """Sized so that the whole demo takes minutes on a processor."""
 
     # Of each student. The teacher takes 5/2 as many: after the students' number it is no better than they are (a
     # small model learns as fast at first), and there is nothing to distil.
@@ -102,7 +104,8 @@ def open_demo(folder: Path, settings: Settings, *, resume: bool) -> None:
 def run_demo(folder: Path, settings: Settings, console: Console | None = None) -> dict[str, Any]:
     """Every stage that is not finished; then the summary of all of them, printed and left in `folder`."""
     console = console or Console()
-    tokenizer, blocks = _text(folder, settings, console)
+    with quiet():
+        tokenizer, blocks = _text(folder, settings, console)
     for number, (stage, name) in enumerate(_STAGES.items(), start=1):
         console.rule(f"{number}/{len(_STAGES)} {name}")
         if run.is_finished(folder / stage):
@@ -111,9 +114,11 @@ def run_demo(folder: Path, settings: Settings, console: Console | None = None) -
         size, steps = (
             (settings.teacher, settings.teacher_steps) if stage == "teacher" else (settings.student, settings.steps)
         )
+        with quiet():
+            teacher = None if stage == "teacher" else LlamaForCausalLM.from_pretrained(folder / "teacher")
         run.fit(
             size.build(tokenizer, settings.block_size, settings.seed),
-            None if stage == "teacher" else LlamaForCausalLM.from_pretrained(folder / "teacher"),
+            teacher,
             blocks,
             run.training_arguments(
                 folder / stage,
@@ -130,7 +135,28 @@ def run_demo(folder: Path, settings: Settings, console: Console | None = None) -
             tokenizer=tokenizer,
             console=console,
         )
-    return _report(folder, _loss_cost(folder, settings, blocks, console), console)
+    with quiet():
+        cost = _loss_cost(folder, settings, blocks, console)
+    summaries = _report(folder, cost, console)
+    console.print("\nWhat to try next, with these models and a page of Python's documentation:")
+    for command in next_commands(folder, settings):
+        console.print(f"  {command}", highlight=False, markup=False, soft_wrap=True)
+    return summaries
+
+
+def next_commands(folder: Path, settings: Settings) -> list[str]:
+    """Another divergence, and a teacher on disk. The runs stand beside `folder`, which the next demo replaces."""
+    topics = Path(sysconfig.get_paths()["stdlib"]) / "pydoc_data" / "topics.py"
+    teacher, student = folder / "teacher", folder / "student_ce"
+    js, cache, cached = (folder.with_name(f"{folder.name}_{name}") for name in ("js", "cache", "cached"))
+    data = ("--data", topics, "--block-size", settings.block_size)
+    commands: list[tuple[Any, ...]] = [
+        ("train", "distill", "--student", student, "--teacher", teacher, *data, "--kind", "js", "--steps", 100,
+         "--output", js),
+        ("cache-teacher", "--teacher", teacher, *data, "--k", 64, "--output", cache),
+        ("train", "distill", "--student", student, "--teacher-cache", cache, "--steps", 100, "--output", cached),
+    ]  # fmt: skip
+    return [shlex.join(map(str, ("kldiv", *words))) for words in commands]
 
 
 def standard_library_text() -> Iterator[tuple[str, str]]:

@@ -221,6 +221,12 @@ class DistillationTrainer(Trainer):
         if self.teacher_model is None:
             self._signature_columns = list(dict.fromkeys([*(self._signature_columns or ()), *_ROWS]))  # type: ignore[assignment]
 
+    def _issue_warnings_after_load(self, load_result: Any) -> None:
+        """A checkpoint has weights that are tied to others only once: those are not missing."""
+        tied = getattr(self.model, "all_tied_weights_keys", None) or {}
+        load_result.missing_keys[:] = [name for name in load_result.missing_keys if name not in tied]
+        super()._issue_warnings_after_load(load_result)
+
     def _teacher_logits(self, inputs: Mapping[str, Any]) -> Tensor:
         assert self.teacher_model is not None
         with torch.no_grad():

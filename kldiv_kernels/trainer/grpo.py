@@ -28,6 +28,7 @@ from kldiv_kernels.trainer.data import Blocks
 from kldiv_kernels.trainer.demo import Size
 from kldiv_kernels.trainer.plots import plot_reward
 from kldiv_kernels.trainer.progress import shown_for
+from kldiv_kernels.trainer.quiet import quiet
 from kldiv_kernels.version import __version__
 
 START, PLOT = "start", "reward.png"
@@ -109,7 +110,7 @@ def fit(
     sums = arithmetic.problems()
     record = _Record(folder / run.METRICS, sums.held_out, settings.eval_every, console)
     began = time.monotonic()
-    with warnings.catch_warnings():
+    with warnings.catch_warnings(), quiet():
         # TRL 1.16 knows this option by the name that transformers 5.23 gave it before.
         warnings.filterwarnings("ignore", "`(is_)?gradient_checkpointing` is deprecated", FutureWarning)
         trainer = GRPOTrainer(

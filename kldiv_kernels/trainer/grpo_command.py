@@ -14,7 +14,8 @@ from typing import Annotated, Any, get_args
 import typer
 
 from kldiv_kernels.choices import KLEstimator, LossType
-from kldiv_kernels.trainer.options import load_model, load_tokenizer, require, require_backend, require_source
+from kldiv_kernels.trainer.options import load_model, load_tokenizer, require, require_backend, require_model
+from kldiv_kernels.trainer.threads import one_thread
 
 
 def grpo(
@@ -62,7 +63,7 @@ def grpo(
     TRL's GRPOTrainer with this library's policy_loss. Leaves in --output: the
     model and its tokenizer, metrics.jsonl, summary.json and reward.png, and in
     start/ the small model as it was warmed up. Without --model it runs on one
-    thread.
+    thread. Ctrl-C ends it for good: it writes no checkpoints.
 
     [bold]Examples[/bold]
 
@@ -80,7 +81,7 @@ def grpo(
     require(0 < lr < float("inf"), "--lr", f"{lr} is not above 0 and finite")
     require(0 < warm_up_accuracy <= 1, "--warm-up-accuracy", f"{warm_up_accuracy} is not above 0 and at most 1")
     require_backend(backend)
-    require_source(model, "--model")
+    require_model(model, "--model")
     require(not output.exists() or output.is_dir(), "--output", f"{output} is a file")
     require(
         not output.exists() or not any(output.iterdir()), "--output", f"{output} is not empty; choose another folder"
@@ -100,7 +101,7 @@ def grpo(
         summary = runs.fit(output, load_model(model, "--model"), load_tokenizer(model, "--model"), settings, console)
     else:
         start = output / runs.START
-        with _one_thread():
+        with one_thread():
             console.rule("1/2 warm-up: cross-entropy")
             runs.warm_up(start, runs.WarmUp(warm_up_accuracy, warm_up_steps, seed, backend), console)
             console.rule(f"2/2 rewards: {loss_type}")
@@ -130,20 +131,6 @@ def _known_trl() -> Iterator[None]:
     except ImportError as error:
         print(f"kldiv: {error}", file=sys.stderr)
         raise typer.Exit(2) from None
-
-
-@contextmanager
-def _one_thread() -> Iterator[None]:
-    """For a model so small that threads which wait for each other cost more than they give, above all on shared cores:
-    on two that others used too, a step took 0.2 to 0.4 s with one thread, and 1 to 6 s, of twice the work, with two."""
-    import torch
-
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(threads)
 
 
 def _print_summary(summary: dict[str, Any], folder: Path, console: Any) -> None:

@@ -18,6 +18,9 @@ if TYPE_CHECKING:
     from kldiv_kernels.trainer.cached import CachedSplit
     from kldiv_kernels.trainer.distillation import DistillationArguments
 
+# The hub answers in less than one.
+_HUB_SECONDS = 5.0
+
 
 def require(condition: bool, option: str, message: str) -> None:
     if not condition:
@@ -48,6 +51,38 @@ def require_source(source: str | None, option: str) -> None:
     looks_local = source.startswith((".", "~", os.sep)) or source.endswith(os.sep) or source.count("/") > 1
     looks_local = looks_local or Path(source).suffix in (".txt", ".md", ".json", ".jsonl", ".csv", ".parquet")
     require(not looks_local or Path(source).expanduser().exists(), option, f"{source} does not exist")
+
+
+def require_model(source: str | None, option: str) -> None:
+    """A folder, or a model that the hub has: told after one question to it, where loading would ask for minutes."""
+    require_source(source, option)
+    if source is None or Path(source).expanduser().exists():
+        return
+    first = Path(source).parts[0]
+    here = f"; {first} is a folder here, without {source[len(first) + 1 :]}" if Path(first).is_dir() else ""
+    why = _why_not_on_hub(source)
+    require(why is None, option, f"{source} is no folder, {why}{here}")
+
+
+def _why_not_on_hub(source: str) -> str | None:
+    from huggingface_hub import HfApi, is_offline_mode, try_to_load_from_cache
+    from huggingface_hub.errors import HFValidationError, RepositoryNotFoundError
+
+    try:
+        if isinstance(try_to_load_from_cache(source, "config.json"), str):
+            return None
+    except HFValidationError:
+        return "and no hub id (expected org/name)"
+    if is_offline_mode():
+        return "it is not in the hub's cache, and HF_HUB_OFFLINE forbids to ask the hub"
+    try:
+        HfApi().model_info(source, timeout=_HUB_SECONDS)
+    except RepositoryNotFoundError:
+        return "and the hub shows no such model (a private one needs hf auth login)"
+    # Proxies, names and sockets fail in ways of their own.
+    except Exception as error:
+        return f"and the hub cannot be asked for it: {error}"
+    return None
 
 
 def require_same_tokens(student: PreTrainedTokenizerBase, teacher: PreTrainedTokenizerBase, option: str) -> None:
@@ -121,8 +156,11 @@ def cached_sequences(
 
 
 def _loaded(loader: Any, source: str, option: str, **options: Any) -> Any:
+    from kldiv_kernels.trainer.quiet import quiet
+
     try:
-        return loader.from_pretrained(source, **options)
+        with quiet():
+            return loader.from_pretrained(source, **options)
     except ImportError:
         raise
     except pickle.UnpicklingError as error:

@@ -10,6 +10,7 @@ import json
 import math
 import os
 from collections.abc import Sequence
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -24,12 +25,15 @@ from transformers import (
     TrainerState,
     default_data_collator,
 )
+from transformers.trainer_utils import SaveStrategy
 
 from kldiv_kernels.trainer.cached import CachedSequences, CachedSplit
 from kldiv_kernels.trainer.data import Blocks
 from kldiv_kernels.trainer.distillation import DistillationArguments, DistillationTrainer
+from kldiv_kernels.trainer.interrupts import Request, Stopped
 from kldiv_kernels.trainer.plots import plot_run
 from kldiv_kernels.trainer.progress import shown_for
+from kldiv_kernels.trainer.quiet import quiet
 from kldiv_kernels.version import __version__
 
 METRICS, OPTIONS, SUMMARY, PLOT = "metrics.jsonl", "options.json", "summary.json", "loss.png"
@@ -51,9 +55,10 @@ def read_json(path: Path) -> Any:
     return json.loads(path.read_text(encoding="utf-8"))
 
 
-def check_run(folder: Path, options: dict[str, Any], *, resume: bool) -> None:
-    """Raises ValueError, naming the command line's option, unless a run with these options can start, or resume, here.
+def check_run(folder: Path, options: dict[str, Any], *, resume: bool, extendable: str | None = None) -> bool:
+    """Whether a run that is to resume gets longer: it may have more of the option `extendable` than it began with.
 
+    Raises ValueError, naming the command line's option, unless a run with these options can start, or resume, here.
     Writes nothing: a run whose models or data then fail to load leaves no trace.
     """
     stored = folder / OPTIONS
@@ -63,20 +68,31 @@ def check_run(folder: Path, options: dict[str, Any], *, resume: bool) -> None:
         if folder.exists() and any(folder.iterdir()):
             what = "holds a run; pass --resume to continue it" if stored.exists() else "is not empty"
             raise ValueError(f"--output: {folder} {what}, or choose another folder")
-        return
+        return False
     if not stored.exists():
         raise ValueError(f"--resume: {folder} holds no run (no {OPTIONS}); leave --resume out to start one")
     before = read_json(stored)
+    extended = False
     for name in sorted(before.keys() | options.keys()):
-        if before.get(name) != options.get(name):
-            raise ValueError(
-                f"--resume: --{name.replace('_', '-')} is {options.get(name)!r}, but the run in {folder} began with "
-                f"{before.get(name)!r}; a continued run keeps its options"
-            )
+        if before.get(name) == options.get(name):
+            continue
+        if name == extendable and options[name] > before[name]:
+            extended = True
+            continue
+        keeps = "may have more of them, not fewer" if name == extendable else "keeps its options"
+        raise ValueError(
+            f"--resume: --{name.replace('_', '-')} is {options.get(name)!r}, but the run in {folder} began with "
+            f"{before.get(name)!r}; a continued run {keeps}"
+        )
+    if extended and is_finished(folder) and last_checkpoint(folder) is None:
+        raise ValueError(f"--resume: {folder} has no checkpoint from which its finished run could go on")
+    return extended
 
 
 def begin_run(folder: Path, options: dict[str, Any]) -> None:
     folder.mkdir(parents=True, exist_ok=True)
+    # A run that gets longer is no longer finished.
+    (folder / SUMMARY).unlink(missing_ok=True)
     write_json(folder / OPTIONS, options)
 
 
@@ -143,6 +159,33 @@ class _MetricsFile(TrainerCallback):
                 file.write(json.dumps(state.log_history[-1]) + "\n")
 
 
+class _Schedule(TrainerCallback):
+    """The learning rate of a resumed run's first step. The checkpoint has that of the old schedule, which ends at 0 if
+    the run has more steps now; the later steps' come from the new one."""
+
+    def on_train_begin(self, args: Any, state: TrainerState, control: TrainerControl, **given: Any) -> None:
+        schedule = given["lr_scheduler"]
+        rates = [
+            base * factor(schedule.last_epoch)
+            for base, factor in zip(schedule.base_lrs, schedule.lr_lambdas, strict=True)
+        ]
+        for group, rate in zip(given["optimizer"].param_groups, rates, strict=True):
+            group["lr"] = rate
+        # What the Trainer logs of that step.
+        schedule._last_lr = rates
+
+
+class _StopAtStep(TrainerCallback):
+    """Where a signal asked for it, ends the training after a step, with its line of metrics and its checkpoint."""
+
+    def __init__(self, request: Request) -> None:
+        self.request = request
+
+    def on_step_end(self, args: Any, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+        if self.request.received(args):
+            control.should_log = control.should_save = control.should_training_stop = True
+
+
 def fit(
     model: PreTrainedModel,
     teacher: PreTrainedModel | None,
@@ -158,23 +201,29 @@ def fit(
     Without a teacher the blocks have it, unless the loss is cross-entropy alone.
 
     Leaves in `output_dir`: the model and tokenizer (`from_pretrained` reads them), metrics.jsonl, loss.png and
-    summary.json.
+    summary.json. Raises Stopped after a Ctrl-C or SIGTERM, with a checkpoint, unless the run saves none.
     """
     folder = Path(str(arguments.output_dir))
     folder.mkdir(parents=True, exist_ok=True)
-    metrics = _MetricsFile(folder / METRICS)
-    trainer = DistillationTrainer(
-        model, teacher, arguments, train_dataset=blocks.train, eval_dataset=blocks.held_out,
-        # Blocks are of one length; for the others the trainer knows how to pad.
-        data_collator=default_data_collator if isinstance(blocks, Blocks) else None,
-        processing_class=tokenizer, callbacks=[metrics, *callbacks],
-    )  # fmt: skip
-    with shown_for(trainer, console or Console()):
-        _train(trainer, metrics, last_checkpoint(folder))
-        history = trainer.state.log_history
-        if not any("eval_loss" in entry and entry["step"] == trainer.state.global_step for entry in history):
-            trainer.evaluate()
-        trainer.save_model()
+    metrics, request = _MetricsFile(folder / METRICS), Request()
+    saves = arguments.save_strategy != SaveStrategy.NO
+    with quiet():
+        trainer = DistillationTrainer(
+            model, teacher, arguments, train_dataset=blocks.train, eval_dataset=blocks.held_out,
+            # Blocks are of one length; for the others the trainer knows how to pad.
+            data_collator=default_data_collator if isinstance(blocks, Blocks) else None,
+            processing_class=tokenizer,
+            callbacks=[metrics, _Schedule(), *([_StopAtStep(request)] if saves else []), *callbacks],
+        )  # fmt: skip
+        with shown_for(trainer, console or Console()):
+            with request.listening() if saves else nullcontext():
+                _train(trainer, metrics, last_checkpoint(folder))
+            if request.received(arguments):
+                raise Stopped(request.number, trainer.state.global_step)
+            history = trainer.state.log_history
+            if not any("eval_loss" in entry and entry["step"] == trainer.state.global_step for entry in history):
+                trainer.evaluate()
+            trainer.save_model()
     summary = _summary(trainer, model, arguments)
     if trainer.is_world_process_zero():
         plot_run(folder / PLOT, history, title=folder.name)

@@ -118,6 +118,8 @@ def test_the_command_runs(command: str, tmp_path: Path) -> None:
     if "--teacher-cache runs/teacher_cache" in command:
         (first,) = [line for line in COMMANDS if line.endswith("--output runs/teacher_cache")]
         _run(words_of(first)[1:])
+    if "--resume" in options:
+        _run([word for word in options if word != "--resume"])
     _run(options)
 
 

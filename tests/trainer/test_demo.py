@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import io
 import json
+import shlex
 import time
 from pathlib import Path
 
+import commands
 import pytest
 import tiny
 import torch
@@ -16,11 +18,20 @@ from pictures import unreadable
 from rich.console import Console
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from kldiv_kernels import cli
 from kldiv_kernels.benchmarking import peers
 from kldiv_kernels.benchmarking.cases import Case, Inputs
 from kldiv_kernels.benchmarking.memory import PeakMemory
 from kldiv_kernels.trainer import loss_cost, plots, run
-from kldiv_kernels.trainer.demo import Settings, Size, _report, open_demo, run_demo, standard_library_text
+from kldiv_kernels.trainer.demo import (
+    Settings,
+    Size,
+    _report,
+    next_commands,
+    open_demo,
+    run_demo,
+    standard_library_text,
+)
 
 SMALL = Settings(
     steps=10, batch_size=2, block_size=32, vocab_size=300, characters_a_token=20, held_out_blocks=4,
@@ -175,6 +186,28 @@ def test_both_students_start_from_the_same_weights_and_learn_differently(finishe
         starts[stage], ends[stage] = values[0], values[-1]
     assert starts["student_distilled"] == starts["student_ce"]
     assert ends["student_distilled"] != ends["student_ce"]
+
+
+def test_the_commands_to_try_next_are_printed_and_run(
+    finished: tuple[Path, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    commands.stay_offline(monkeypatch)
+    text = tmp_path / "text.txt"
+    text.write_text("def add(a, b):\n    return a + b\n" * 100)
+    tried = next_commands(finished[0], SMALL)
+    assert len(tried) == 3
+    for command in tried:
+        assert f"  {command}\n" in finished[1]
+        program, *words = shlex.split(command)
+        assert program == "kldiv"
+        if "--data" in words:
+            data = words.index("--data") + 1
+            assert Path(words[data]).is_file()
+            words[data] = str(text)
+        if "--steps" in words:
+            words += ["--steps", "2"]
+        code, printed = commands.invoke(cli.app, *words)
+        assert code == 0, printed
 
 
 def test_resume_skips_finished_stages_and_finishes_the_others(finished: tuple[Path, str]) -> None:

@@ -46,12 +46,16 @@ def kldiv_train(given: dict[str, str], *flags: str) -> tuple[int, str]:
     return commands.run(distill, given, *flags)
 
 
+def lines(output: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (output / "metrics.jsonl").read_text().splitlines()]
+
+
 def test_a_run_leaves_a_model_metrics_a_summary_and_a_plot(models: Path, tmp_path: Path) -> None:
     output = tmp_path / "run"
     given = options(models, output) | {"--kind": "js", "--beta": "0.2", "--ce-weight": "0.25"}
     code, printed = kldiv_train(given)
     assert code == 0, printed
-    metrics = [json.loads(line) for line in (output / "metrics.jsonl").read_text().splitlines()]
+    metrics = lines(output)
     assert [entry["step"] for entry in metrics if "loss" in entry] == list(range(1, STEPS + 1))
     assert [entry["step"] for entry in metrics if "eval_kl" in entry] == [0, 2, 4]
     summary = json.loads((output / "summary.json").read_text())
@@ -71,6 +75,23 @@ def test_a_run_leaves_a_model_metrics_a_summary_and_a_plot(models: Path, tmp_pat
     assert (code, "holds a run; pass --resume to continue it" in printed) == (2, True)
     code, printed = kldiv_train(given | {"--lr": "0.5"}, "--resume")
     assert (code, "--resume: --lr is 0.5, but the run" in printed) == (2, True)
+    code, printed = kldiv_train(given | {"--steps": "3"}, "--resume")
+    assert (code, "began with 4; a continued run may have more of them, not fewer" in printed) == (2, True)
+
+    longer = {"--steps": str(STEPS + 2)}
+    code, printed = kldiv_train(given | longer, "--resume")
+    assert code == 0, printed
+    assert json.loads((output / "summary.json").read_text())["steps"] == STEPS + 2
+    assert kldiv_train(given | longer | {"--output": str(tmp_path / "whole")})[0] == 0
+    rates, expected = (
+        {e["step"]: e["learning_rate"] for e in lines(run) if "loss" in e} for run in (output, tmp_path / "whole")
+    )
+    assert [rates[step] for step in (5, 6)] == [expected[step] for step in (5, 6)]
+    assert rates[4] != expected[4]
+    for checkpoint in output.glob("checkpoint-*"):
+        shutil.rmtree(checkpoint)
+    code, printed = kldiv_train(given | {"--steps": "9"}, "--resume")
+    assert (code, "has no checkpoint from which its finished run could go on" in printed) == (2, True), printed
 
 
 def test_cross_entropy_alone_runs_without_a_teacher(models: Path, tmp_path: Path) -> None:
@@ -177,7 +198,7 @@ def test_a_damaged_model_is_told_in_a_sentence(
         ({"--steps": "0"}, "for '--steps': "),
         ({"--backend": "gpu"}, "for --backend: unknown 'gpu'; expected one of auto"),
         ({"--student": "./nowhere"}, "for --student: ./nowhere does not exist"),
-        ({"--teacher": "nobody/nothing"}, "for --teacher: nobody/nothing: "),
+        ({"--teacher": "nobody/nothing"}, "for --teacher: nobody/nothing is no folder, it is not in the hub's cache"),
         ({"--data": "missing.txt"}, "for --data: missing.txt does not exist"),
         ({"--data": "nobody/nothing"}, "for --data: data: 'nobody/nothing' is no local file or folder"),
         ({"--block-size": "4096"}, "for --data: data: the text makes 0 block(s)"),

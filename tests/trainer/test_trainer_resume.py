@@ -14,7 +14,7 @@ import pytest
 import tiny
 import torch
 from datasets import Dataset
-from transformers import TrainerCallback
+from transformers import TrainerCallback, get_cosine_schedule_with_warmup
 
 from kldiv_kernels.teacher_cache import CacheInfo, TeacherCache, TeacherCacheWriter
 from kldiv_kernels.trainer import run
@@ -42,7 +42,7 @@ def cached(folder: Path) -> CachedSplit:
     return CachedSequences(TeacherCache(folder)).split(5 / 24, seed=3)
 
 
-def fit(folder: Path, *callbacks: TrainerCallback, cache: Path | None = None) -> dict[str, Any]:
+def fit(folder: Path, *callbacks: TrainerCallback, cache: Path | None = None, steps: int = STEPS) -> dict[str, Any]:
     """Dropout and shuffling on, an epoch that ends between checkpoints: what a resumed run can get wrong."""
     rows = Dataset.from_list(tiny.ragged(19))
     return run.fit(
@@ -50,7 +50,7 @@ def fit(folder: Path, *callbacks: TrainerCallback, cache: Path | None = None) ->
         tiny.llama(2, hidden=24) if cache is None else None,
         Blocks(rows, rows.select(range(5))) if cache is None else cached(cache),
         run.training_arguments(
-            folder, steps=STEPS, batch_size=2, learning_rate=1e-2, seed=3, log_every=1, eval_every=4,
+            folder, steps=steps, batch_size=2, learning_rate=1e-2, seed=3, log_every=1, eval_every=4,
             save_every=SAVE_EVERY, gradient_accumulation_steps=2, ce_weight=0.5,
         ),
         tokenizer=tiny.word_tokenizer(),
@@ -139,6 +139,31 @@ def test_killed_after_the_last_step_takes_no_step_more(uninterrupted: Path, tmp_
     assert (tmp_path / run.PLOT).exists()
 
 
+class _Rates(TrainerCallback):
+    """The learning rate that each step is made with."""
+
+    def __init__(self) -> None:
+        self.found: list[float] = []
+
+    def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **given: Any) -> None:
+        self.found.append(given["optimizer"].param_groups[0]["lr"])
+
+
+def test_more_steps_follow_the_schedule_of_their_number(uninterrupted: Path, tmp_path: Path) -> None:
+    shutil.copytree(uninterrupted, tmp_path, dirs_exist_ok=True)
+    rates, longer = _Rates(), STEPS + 3
+    assert fit(tmp_path, rates, steps=longer)["steps"] == longer
+    optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=1e-2)
+    schedule = get_cosine_schedule_with_warmup(optimizer, max(1, longer // 20), longer)
+    expected = []
+    for _ in range(longer):
+        expected += schedule.get_last_lr()
+        optimizer.step()
+        schedule.step()
+    assert rates.found == expected[STEPS:]
+    assert min(rates.found) > 0
+
+
 def test_a_run_keeps_its_options(tmp_path: Path) -> None:
     folder = tmp_path / "run"
     with pytest.raises(ValueError, match=r"--resume: .* holds no run"):
@@ -148,5 +173,10 @@ def test_a_run_keeps_its_options(tmp_path: Path) -> None:
     run.check_run(folder, {"lr": 0.1, "batch_size": 2}, resume=True)
     with pytest.raises(ValueError, match=r"--resume: --batch-size is 4, but the run in .* began with 2"):
         run.check_run(folder, {"lr": 0.1, "batch_size": 4}, resume=True)
+    for batch_size, longer in ((2, False), (4, True)):
+        given = {"lr": 0.1, "batch_size": batch_size}
+        assert run.check_run(folder, given, resume=True, extendable="batch_size") == longer
+    with pytest.raises(ValueError, match=r"--batch-size is 1, .* may have more of them, not fewer"):
+        run.check_run(folder, {"lr": 0.1, "batch_size": 1}, resume=True, extendable="batch_size")
     with pytest.raises(ValueError, match=r"--output: .* holds a run; pass --resume"):
         run.check_run(folder, {"lr": 0.1, "batch_size": 2}, resume=False)
