@@ -220,16 +220,18 @@ def _tokenizer(folder: Path, texts: list[str], vocab_size: int) -> PreTrainedTok
 
 def _loss_cost(folder: Path, settings: Settings, blocks: Blocks, console: Console) -> dict[str, Any]:
     """Measured in seconds, on one batch; what an earlier call measured is kept, as finished stages are."""
-    before = run.read_json(folder / run.SUMMARY) if (folder / run.SUMMARY).exists() else {}
-    if _LOSS_COST in before:
-        return dict(before[_LOSS_COST])
+    kept = folder / f"{_LOSS_COST}.json"
+    if kept.exists():
+        return dict(run.read_json(kept))
     teacher, student = (LlamaForCausalLM.from_pretrained(folder / stage) for stage in ("teacher", "student_distilled"))
     device = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else torch.device("cpu")
     batch = torch.tensor(blocks.train[: settings.batch_size]["input_ids"], device=device)
     with console.status("measuring the loss's share of a step"):
         for model in (student, teacher):
             model.to(device)  # type: ignore[arg-type]
-        return loss_cost.measure(student, teacher, batch)
+        cost = loss_cost.measure(student, teacher, batch)
+    run.write_json(kept, cost)
+    return cost
 
 
 def _report(folder: Path, cost: dict[str, Any], console: Console) -> dict[str, Any]:
