@@ -21,7 +21,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
-from setuptools import setup
+from setuptools import Extension, setup
 from setuptools.command.build_py import build_py
 
 ROOT = Path(__file__).parent
@@ -248,10 +248,12 @@ def extensions() -> dict[str, object]:
         extra_link_args=link,
         py_limited_api=True,
     )
-    module = CppExtension(
+    # Not PyTorch's: it links none of its libraries, and loads before them.
+    module = Extension(
         "kldiv_kernels._C",
         ["csrc/python.cpp", "csrc/plan.cpp"],
         include_dirs=[pybind11.get_include()],
+        language="c++",
         extra_compile_args=["-std=c++17", "-O2", "-g0", f'-DKLDIV_TORCH_TARGET="{TORCH_TARGET}"', archs],
     )
     return {"ext_modules": [library, module], "cmdclass": {"build_ext": Build, "build_py": BuildPy}}
