@@ -143,7 +143,8 @@ class _Rows:
         if statistic.kind == "label":
             assert self.labels is not None
             logs = self.elements.logq if statistic.student else self.elements.logp
-            picked = logs.gather(1, self.labels.clamp_min(0))
+            picked = logs.gather(1, self._columns())
+            picked = torch.where(self.labels >= logs.shape[1], torch.full_like(picked, torch.nan), picked)
             return torch.where(self.labels < 0, torch.zeros_like(picked), picked)
         if statistic.kind == "tail":
             return self._tail().logsumexp(1, keepdim=True)
@@ -168,7 +169,16 @@ class _Rows:
     def _is_label(self) -> Tensor:
         assert self.labels is not None
         hits = torch.zeros_like(self.elements.logq, dtype=torch.int32)
-        return hits.scatter_add_(1, self.labels.clamp_min(0), (self.labels >= 0).to(torch.int32)) > 0
+        return hits.scatter_add_(1, self._columns(), self._known().to(torch.int32)) > 0
+
+    def _known(self) -> Tensor:
+        """Which labels are columns: not -1, and not beyond the vocabulary."""
+        assert self.labels is not None
+        return (self.labels >= 0) & (self.labels < self.elements.logq.shape[1])
+
+    def _columns(self) -> Tensor:
+        assert self.labels is not None
+        return self.labels.clamp(0, self.elements.logq.shape[1] - 1)
 
     def _sums(self, statistic: Statistic) -> tuple[tuple[Tensor, ...], Tensor | None]:
         assert statistic.value is not None
@@ -202,7 +212,8 @@ class _Rows:
         if statistic.kind == "label":
             assert self.labels is not None
             c = torch.where(self.labels < 0, torch.zeros_like(c), c)
-            picked = torch.zeros_like(share).scatter_add_(1, self.labels.clamp_min(0), c)
+            of_column = torch.where(self._known(), c, torch.zeros_like(c))
+            picked = torch.zeros_like(share).scatter_add_(1, self._columns(), of_column)
             return picked - share * c.sum(dim=1, keepdim=True)
         if statistic.kind == "tail":
             labels, tail = self._is_label(), self._tail()

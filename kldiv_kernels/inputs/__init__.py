@@ -1,7 +1,8 @@
 """Checks and normalises the arguments of the public functions, once, above the backends.
 
-Everything here costs O(tokens): the logits themselves are neither read nor copied. Values on the device (labels,
-excluded columns, parameters per token) are checked too, which waits for the device; not where `may_look_at` says no.
+Everything here costs O(tokens): the logits themselves are neither read nor copied. The values of labels, excluded
+columns and parameters per token are checked on the CPU only, since a check waits for the device; KLDIV_CHECK_VALUES=1
+brings it to every device. Unchecked, a label outside the vocabulary makes its row NaN, and nothing reads outside.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ from kldiv_kernels.inputs.shift import shifted
 from kldiv_kernels.inputs.tensors import (
     label_mask_checked,
     logits_checked,
+    looks_at,
     mask_checked,
     may_look_at,
     normalizer_checked,
@@ -26,6 +28,7 @@ __all__ = [
     "alpha_and_beta_checked",
     "label_mask_checked",
     "logits_checked",
+    "looks_at",
     "mask_checked",
     "may_look_at",
     "normalizer_checked",

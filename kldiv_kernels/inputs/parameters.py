@@ -7,7 +7,7 @@ from torch import Tensor
 
 from kldiv_kernels import autograd, registry
 from kldiv_kernels.divergences import Bound, Statistic
-from kldiv_kernels.inputs.tensors import may_look_at, per_token_checked
+from kldiv_kernels.inputs.tensors import looks_at, per_token_checked
 
 Parameter = float | Tensor
 _POSITIVE = Bound("above 0 and finite", lambda x: (x > 0) & (x * 0 == 0))
@@ -92,7 +92,7 @@ def _parameter_type(where: str, name: str, value: Parameter, logits: Tensor, lea
 
 def _bounded(where: str, name: str, value: Parameter, bound: Bound, purpose: str) -> None:
     if isinstance(value, Tensor):
-        if not may_look_at(value):
+        if not looks_at(value):
             return
         outside = value[~torch.as_tensor(bound.allows(value))].reshape(-1)
         wrong = outside[0].item() if outside.numel() else None

@@ -141,10 +141,8 @@ def tail_of(
 
 
 def looks_at(values: Tensor, check: bool | None) -> bool:
-    """Whether values are checked: unless told otherwise on the CPU, where that waits for nothing."""
-    if not inputs.may_look_at(values):
-        return False
-    return values.device.type == "cpu" if check is None else check
+    """Whether values are checked: as those of labels are, unless told otherwise."""
+    return inputs.looks_at(values) if check is None else check and inputs.may_look_at(values)
 
 
 def masked(mask: Tensor | None, labels: Tensor | None, ignore_index: int, logits: Tensor, where: str) -> Tensor | None:

@@ -24,6 +24,7 @@ import kldiv_kernels as kk
 from kldiv_kernels import inputs, ops
 from kldiv_kernels.backends import Call
 from kldiv_kernels.backends.triton import launch
+from kldiv_kernels.inputs import tensors
 
 compiled_only = pytest.mark.skipif(INTERPRETED, reason="under TRITON_INTERPRET=1 nothing is compiled")
 
@@ -77,7 +78,7 @@ def test_losses_and_backward_never_wait_for_the_device(
 ) -> None:
     """On CPU tensors, which autograd has here."""
     launched = _no_launches(monkeypatch)
-    monkeypatch.setattr(inputs, "may_look_at", lambda tensor: False)
+    monkeypatch.setattr(tensors, "_on_host", lambda tensor: False)
     teacher, options = _everything("cpu")
     student = torch.empty_like(teacher, requires_grad=True)
     given = torch.tensor(15.0) if normalizer == "tensor" else normalizer

@@ -18,10 +18,10 @@ if not INTERPRETED:
 from triton_labels import TOP_K, check, some_labels
 
 import kldiv_kernels as kk
-from kldiv_kernels import inputs
 from kldiv_kernels.backends import Call
 from kldiv_kernels.backends.triton import launch
 from kldiv_kernels.backends.triton.device import state
+from kldiv_kernels.inputs import tensors
 from kldiv_kernels.registry import STATISTICS
 
 
@@ -160,7 +160,7 @@ def test_a_bad_logit_spoils_its_row_alone(where: str, bad: float) -> None:
 def test_a_label_beyond_the_vocabulary_that_nobody_checked(
     stats: tuple[str, ...], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(inputs, "may_look_at", lambda tensor: False)
+    monkeypatch.setattr(tensors, "_on_host", lambda tensor: False)
     logits, labels = torch.randn(3, 120), some_labels(3, 100, 6)
     labels[1, 2] = 100
     wide = logits.clone().requires_grad_()

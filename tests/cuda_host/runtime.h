@@ -1,5 +1,5 @@
-// csrc/cuda/machine/runtime.cuh for the host: devices that the environment names, and launches that have ended when they
-// return.
+// csrc/cuda/machine/runtime.cuh for the host: devices that the environment names, and launches that have ended when
+// they return.
 //
 // KLDIV_HOST_DEVICE           sm_80, sm_86, sm_89, sm_90 (default), sm_100 or sm_120
 // KLDIV_HOST_LARGEST_CLUSTER  refuses larger clusters than this
