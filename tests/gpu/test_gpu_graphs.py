@@ -110,6 +110,21 @@ def test_a_step_on_a_stream_of_its_own(step: Step, rows: int, columns: int, back
     assert not torch.equal(got[1], before[1])
 
 
+@pytest.mark.skipif(DEVICE != "cuda", reason="there is no device to wait for")
+@pytest.mark.parametrize(("rows", "columns"), SHAPES[::3])
+@pytest.mark.parametrize("step", STEPS)
+@pytest.mark.parametrize("backend", KERNELS)
+def test_a_step_does_not_wait_for_the_device(step: Step, rows: int, columns: int, backend: str) -> None:
+    inputs = _inputs(rows, columns)
+    _run(step, inputs, backend)  # compiles and loads its kernels
+    torch.cuda.synchronize()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        step(*inputs, backend).backward()
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+
+
 @pytest.mark.parametrize(("rows", "columns"), SHAPES[::3])
 @pytest.mark.parametrize("step", STEPS)
 @pytest.mark.parametrize("backend", KERNELS)
