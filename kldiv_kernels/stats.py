@@ -78,7 +78,8 @@ def token_stats(
         TypeError, ValueError, IndexError: naming the argument, what it was and what is allowed. The values of labels,
         exclude and parameters per token are checked on the CPU, and on other devices with KLDIV_CHECK_VALUES=1; not
         where a call is compiled, exported, transformed by torch.func or captured. Unchecked, a label outside the
-        vocabulary makes its row NaN, and an exclude outside leaves out nothing. NotImplementedError from forward-mode differentiation.
+        vocabulary makes its row NaN, and an exclude outside leaves out nothing. NotImplementedError from forward-mode
+        differentiation.
 
     >>> import torch, kldiv_kernels as kk
     >>> logits = torch.tensor([[2.0, 0.5, -1.0, 0.0]], requires_grad=True)
