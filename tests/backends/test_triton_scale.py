@@ -23,7 +23,7 @@ interpreted_only = pytest.mark.skipif(not INTERPRETED, reason="needs TRITON_INTE
 
 
 @interpreted_only
-@pytest.mark.parametrize("shape", [(1, 1), (3, 1001), (2, 4096), (0, 7)])
+@pytest.mark.parametrize("shape", [(1, 1), (3, 1001), (2, 4096), (0, 7), (11, 4099)])
 def test_triton_scales_a_gradient_in_place(shape: tuple[int, int]) -> None:
     gradient = torch.randn(shape)
     expected = gradient * 0.3

@@ -263,17 +263,18 @@ def on_device(device: torch.device) -> contextlib.AbstractContextManager[Any]:
 
 # Reads and writes the gradient once, or nothing where the factor is 1.
 _scale = unspecialised(kernels.scale_kernel.fn)
-_SCALED_BY_A_PROGRAM = 4096
+_SCALED_AT_ONCE, _SCALING_PROGRAMS = 4096, 8  # elements; programs a processor
 
 
 def scale_in_place(gradient: Tensor, factor: Tensor, interpreted: bool) -> None:
     """gradient *= factor for a contiguous gradient, where only the device reads the factor."""
-    programs = triton.cdiv(gradient.numel(), _SCALED_BY_A_PROGRAM)
-    if programs == 0:
+    blocks = triton.cdiv(gradient.numel(), _SCALED_AT_ONCE)
+    if blocks == 0:
         return
+    programs = min(blocks, _SCALING_PROGRAMS * (1 if interpreted else _processors(gradient.device)))
     with on_device(gradient.device):
         _scale[(programs,)](
-            gradient, factor, gradient.numel(), BLOCK=_SCALED_BY_A_PROGRAM, num_warps=4, **_options(interpreted)
+            gradient, factor, gradient.numel(), BLOCK=_SCALED_AT_ONCE, num_warps=4, **_options(interpreted)
         )
 
 
