@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import pytest
 
-from kldiv_kernels.benchmarking import cases, peers
+from kldiv_kernels.benchmarking import cases, defaults, peers
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     group = parser.getgroup("kldiv_kernels")
-    group.addoption("--rows", type=int, default=cases.DEFAULT_ROWS, help="tokens, N")
-    group.addoption("--vocab", type=int, default=cases.DEFAULT_VOCAB, help="columns, V")
-    group.addoption("--kinds", default=",".join(cases.DEFAULT_KINDS), help="comma-separated divergences")
+    group.addoption("--rows", type=int, default=defaults.DEFAULT_ROWS, help="tokens, N")
+    group.addoption("--vocab", type=int, default=defaults.DEFAULT_VOCAB, help="columns, V")
+    group.addoption("--kinds", default=",".join(defaults.DEFAULT_KINDS), help="comma-separated divergences")
     group.addoption("--dtypes", default="bf16,fp32", help="comma-separated: bf16, fp32, fp16")
     group.addoption("--peers", default=",".join(peers.PEERS), help="comma-separated: eager, compile, trl; or none")
 

@@ -138,7 +138,8 @@ def test_other_versions_are_refused(version: str | None, monkeypatch: pytest.Mon
         return version
 
     monkeypatch.setattr(metadata, "version", found)
-    with pytest.raises(ImportError, match=f"{version or 'not installed'}; expected TRL 1.14 to 1.16"):
+    said = "trl is not installed; run: pip install kldiv_kernels\\[trl\\]"
+    with pytest.raises(ImportError, match=f"{version}; expected TRL 1.14 to 1.16" if version else said):
         patch_trl()
 
 

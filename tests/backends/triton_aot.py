@@ -32,7 +32,7 @@ from kldiv_kernels.backends.triton import launch
 TABLE = Path(__file__).resolve().parents[2] / "benchmarks" / "triton_resources.json"
 # Bytes a thread. What is spilled today is a few values of a row, put aside while a loop over its columns runs: no such
 # loop touches them (SASS). A budget of 0 would fail on the register allocation of the day.
-MOST_SPILLED = 16
+MOST_SPILLED = 32
 
 
 def cells(table: dict[str, Any]) -> list[list[int]]:

@@ -18,6 +18,7 @@ from rich.console import Console
 
 from kldiv_kernels.benchmarking import cases, gpu_plot, measure, memory, peers, plot, report
 from kldiv_kernels.benchmarking.cases import GRPO, LOGPROB_ENTROPY, TOPK, TOPK_FROM_LOGITS, Case, Target
+from kldiv_kernels.benchmarking.defaults import DEFAULT_KINDS
 from kldiv_kernels.benchmarking.memory import PeakMemory
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -168,4 +169,4 @@ def test_pytest_benchmark_runs_the_same_cases() -> None:
         cwd=ROOT, capture_output=True, text=True, check=False, env={**os.environ, "COLUMNS": "300"},
     )  # fmt: skip
     assert done.returncode == 0, done.stdout + done.stderr
-    assert f"{2 * len(cases.DEFAULT_KINDS)} passed" in done.stdout
+    assert f"{2 * len(DEFAULT_KINDS)} passed" in done.stdout

@@ -10,6 +10,7 @@ import shlex
 import signal
 import socket
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -82,6 +83,14 @@ def interrupted(monkeypatch: pytest.MonkeyPatch, given: list[str], *numbers: int
 
 def weights(folder: Path) -> torch.Tensor:
     return AutoModelForCausalLM.from_pretrained(folder).get_input_embeddings().weight.detach()
+
+
+@pytest.fixture(autouse=True)
+def _ctrl_c() -> Iterator[None]:
+    """As in a terminal: where the tests are started in the background, SIGINT is ignored."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])

@@ -175,6 +175,9 @@ def alpha_beta_terms(p, q, lp, lq, u, alpha, beta):
     cross = _power(tl.fma(a, lp, beta * lq), lp, lq)
     q_power = _power(total * lq, lp, lq)
     p_power = _power(total * lp, lp, lq)
+    # One of the gradients: the one that can stay finite where D is not.
+    of_q = alpha > 0.0
+    g = _slope(tl.where(of_q, q_power, cross), tl.where(of_q, cross, p_power), tl.where(of_q, a, beta), u)
     least = tl.minimum(0.0, tl.minimum(a, total))
     largest = tl.maximum(0.0, tl.maximum(a, total))
     # What of 0, a and l is neither.
@@ -196,12 +199,7 @@ def alpha_beta_terms(p, q, lp, lq, u, alpha, beta):
     value = tl.where(near, (_bounded(q_power) * u) * (u * y), far)
     # A difference of two infinities, which is NaN, stands for an infinite term.
     value = tl.where(value != value, INFINITY, value)
-    # One of the gradients: the one that can stay finite where D is not.
-    if alpha > 0.0:
-        g = -_slope(q_power, cross, a, u)
-    else:
-        g = _slope(cross, p_power, beta, u)
-    return value, g
+    return value, tl.where(of_q, -g, g)
 
 
 @triton.jit
