@@ -130,10 +130,12 @@ struct Swap {
 #include "divergences/mixtures.h"
 #include "divergences/distances.h"
 #include "divergences/powers.h"
+#include "divergences/quadratic.h"
 
 // alpha_below_half is not a name in Python: `alpha` uses it where alpha < 1/2.
 #define KLDIV_DIVERGENCES(X)     \
     KLDIV_KL_DIVERGENCES(X)      \
     KLDIV_MIXTURE_DIVERGENCES(X) \
     KLDIV_DISTANCES(X)           \
-    KLDIV_POWER_DIVERGENCES(X)
+    KLDIV_POWER_DIVERGENCES(X)   \
+    KLDIV_QUADRATIC_DIVERGENCES(X)

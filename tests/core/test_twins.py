@@ -16,7 +16,7 @@ TWINS = {
     "C++": "csrc/divergences/{}.h",
     "Triton": "kldiv_kernels/backends/triton/formulas/{}.py",
 }
-FILES = ("kl", "mixtures", "distances", "powers")
+FILES = ("kl", "mixtures", "distances", "powers", "quadratic")
 
 
 def headings(language: str, file: str) -> list[str]:

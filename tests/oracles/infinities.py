@@ -37,3 +37,6 @@ WITHOUT_SHARES: dict[str, Callable[[Tensor, Tensor, float], tuple[Tensor, Tensor
     "renyi": lambda p, q, alpha: (q, -alpha / (alpha - 1) * p),
     "cauchy_schwarz": lambda p, q, alpha: tuple(2 * x * x / (x * x).sum(-1, keepdim=True) for x in (q, p)),
 }
+# Beyond those of every test: negative, above 1, and with a sum of either sign.
+WIDE_ALPHAS = ((-1.0, 0.5), (2.0, 0.5), (2.5, 0.5))
+WIDE_ALPHA_BETAS = ((-1.0, 0.5), (0.5, -1.0), (-1.0, -0.5), (-0.5, -1.5), (2.0, 1.0), (2.5, -0.5), (-0.5, 2.5))

@@ -23,7 +23,7 @@ import triton.language as tl
 
 from kldiv_kernels import registry
 from kldiv_kernels.backends.triton.device import kernels, label_kernels, labels, row, rows, slices, state
-from kldiv_kernels.backends.triton.formulas import distances, kl, math, mixtures, powers, table
+from kldiv_kernels.backends.triton.formulas import distances, kl, math, mixtures, powers, quadratic, table
 from kldiv_kernels.backends.triton.formulas.statistic import TritonStatistic, of_user
 from kldiv_kernels.backends.triton.hook_text import Hooks
 from kldiv_kernels.divergences import Statistic
@@ -72,7 +72,8 @@ def bind(statistics: tuple[Statistic, ...], functions: tuple[TritonStatistic, ..
     """The kernels for these statistics, computed by these functions."""
     hooks = Hooks(statistics, functions)
     namespace: dict[str, Any] = {"__name__": f"{__name__}.bound", "triton": triton, "tl": tl}
-    for module in (math, rows, state, kl, mixtures, distances, powers, row, labels, slices, kernels, label_kernels):
+    formulas = (math, kl, mixtures, distances, powers, quadratic)
+    for module in (*formulas, rows, state, row, labels, slices, kernels, label_kernels):
         namespace.update({name: value for name, value in vars(module).items() if _is_triton(value)})
     namespace["NVIDIA"] = tl.constexpr(nvidia)
     namespace["INFINITY"] = tl.constexpr(_Infinity("inf"))

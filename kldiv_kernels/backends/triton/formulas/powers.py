@@ -6,7 +6,7 @@ import triton
 import triton.language as tl
 
 from kldiv_kernels.backends.triton.formulas.math import exp, expm1, kl_term, log1p
-from kldiv_kernels.backends.triton.formulas.statistic import INFINITY, P_ZERO, Q_ZERO, TWO, rows
+from kldiv_kernels.backends.triton.formulas.statistic import INFINITY, P_ZERO, Q_ZERO, rows
 
 # As a power: see SMALLEST_NORMAL.
 LARGEST = tl.constexpr(2.0**127 * (2 - 2.0**-23))
@@ -97,7 +97,7 @@ def alpha_grad_logp(p, q, lp, lq, u, alpha, beta):
 # q and a/(a-1) p are taken off, so that both sum to 0 and are 0 where the rows are equal: r - q = q (e^(a u - L) - 1).
 # No column has a share of an infinite L: r counts as 0 in all of them.
 @triton.jit
-def _or_without_shares(log_sum):
+def or_without_shares(log_sum):
     """What a column's logarithm is taken less for its share of a sum: of a sum of 0, too, all shares are 0."""
     return tl.where(log_sum == -INFINITY, INFINITY, log_sum)
 
@@ -118,7 +118,7 @@ def renyi_finish(total, log_sum, q_is_zero, p_is_zero, alpha, beta):
     excess = alpha * (alpha - 1.0) * total
     near = (tl.abs(log_sum) < 0.5) & (tl.abs(excess) < 0.5)
     log_sum = tl.where(near, log1p(excess), log_sum)
-    return log_sum / (alpha - 1.0), 0.0, 0.0, _or_without_shares(log_sum)
+    return log_sum / (alpha - 1.0), 0.0, 0.0, or_without_shares(log_sum)
 
 
 @triton.jit
@@ -238,79 +238,4 @@ def alpha_beta_grad_logp(p, q, lp, lq, u, alpha, beta):
     return _slope(cross, _power((alpha + beta) * lp, lp, lq), beta, u)
 
 
-# --- collision: log sum q²
-@triton.jit
-def collision_terms(p, q, lp, lq, u, alpha, beta):
-    return (q * q,)
-
-
-@triton.jit
-def collision_finish(total, q_is_zero, p_is_zero, alpha, beta):
-    return tl.log(total), 2.0, 0.0, 2.0 / total
-
-
-@triton.jit
-def collision_grad_logq(p, q, lp, lq, u, alpha, beta, scale):
-    return scale * q * q
-
-
-# --- Cauchy-Schwarz: -log((sum pq)² / (sum p² sum q²))
-# With d = p - q, A = sum q², P = sum p², X = sum pq, B = sum q d, C = sum d²: the quotient is
-# 1 - (A C - B²) / (A P), and
-#   grad_logq = 2 q (q / A - p / X) = (2 q / A) (p B / X - d),
-#   grad_logp = 2 p (p / P - q / X) = (2 p / P) (d - q (B + C) / X).
-# These are exact where p and q are close; where they are far, X may underflow and its logarithm is used.
-@triton.jit
-def _difference(p, q, u):
-    return tl.where(tl.abs(u) < 0.25, q * expm1(tl.where(tl.abs(u) < 0.25, u, 0.0)), p - q)
-
-
-@triton.jit
-def cauchy_schwarz_terms(p, q, lp, lq, u, alpha, beta):
-    d = _difference(p, q, u)
-    return q * q, p * p, q * d, d * d
-
-
-@triton.jit
-def cauchy_schwarz_log_weight(p, q, lp, lq, u, alpha, beta):
-    return lp + lq
-
-
-@triton.jit
-def cauchy_schwarz_finish(qq, pp, qd, dd, log_sum, q_is_zero, p_is_zero, alpha, beta):
-    log_pq = tl.where(log_sum < -1e20, -INFINITY, log_sum)
-    pq = exp(log_pq)
-    # In quotients: the products themselves may leave the range of floats.
-    missing = (dd / pp) - (qd / qq) * (qd / pp)
-    missing = tl.where(missing < 0.0, 0.0, missing)
-    far = tl.log(qq) + tl.log(pp) - 2.0 * log_pq
-    value = tl.where(missing < 0.5, -log1p(-tl.where(missing < 0.5, missing, 0.5)), far)
-    return value, 0.0, 0.0, _or_without_shares(log_pq), 2.0 / qq, 2.0 / pp, qd / pq, (qd + dd) / pq
-
-
-@triton.jit
-def _close(excess_q, excess_p):
-    return (tl.abs(excess_q) < 0.5) & (tl.abs(excess_p) < 0.5)
-
-
-@triton.jit
-def cauchy_schwarz_grad_logq(p, q, lp, lq, u, alpha, beta, log_pq, scale_q, scale_p, excess_q, excess_p):
-    if _close(excess_q, excess_p):
-        g = (scale_q * q) * tl.fma(p, excess_q, -_difference(p, q, u))
-    else:
-        g = scale_q * q * q - 2.0 * exp(lp + lq - log_pq)
-    return g
-
-
-@triton.jit
-def cauchy_schwarz_grad_logp(p, q, lp, lq, u, alpha, beta, log_pq, scale_q, scale_p, excess_q, excess_p):
-    if _close(excess_q, excess_p):
-        g = (scale_p * p) * (_difference(p, q, u) - q * excess_p)
-    else:
-        g = scale_p * p * p - 2.0 * exp(lp + lq - log_pq)
-    return g
-
-
-POWER_DIVERGENCES = rows(
-    globals(), alpha=Q_ZERO | P_ZERO, renyi=Q_ZERO, alpha_beta=Q_ZERO | P_ZERO, collision=0, cauchy_schwarz=TWO
-)
+POWER_DIVERGENCES = rows(globals(), alpha=Q_ZERO | P_ZERO, renyi=Q_ZERO, alpha_beta=Q_ZERO | P_ZERO)

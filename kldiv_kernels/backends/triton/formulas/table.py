@@ -7,6 +7,7 @@ from kldiv_kernels.backends.triton.formulas.distances import DISTANCES
 from kldiv_kernels.backends.triton.formulas.kl import KL_DIVERGENCES
 from kldiv_kernels.backends.triton.formulas.mixtures import MIXTURE_DIVERGENCES
 from kldiv_kernels.backends.triton.formulas.powers import POWER_DIVERGENCES
+from kldiv_kernels.backends.triton.formulas.quadratic import QUADRATIC_DIVERGENCES
 from kldiv_kernels.backends.triton.formulas.statistic import TWO, TritonStatistic
 
 # Statistics that are no divergences have no functions: the kernels know log-probabilities, tails, logsumexp and maxima.
@@ -21,4 +22,5 @@ TABLE: dict[str, TritonStatistic] = {
     **MIXTURE_DIVERGENCES,
     **DISTANCES,
     **POWER_DIVERGENCES,
+    **QUADRATIC_DIVERGENCES,
 }
