@@ -1,5 +1,8 @@
 // Divergences through powers of p and q; see ../divergences.h. Formulas: Cichocki and Amari (2010).
 
+// Below it even a float64 probability is 0, and so are its powers, whatever the other row has there.
+constexpr float least_log = -745.0f;
+
 // --- alpha: (p^a q^(1-a) - a p - (1-a) q) / (a (a-1)), a not 0 or 1
 // Best for a >= 1/2; swap p and q for the others.
 // For small u a term is q u^2 (1/2 + (1+a) u/6 + (1+a+a^2) u^2/24 + ...).
@@ -28,7 +31,8 @@ struct Alpha : Plain {
     template <class F>
     KLDIV_FN static F power_minus_p(const Element<F>& e, const Constants<F>& c) {
         const F x = c.c * e.u;
-        return select(x < broadcast(60.0f), e.p * expm1(x), exp(e.lp + x) - e.p);
+        const F power = select(x < broadcast(60.0f), e.p * expm1(x), exp(e.lp + x) - e.p);
+        return select(e.lp < broadcast(least_log), broadcast(0.0f), power);
     }
     template <class F>
     KLDIV_FN static void terms(const Element<F>& e, const Constants<F>& c, F* out) {
@@ -72,7 +76,7 @@ struct Renyi : Alpha {
     };
     template <class F>
     KLDIV_FN static F log_weight(const Element<F>& e, const Constants<F>& c) {
-        return fma(c.c, e.u, e.lp);
+        return select(e.lp < broadcast(least_log), e.lp, fma(c.c, e.u, e.lp));
     }
     // r less the probability of one row; x is log r less its logarithm.
     template <class F>

@@ -23,6 +23,8 @@ def _p_expm1_over(e: Elements, c: Tensor) -> Tensor:
     small = e.p_times(expm1_over(c, e.u))
     # p e^(c u) where p or q is 0; a power of 0 is 1 when its exponent is 0.
     power = (_scaled_log(1 + c, e.logp) - _scaled_log(c, e.logq)).exp()
+    zero = ((e.logp <= LOG_ZERO) & (c > -1)) | ((e.logq <= LOG_ZERO) & (c < 0))
+    power = torch.where(zero, torch.zeros_like(power), power)
     large = (torch.where(e.u.isinf(), power, (e.logp + x).exp()) - e.p) / c
     return torch.where((c == 0) | (x < 1), small, large)
 

@@ -259,3 +259,15 @@ def test_tvd_has_no_gradient_where_the_rows_agree(backend: str) -> None:
     assert torch.allclose(value.double(), 0.5 * (p - q).abs().sum(-1), atol=1e-6)
     assert torch.allclose(student.grad.double(), g - q * g.sum(-1, keepdim=True), atol=1e-7)
     assert not student.grad[1].any()
+
+
+@pytest.mark.parametrize(("name", "alpha"), [("renyi", 1.7), ("renyi", 2.5), ("alpha", 1.7), ("alpha", 2.5)])
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_a_probability_below_every_float_is_zero(name: str, alpha: float, backend: str) -> None:
+    """e^−1020 of the teacher in a column that the student has at −inf: as if the teacher had it at −inf, too."""
+    student, teacher = torch.tensor([[-torch.inf, 0.0]]), torch.tensor([[-20.0, 1000.0]])
+    for rows in ((student, teacher), (student.roll(1, 1), teacher.roll(1, 1))):
+        x, t = (row.clone().requires_grad_() for row in rows)
+        value = kk.token_stats(x, t, stats=[name], alpha=alpha, backend=backend)[name]
+        value.sum().backward()
+        assert (value.item(), x.grad.abs().max().item(), t.grad.abs().max().item()) == (0, 0, 0)

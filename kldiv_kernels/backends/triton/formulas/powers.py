@@ -19,7 +19,9 @@ LARGEST = tl.constexpr(2.0**127 * (2 - 2.0**-23))
 def _power_minus_p(p, lp, u, c):
     """p^a q^(1−a) − p = p expm1((a−1) u), c = a − 1, through one exponential where that would overflow."""
     x = c * u
-    return tl.where(x < 60.0, p * expm1(tl.where(x < 60.0, x, 60.0)), exp(lp + x) - p)
+    power = tl.where(x < 60.0, p * expm1(tl.where(x < 60.0, x, 60.0)), exp(lp + x) - p)
+    # Below it even a float64 probability is 0, and so are its powers, whatever the other row has there.
+    return tl.where(lp < -745.0, 0.0, power)
 
 
 @triton.jit
@@ -109,7 +111,7 @@ def renyi_terms(p, q, lp, lq, u, alpha, beta):
 
 @triton.jit
 def renyi_log_weight(p, q, lp, lq, u, alpha, beta):
-    return tl.fma(alpha - 1.0, u, lp)
+    return tl.where(lp < -745.0, lp, tl.fma(alpha - 1.0, u, lp))
 
 
 @triton.jit
