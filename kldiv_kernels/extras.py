@@ -28,12 +28,14 @@ OPTIONAL = {
 }
 
 
+def not_installed(where: str, package: str) -> str:
+    return f"{where}: {package} is not installed; run: pip install kldiv_kernels[{OPTIONAL[package].extra}]"
+
+
 def missing(where: str, error: ModuleNotFoundError) -> str | None:
     """What to say of it; None where it is no optional package that is missing."""
     package = (error.name or "").partition(".")[0]
-    if package not in OPTIONAL:
-        return None
-    return f"{where}: {package} is not installed; run: pip install kldiv_kernels[{OPTIONAL[package].extra}]"
+    return not_installed(where, package) if package in OPTIONAL else None
 
 
 @contextmanager

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from importlib import metadata
 
+from kldiv_kernels.extras import not_installed
+
 _LAST = (1, 16)
 
 
@@ -13,9 +15,7 @@ def require(what: str, first: tuple[int, int] = (1, 14)) -> None:
     try:
         found = metadata.version("trl")
     except metadata.PackageNotFoundError:
-        raise ModuleNotFoundError(
-            f"{what}: trl is not installed; run: pip install kldiv_kernels[trl]", name="trl"
-        ) from None
+        raise ModuleNotFoundError(not_installed(what, "trl"), name="trl") from None
     major, minor, *_ = found.split(".")
     # A development version is what comes before its number, and may be anything.
     if "dev" in found or not first <= (int(major), int(minor)) <= _LAST:
