@@ -93,3 +93,12 @@ def word_tokenizer() -> PreTrainedTokenizerFast:
 def words(count: int, seed: int = 0) -> str:
     generator = torch.Generator().manual_seed(seed)
     return " ".join(f"w{index}" for index in torch.randint(0, VOCAB - 1, (count,), generator=generator).tolist())
+
+
+def pair(folder: Path) -> Path:
+    """A student, a teacher and a text for them, in this folder."""
+    for name, seed, hidden in (("student", 1, 16), ("teacher", 2, 24)):
+        llama(seed, hidden=hidden).save_pretrained(folder / name)
+        word_tokenizer().save_pretrained(folder / name)
+    (folder / "text.txt").write_text(words(2000))
+    return folder

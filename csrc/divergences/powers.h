@@ -164,7 +164,7 @@ struct AlphaBeta : Plain {
     // leaves no mass either: even a float64 probability is 0 below e^-745.
     template <class F>
     KLDIV_FN static F power(F x, const Element<F>& e) {
-        const Mask nowhere = (e.lp < broadcast(-745.0f)) & (e.lq < broadcast(-745.0f));
+        const Mask nowhere = (e.lp < broadcast(least_log)) & (e.lq < broadcast(least_log));
         return select(nowhere, broadcast(0.0f), exp(x));
     }
     // So that times 0 it is 0.

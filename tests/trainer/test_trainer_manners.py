@@ -41,12 +41,7 @@ def _offline(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture(scope="module")
 def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("models")
-    for name, seed, hidden in (("student", 1, 16), ("teacher", 2, 24)):
-        tiny.llama(seed, hidden=hidden).save_pretrained(folder / name)
-        tiny.word_tokenizer().save_pretrained(folder / name)
-    (folder / "text.txt").write_text(tiny.words(2000))
-    return folder
+    return tiny.pair(tmp_path_factory.mktemp("models"))
 
 
 def words(models: Path, output: Path) -> list[str]:

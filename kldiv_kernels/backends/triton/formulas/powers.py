@@ -8,6 +8,8 @@ import triton.language as tl
 from kldiv_kernels.backends.triton.formulas.math import exp, expm1, kl_term, log1p
 from kldiv_kernels.backends.triton.formulas.statistic import INFINITY, P_ZERO, Q_ZERO, rows
 
+# Below it even a float64 probability is 0, and so are its powers, whatever the other row has there.
+LEAST_LOG = tl.constexpr(-745.0)
 # As a power: see SMALLEST_NORMAL.
 LARGEST = tl.constexpr(2.0**127 * (2 - 2.0**-23))
 
@@ -20,8 +22,7 @@ def _power_minus_p(p, lp, u, c):
     """p^a q^(1−a) − p = p expm1((a−1) u), c = a − 1, through one exponential where that would overflow."""
     x = c * u
     power = tl.where(x < 60.0, p * expm1(tl.where(x < 60.0, x, 60.0)), exp(lp + x) - p)
-    # Below it even a float64 probability is 0, and so are its powers, whatever the other row has there.
-    return tl.where(lp < -745.0, 0.0, power)
+    return tl.where(lp < LEAST_LOG, 0.0, power)
 
 
 @triton.jit
@@ -111,7 +112,7 @@ def renyi_terms(p, q, lp, lq, u, alpha, beta):
 
 @triton.jit
 def renyi_log_weight(p, q, lp, lq, u, alpha, beta):
-    return tl.where(lp < -745.0, lp, tl.fma(alpha - 1.0, u, lp))
+    return tl.where(lp < LEAST_LOG, lp, tl.fma(alpha - 1.0, u, lp))
 
 
 @triton.jit
@@ -153,7 +154,7 @@ def _power(x, lp, lq):
 
     A finite mask leaves no mass either: even a float64 probability is 0 below e^−745.
     """
-    return tl.where((lp < -745.0) & (lq < -745.0), 0.0, exp(x))
+    return tl.where((lp < LEAST_LOG) & (lq < LEAST_LOG), 0.0, exp(x))
 
 
 @triton.jit
