@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 import pytest
 import torch
 from checks import CUDA_ON_HOST, INTERPRETED
+from complete import watch
 
 from kldiv_kernels import ops
 from kldiv_kernels.registry import STATISTICS
@@ -68,6 +69,10 @@ def _for_the_interpreter(items: list[pytest.Item]) -> list[pytest.Item]:
         statistic = next((name for name in names if name in STATISTICS), "")
         groups.setdefault((item.nodeid.split("[")[0], statistic), []).append(item)
     return own + [cases[5 * index % len(cases)] for index, cases in enumerate(groups.values())]
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    watch(config)
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:

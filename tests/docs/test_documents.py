@@ -172,6 +172,26 @@ def test_the_readme_is_short_and_counts_right() -> None:
     assert f"one of {count} divergences" in TEXTS["README.md"]
 
 
+def test_only_the_docs_say_when_something_was_measured() -> None:
+    assert re.findall(r"20\d\d-\d\d", TEXTS["README.md"]) == []
+
+
+def test_the_readme_has_the_times_of_the_result_files() -> None:
+    cases = {}
+    for path in ROOT.glob("benchmarks/results/*-2-cores-*.json"):
+        for case in json.loads(path.read_text())["cases"]:
+            cases[case["kind"], case["dtype"]] = {one["name"]: one for one in case["implementations"]}
+    kinds = ("forward_kl", "reverse_kl", "js", "logprob_entropy", "grpo", "topk")
+    shown = [line.split("|")[2:7] for line in TEXTS["README.md"].splitlines() if "| **" in line]
+    assert len(shown) == len(kinds)
+    for kind, row in zip(kinds, shown, strict=True):
+        found = cases[kind, "bf16"]
+        times = [f"{1e3 * found[name]['seconds']:.0f}" if name in found else "" for name in ("compile", "eager", "trl")]
+        memory = [f"{found[name]['peak_extra_units']:.1f}" for name in ("kldiv_kernels", "compile", "eager")]
+        ours = f"**{1e3 * found['kldiv_kernels']['seconds']:.0f}**"
+        assert [cell.strip() for cell in row] == [ours, *times, ", ".join(memory)], kind
+
+
 @pytest.mark.parametrize("page", [name for name in TEXTS if name.startswith("docs/")])
 def test_the_site_has_the_page(page: str) -> None:
     """Sphinx says so too, but only where the site is built."""
