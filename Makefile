@@ -30,7 +30,7 @@ CXX_SOURCES := $(filter %.h %.cpp %.cuh %.cu,$(SOURCES)) $(CUDA_HOST_SOURCES)
 INTERPRETED_TESTS := $(addprefix tests/,$(addsuffix .py,\
 	$(addprefix core/test_,statistics contract contract_masks small_divergences autograd losses token_helpers golden user_rows) \
 	$(addprefix top_k/test_,topk topk_statistics topk_rounding) \
-	$(addprefix backends/test_,triton triton_launch triton_capture triton_scale triton_topk triton_marks) \
+	$(addprefix backends/test_,triton triton_capture triton_scale triton_topk triton_marks) \
 	adapters/test_adapters_liger_parity))
 # The shared suite on the cuda backend, its kernels compiled for the host and run by a model of a GPU.
 CUDA_HOST_TESTS := $(addprefix tests/,$(addsuffix .py,\

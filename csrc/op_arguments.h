@@ -15,13 +15,15 @@
 #include "plan.h"
 #include "tokens.h"
 
-// The arguments of every operator, and what follows them.
+// The arguments of every operator, and what follows them. With `in_place` the gradient of the logits takes their place,
+// and an empty tensor is returned for it; that of the reference is written elsewhere.
 #define KLDIV_CALL                                                                                                \
     "Tensor logits, Tensor? reference, Tensor? labels, Tensor? mask, Tensor? exclude, Tensor? token_parameters, " \
     "float[] parameters, str[] stats, int vocab_size"
-#define KLDIV_FORWARD                                                      \
-    "forward(" KLDIV_CALL                                                  \
-    ", Tensor? coefficients, bool with_state, bool student, bool teacher)" \
+#define KLDIV_FORWARD                                                       \
+    "forward(" KLDIV_CALL                                                   \
+    ", Tensor? coefficients, bool with_state, bool student, bool teacher, " \
+    "bool in_place)"                                                        \
     " -> (Tensor, Tensor, Tensor, Tensor)"
 #define KLDIV_BACKWARD \
     "backward(" KLDIV_CALL ", Tensor state, Tensor coefficients, bool student, bool teacher) -> (Tensor, Tensor)"
@@ -29,13 +31,13 @@
 #define KLDIV_POLICY                                                                \
     "policy(" KLDIV_CALL                                                            \
     ", Tensor coefficients, Tensor policy_tokens, str policy_term, str policy_kl, " \
-    "float[] policy_bounds) -> (Tensor, Tensor)"
+    "float[] policy_bounds, bool in_place) -> (Tensor, Tensor)"
 
 // Values, the divergences of the outcomes from `teacher`, and dlogits of Σ scale · divergence (cpu/rows.h, TopK).
-#define KLDIV_TOPK                                                                            \
-    "topk(" KLDIV_CALL                                                                        \
-    ", Tensor teacher, Tensor scale, str kind, float alpha, float beta) -> (Tensor, Tensor, " \
-    "Tensor)"
+#define KLDIV_TOPK                                                                      \
+    "topk(" KLDIV_CALL                                                                  \
+    ", Tensor teacher, Tensor scale, str kind, float alpha, float beta, bool in_place)" \
+    " -> (Tensor, Tensor, Tensor)"
 
 namespace kldiv {
 

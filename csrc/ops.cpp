@@ -92,11 +92,20 @@ void use_plan(kldiv::Job& job, const std::vector<std::string>& stats, bool gradi
     job.split_rows = plan.split_rows;
 }
 
+// The gradient of `logits`, or an empty tensor where it is not wanted or takes their place.
+Tensor student_gradient(kldiv::Job& job, const Tensor& logits, bool wanted, bool in_place) {
+    if (wanted && !in_place) return new_gradient(logits, &job.d_student, "logits");
+    if (wanted)
+        job.d_student = {static_cast<char*>(logits.data_ptr()), job.student.dtype, logits.size(logits.dim() - 1),
+                         &job.student};
+    return new_empty(logits, {0});
+}
+
 using Outputs = std::tuple<Tensor, Tensor, Tensor, Tensor>;  // values, state, dlogits, dreference
 
 Outputs run(kldiv::Job& job, const Tensor& logits, const std::optional<Tensor>& reference,
             const std::vector<std::string>& stats, const std::optional<Tensor>& coefficients, bool with_state,
-            bool student, bool teacher) {
+            bool student, bool teacher, bool in_place) {
     use_plan(job, stats, coefficients.has_value(), true);
     const Tensor values = kldiv::new_floats(logits, job.value_rows(), job.rows);
     const int64_t state_rows = kldiv::kStateOfRow + kldiv::kStateOfStatistic * static_cast<int64_t>(stats.size());
@@ -105,9 +114,9 @@ Outputs run(kldiv::Job& job, const Tensor& logits, const std::optional<Tensor>& 
     job.state = with_state ? static_cast<float*>(state.data_ptr()) : nullptr;
     job.coefficients =
         kldiv::per_token<float>(coefficients, logits, job.value_rows() * job.rows, ScalarType::Float, "coefficients");
-    const Tensor none = new_empty(logits, {0});
-    const Tensor dlogits = student ? new_gradient(logits, &job.d_student, "logits") : none;
-    const Tensor dreference = teacher && reference ? new_gradient(*reference, &job.d_teacher, "reference") : none;
+    const Tensor dlogits = student_gradient(job, logits, student, in_place);
+    const Tensor dreference =
+        teacher && reference ? new_gradient(*reference, &job.d_teacher, "reference") : new_empty(logits, {0});
     kldiv::run_forward(job);
     return {values, state, dlogits, dreference};
 }
@@ -115,10 +124,10 @@ Outputs run(kldiv::Job& job, const Tensor& logits, const std::optional<Tensor>& 
 Outputs forward(const Tensor& logits, std::optional<Tensor> reference, std::optional<Tensor> labels,
                 std::optional<Tensor> mask, std::optional<Tensor> exclude, std::optional<Tensor> token_parameters,
                 std::vector<double> parameters, std::vector<std::string> stats, int64_t vocab_size,
-                std::optional<Tensor> coefficients, bool with_state, bool student, bool teacher) {
+                std::optional<Tensor> coefficients, bool with_state, bool student, bool teacher, bool in_place) {
     kldiv::Job job =
         make_job(logits, reference, labels, mask, exclude, token_parameters, parameters, stats, vocab_size);
-    return run(job, logits, reference, stats, coefficients, with_state, student, teacher);
+    return run(job, logits, reference, stats, coefficients, with_state, student, teacher, in_place);
 }
 
 std::tuple<Tensor, Tensor> policy(const Tensor& logits, std::optional<Tensor> reference, std::optional<Tensor> labels,
@@ -126,11 +135,11 @@ std::tuple<Tensor, Tensor> policy(const Tensor& logits, std::optional<Tensor> re
                                   std::optional<Tensor> token_parameters, std::vector<double> parameters,
                                   std::vector<std::string> stats, int64_t vocab_size, const Tensor& coefficients,
                                   const Tensor& policy_tokens, std::string policy_term, std::string policy_kl,
-                                  std::vector<double> policy_bounds) {
+                                  std::vector<double> policy_bounds, bool in_place) {
     kldiv::Job job =
         make_job(logits, reference, labels, mask, exclude, token_parameters, parameters, stats, vocab_size);
     kldiv::take_policy(job, logits, policy_tokens, policy_term, policy_kl, policy_bounds);
-    const Outputs out = run(job, logits, reference, stats, coefficients, false, true, false);
+    const Outputs out = run(job, logits, reference, stats, coefficients, false, true, false, in_place);
     return {std::get<0>(out), std::get<2>(out)};
 }
 
@@ -147,9 +156,9 @@ std::tuple<Tensor, Tensor> backward(const Tensor& logits, std::optional<Tensor> 
         const_cast<float*>(kldiv::per_token<float>(state, logits, state_rows * job.rows, ScalarType::Float, "state"));
     job.coefficients =
         kldiv::per_token<float>(coefficients, logits, job.value_rows() * job.rows, ScalarType::Float, "coefficients");
-    const Tensor none = new_empty(logits, {0});
-    const Tensor dlogits = student ? new_gradient(logits, &job.d_student, "logits") : none;
-    const Tensor dreference = teacher && reference ? new_gradient(*reference, &job.d_teacher, "reference") : none;
+    const Tensor dlogits = student_gradient(job, logits, student, false);
+    const Tensor dreference =
+        teacher && reference ? new_gradient(*reference, &job.d_teacher, "reference") : new_empty(logits, {0});
     kldiv::run_backward(job);
     return {dlogits, dreference};
 }
@@ -159,14 +168,14 @@ std::tuple<Tensor, Tensor, Tensor> topk(const Tensor& logits, std::optional<Tens
                                         std::optional<Tensor> exclude, std::optional<Tensor> token_parameters,
                                         std::vector<double> parameters, std::vector<std::string> stats,
                                         int64_t vocab_size, const Tensor& teacher, const Tensor& scale,
-                                        std::string kind, double alpha, double beta) {
+                                        std::string kind, double alpha, double beta, bool in_place) {
     kldiv::Job job =
         make_job(logits, reference, labels, mask, exclude, token_parameters, parameters, stats, vocab_size);
     const Tensor divergences = kldiv::take_topk(job.topk, job, logits, stats, teacher, scale, alpha, beta);
     job.topk.divergence = kldiv::find_statistic(kind);
     const Tensor coefficients = kldiv::new_floats(logits, job.topk.outcomes, job.rows);
     job.topk.coefficients = static_cast<float*>(coefficients.data_ptr());
-    const Outputs out = run(job, logits, reference, stats, coefficients, false, true, false);
+    const Outputs out = run(job, logits, reference, stats, coefficients, false, true, false, in_place);
     return {std::get<0>(out), divergences, std::get<2>(out)};
 }
 

@@ -17,6 +17,15 @@ from kldiv_kernels.version import __version__
 if TYPE_CHECKING:
     from kldiv_kernels import nn
     from kldiv_kernels.backends import backends
+    from kldiv_kernels.linear import (
+        Head,
+        TeacherProjection,
+        linear_divergence_loss,
+        linear_policy_loss,
+        linear_token_stats,
+        linear_topk_divergence_loss,
+        teacher_projection,
+    )
     from kldiv_kernels.losses import (
         alpha_beta_divergence,
         alpha_divergence,
@@ -49,8 +58,10 @@ if TYPE_CHECKING:
     )
 
 __all__ = [
+    "Head",
     "Plan",
     "PolicyLoss",
+    "TeacherProjection",
     "TokenStats",
     "TopK",
     "__version__",
@@ -66,6 +77,10 @@ __all__ = [
     "hellinger",
     "jeffreys",
     "js_divergence",
+    "linear_divergence_loss",
+    "linear_policy_loss",
+    "linear_token_stats",
+    "linear_topk_divergence_loss",
     "nn",
     "plan",
     "policy_loss",
@@ -77,6 +92,7 @@ __all__ = [
     "skew_kl",
     "skew_reverse_kl",
     "soft_cross_entropy",
+    "teacher_projection",
     "token_stats",
     "topk",
     "topk_divergence_from_logits",
@@ -86,7 +102,7 @@ __all__ = [
     "tvd",
     "unregister_statistic",
 ]
-_HOMES = ("losses", "stats", "top_k", "policy", "planning", "registry", "backends")
+_HOMES = ("losses", "stats", "top_k", "policy", "linear", "planning", "registry", "backends")
 
 
 class _Package(ModuleType):

@@ -24,7 +24,7 @@ Scale = Callable[[Tensor, Tensor], Tensor]
 _TENSORS = 6
 # Of the samples that torch.autograd.grad(is_grads_batched=True) makes, which are not torch.func's.
 _BATCHED = torch._C._dispatch_key_parse("Batched")
-_DOUBLE_BACKWARD = (
+DOUBLE_BACKWARD = (
     "kldiv_kernels: double backward is not supported: the gradient of a divergence with respect to the logits "
     "has no second derivative here; call backward() without create_graph=True"
 )
@@ -61,10 +61,10 @@ def register(prefix: str, scale: Scale) -> None:
         torch.library.register_autograd(f"kldiv_kernels::{name}", function, setup_context=save)
 
 
-def register_given_gradient(scale: Scale) -> None:
-    """Autograd of `with_gradient`."""
+def register_given_gradients(scale: Scale) -> None:
+    """Autograd of `with_gradients`."""
     torch.library.register_autograd(
-        "kldiv_kernels::with_gradient", functools.partial(_given_gradient, scale), setup_context=_save_gradient
+        "kldiv_kernels::with_gradients", functools.partial(_given_gradients, scale), setup_context=_save_gradients
     )
 
 
@@ -77,14 +77,16 @@ def or_empty(gradient: Tensor | None, like: Tensor) -> Tensor:
     return like.new_empty(0) if gradient is None else gradient
 
 
+def weighted_sum(coefficients: Tensor, values: Tensor) -> Tensor:
+    """Σ coefficients · values. A token of weight 0 takes no part, whatever its value is: 0 · inf is not NaN here."""
+    return torch.where(coefficients == 0, torch.zeros_like(values), coefficients * values).sum()
+
+
 def reduced(
     coefficients: Tensor, values: Tensor, dlogits: Tensor | None, dreference: Tensor | None, logits: Tensor
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """What the operator `loss` returns: Σ coefficients · values, the values, and both gradients.
-
-    A token of weight 0 takes no part, whatever its value is: 0 · inf is not NaN here.
-    """
-    total = torch.where(coefficients == 0, torch.zeros_like(values), coefficients * values).sum()
+    """What the operator `loss` returns: Σ coefficients · values, the values, and both gradients."""
+    total = weighted_sum(coefficients, values)
     return total, values, or_empty(dlogits, logits), or_empty(dreference, logits)
 
 
@@ -128,7 +130,7 @@ def _loss_gradient(scale: Scale, ctx: Any, loss: Tensor | None, *_: Any) -> tupl
     if loss is None:
         return None, None, *nothing
     if torch.is_grad_enabled():
-        raise RuntimeError(_DOUBLE_BACKWARD)
+        raise RuntimeError(DOUBLE_BACKWARD)
     gradients = [
         _times_upstream(gradient, loss, scale) if needed else None
         for gradient, needed in zip(ctx.saved_tensors, ctx.needs_input_grad, strict=False)
@@ -158,17 +160,44 @@ def _save_nothing(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
 
 
 def _no_double_backward(ctx: Any, *gradients: Any) -> None:
-    raise RuntimeError(_DOUBLE_BACKWARD)
+    raise RuntimeError(DOUBLE_BACKWARD)
 
 
-def _save_gradient(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    ctx.save_for_backward(inputs[2])
+def _save_gradients(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    ctx.save_for_backward(*inputs[2])
 
 
-def _given_gradient(scale: Scale, ctx: Any, upstream: Tensor) -> tuple[None, Tensor, None]:
+def _given_gradients(scale: Scale, ctx: Any, upstream: Tensor) -> tuple[None, list[Tensor], list[None]]:
     if torch.is_grad_enabled():
-        raise RuntimeError(_DOUBLE_BACKWARD)
-    return None, _times_upstream(ctx.saved_tensors[0], upstream, scale), None
+        raise RuntimeError(DOUBLE_BACKWARD)
+    gradients = [_times_upstream(gradient, upstream, scale) for gradient in ctx.saved_tensors]
+    return None, gradients, [None] * len(gradients)
+
+
+class InPlace(torch.autograd.Function):
+    """0, with the gradients of a loss: `write` returns what it has found and the gradients of all tensors but the
+    first, which it has left where that tensor was.
+
+    The first tensor's place in the graph is known before it is written to. Of a view that was, PyTorch would make up
+    another place, whose backward copies the gradient, or find none.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, scale: Scale, write: Callable[[], tuple[Tensor, Sequence[Tensor]]], *tensors: Tensor) -> Any:
+        found, others = write()
+        # Whoever kept the first tensor for a backward pass is told.
+        torch.autograd.graph.increment_version(tensors[0])
+        ctx.save_for_backward(tensors[0].detach(), *others)
+        ctx.scale = scale
+        ctx.mark_non_differentiable(found)
+        double = tensors[0].dtype == torch.float64
+        return torch.zeros((), dtype=torch.float64 if double else torch.float32, device=found.device), found
+
+    @staticmethod
+    def backward(ctx: Any, upstream: Tensor, _: Any) -> Any:
+        if torch.is_grad_enabled():
+            raise RuntimeError(DOUBLE_BACKWARD)
+        return None, None, *(_times_upstream(gradient, upstream, ctx.scale) for gradient in ctx.saved_tensors)
 
 
 class StatisticsBackward(torch.autograd.Function):

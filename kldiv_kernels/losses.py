@@ -8,10 +8,11 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from kldiv_kernels import autograd, inputs, ops, registry
+from kldiv_kernels import inputs, registry
 from kldiv_kernels.choices import Backend, DivergenceKind, Reduction
 from kldiv_kernels.dtensors import on_replicas
 from kldiv_kernels.inputs import Parameter
+from kldiv_kernels.sources import Logits, Source
 
 if TYPE_CHECKING:
     from kldiv_kernels.signatures import Divergence, DivergenceOfAlpha, DivergenceOfAlphaBeta, DivergenceOfBeta
@@ -37,6 +38,7 @@ def divergence_loss(
     shift: bool = False,
     vocab_size: int | None = None,
     exclude: Tensor | None = None,
+    in_place: bool = False,
     backend: Backend = "auto",
 ) -> Tensor:
     r"""A divergence between q = softmax(logits/τ) (student) and p = softmax(reference_logits/τ') (teacher).
@@ -61,6 +63,10 @@ def divergence_loss(
         reduction: "mean" = Σ weight·D over valid tokens / normalizer; "sum"; "none" = weight·D per token, [*].
         temperature_squared: multiply by temperature² (Hinton et al. 2015), so that gradients keep their size.
         alpha, beta: parameters of the kinds that have them, float or [*]; default 0.5. An error for other kinds.
+        in_place: True: the gradient of the logits is written over them, and no memory is taken for it. Only for logits
+            that nobody needs afterwards, such as a head's output: they hold their gradient then. Autograd refuses a
+            backward pass of who kept them before. An error where the gradient waits for backward (reduction "none", a
+            weight with gradient, float16), for a leaf or an expanded view, and under torch.compile. Default False.
         temperature, reference_temperature, vocab_size, exclude, backend: see `token_stats`.
 
     Returns:
@@ -78,10 +84,40 @@ def divergence_loss(
     >>> round(loss.item(), 6), [round(x, 4) for x in student.grad[0].tolist()]
     (0.032876, [0.0295, -0.022, -0.0032, -0.0043])
     """
-    where = "divergence_loss"
+    return divergence_of(
+        "divergence_loss", Logits(logits, reference_logits, in_place_checked("divergence_loss", in_place)), kind,
+        weight=weight, labels=labels, mask=mask, normalizer=normalizer, reduction=reduction, temperature=temperature,
+        reference_temperature=reference_temperature, temperature_squared=temperature_squared, alpha=alpha, beta=beta,
+        ignore_index=ignore_index, shift=shift, vocab_size=vocab_size, exclude=exclude, backend=backend,
+    )  # fmt: skip
+
+
+def divergence_of(
+    where: str,
+    source: Source,
+    kind: str,
+    *,
+    weight: Tensor | None,
+    labels: Tensor | None,
+    mask: Tensor | None,
+    normalizer: float | Tensor | None,
+    reduction: Reduction,
+    temperature: Parameter,
+    reference_temperature: Parameter | None,
+    temperature_squared: bool,
+    alpha: Parameter | None,
+    beta: Parameter | None,
+    ignore_index: int,
+    shift: bool,
+    vocab_size: int | None,
+    exclude: Tensor | None,
+    backend: str,
+) -> Tensor:
+    """`divergence_loss` of logits wherever they come from."""
     statistic = registry.get(kind, f"{where}: kind", registry.divergence_names())
     alpha, beta = inputs.of_a_kind(where, statistic, alpha, beta)
     reduction_checked(where, reduction)
+    logits = source.logits
     inputs.logits_checked(where, logits, "logits")
     labels, mask, weight, exclude = inputs.shifted(
         where, shift, logits, labels, mask, ignore_index, weight=(weight, 0), exclude=(exclude, -1)
@@ -92,7 +128,7 @@ def divergence_loss(
     mask = inputs.mask_checked(where, mask, logits, leading)
     mask = inputs.valid_tokens(mask, labels, ignore_index)
     call = inputs.prepare(
-        where, logits, reference_logits, None,
+        where, logits, source.reference, None,
         stats=(statistic,), temperature=temperature, reference_temperature=reference_temperature,
         alpha=alpha, beta=beta, mask=None if mask is None else mask.reshape(leading),
         ignore_index=ignore_index, vocab_size=vocab_size, exclude=exclude,
@@ -101,15 +137,22 @@ def divergence_loss(
     scale = token_scale(
         where, logits, weight, call.mask, normalizer, reduction, temperature if temperature_squared else None
     )  # fmt: skip
-    student = torch.is_grad_enabled() and logits.requires_grad
-    teacher = torch.is_grad_enabled() and reference_logits.requires_grad
-    # float16 waits for the loss scale, without which most of its gradient would round to 0.
-    waits = any(wanted and x.dtype == torch.float16 for wanted, x in ((student, logits), (teacher, reference_logits)))
-    known = not scale.requires_grad and not autograd.transformed()
-    if reduction != "none" and (student or teacher) and known and not waits:
-        return ops.loss(call, chosen, scale[None], student, teacher)
-    values = ops.statistics(call, chosen, student or teacher)
-    return reduced(values[0], scale, reduction, leading)
+    if source.known_beforehand(where, gradient_waits(reduction, scale), call, chosen):
+        return source.loss(call, chosen, scale[None])
+    return reduced(source.statistics(call, chosen)[0], scale, reduction, leading)
+
+
+def gradient_waits(reduction: str, scale: Tensor) -> str | None:
+    """Why the gradient of a loss is not known when its value is, or None."""
+    if reduction == "none":
+        return "reduction is 'none', whose gradient waits for what becomes of the loss"
+    return "weight requires grad, which needs the logits once more" if scale.requires_grad else None
+
+
+def in_place_checked(where: str, in_place: bool) -> bool:
+    if not isinstance(in_place, bool):
+        raise TypeError(f"{where}: in_place is {in_place!r}; expected True or False")
+    return in_place
 
 
 def reduction_checked(where: str, reduction: Reduction) -> None:

@@ -15,6 +15,12 @@ from kldiv_kernels import inputs, registry
 from kldiv_kernels.backends import names as backend_names
 from kldiv_kernels.choices import DivergenceKind
 from kldiv_kernels.inputs import Parameter
+from kldiv_kernels.linear import (
+    AnyHead,
+    linear_divergence_loss,
+    linear_policy_loss,
+    linear_topk_divergence_loss,
+)
 from kldiv_kernels.losses import divergence_loss, reduction_checked
 from kldiv_kernels.policy import OPTION_NAMES, policy_loss, resolve
 from kldiv_kernels.policy import PolicyLoss as PolicyLossResult
@@ -25,20 +31,36 @@ if TYPE_CHECKING:
 
     from kldiv_kernels.signatures import (
         BatchOptions,
+        FixedLinearOptions,
+        FixedLinearPolicyOptions,
+        FixedLinearTopKOptions,
         FixedOptions,
         FixedOptionsOfAKind,
         FixedPolicyOptions,
         FixedTopKOptions,
+        LinearBatchOptions,
+        LinearPolicyBatchOptions,
         PolicyBatchOptions,
         TopKBatchOptions,
     )
 
-__all__ = ["DivergenceLoss", "HellingerLoss", "JSDivLoss", "KLDivLoss", "PolicyLoss", "TopKDivergenceLoss"]
+__all__ = [
+    "DivergenceLoss",
+    "HellingerLoss",
+    "JSDivLoss",
+    "KLDivLoss",
+    "LinearDivergenceLoss",
+    "LinearPolicyLoss",
+    "LinearTopKDivergenceLoss",
+    "PolicyLoss",
+    "TopKDivergenceLoss",
+]
 
-_PER_CALL = ("weight", "labels", "mask", "normalizer", "exclude", "tail_logprob")
+_REFERENCE = ("reference_hidden", "reference_head", "reference_logits")
+_PER_CALL = ("weight", "labels", "mask", "normalizer", "exclude", "tail_logprob", *_REFERENCE, "reference_projection")
 _POLICY_PER_CALL = (
-    "old_logprobs", "reference_logprobs", "reference_logits", "sampling_logprobs", "anchor_logprobs", "token_weights",
-    "mask", "normalizer",
+    "old_logprobs", "reference_logprobs", *_REFERENCE, "sampling_logprobs", "anchor_logprobs", "token_weights", "mask",
+    "normalizer",
 )  # fmt: skip
 F = TypeVar("F", bound=Callable[..., Any])
 
@@ -214,7 +236,92 @@ class TopKDivergenceLoss(_LossOfAKind):
         return topk_divergence_loss(logits, topk_ids, topk_logprobs, self.kind, **self.options, **batch)
 
 
-class PolicyLoss(Module):
+class LinearDivergenceLoss(_LossOfAKind):
+    """`linear_divergence_loss` with its options fixed, and checked at construction.
+
+    Args: `kind` and the keyword arguments of `linear_divergence_loss`. Hidden states, heads, reference_logits, weight,
+    labels, mask, normalizer and exclude belong to a batch and are given to `forward`.
+
+    >>> import torch, kldiv_kernels as kk
+    >>> criterion = kk.nn.LinearDivergenceLoss("js", beta=0.9)
+    >>> criterion(torch.zeros(2, 3), torch.zeros(4, 3), torch.zeros(2, 5), torch.zeros(4, 5)).item()
+    0.0
+    """
+
+    _function = staticmethod(linear_divergence_loss)
+
+    @_explicit(linear_divergence_loss, without=_PER_CALL)
+    def __init__(self, kind: DivergenceKind | str = "forward_kl", **options: Unpack[FixedLinearOptions]) -> None:
+        super().__init__(kind, options)
+
+    @_explicit(linear_divergence_loss, only=_PER_CALL)
+    def forward(
+        self,
+        hidden: Tensor,
+        head: AnyHead,
+        reference_hidden: Tensor | None = None,
+        reference_head: AnyHead | None = None,
+        **batch: Unpack[LinearBatchOptions],
+    ) -> Tensor:
+        return linear_divergence_loss(
+            hidden, head, reference_hidden, reference_head, self.kind, **self.options, **batch
+        )  # fmt: skip
+
+
+class LinearTopKDivergenceLoss(_LossOfAKind):
+    """`linear_topk_divergence_loss` with its options fixed, and checked at construction.
+
+    Args: as for `TopKDivergenceLoss`, with rows_per_chunk and logits_dtype; `forward` gets hidden states and the head.
+
+    >>> import torch, kldiv_kernels as kk
+    >>> criterion = kk.nn.LinearTopKDivergenceLoss(tail="renormalize")
+    >>> ids, logprobs = torch.tensor([[0, 1]]), torch.tensor([[0.25, 0.25]]).log()
+    >>> criterion(torch.zeros(1, 3), torch.zeros(4, 3), ids, logprobs).item() < 1e-6
+    True
+    """
+
+    _function = staticmethod(linear_topk_divergence_loss)
+
+    @_explicit(linear_topk_divergence_loss, without=_PER_CALL)
+    def __init__(self, kind: DivergenceKind | str = "forward_kl", **options: Unpack[FixedLinearTopKOptions]) -> None:
+        super().__init__(kind, options)
+        tail_checked(type(self).__name__, kind, options.get("tail", "bucket"))
+
+    @_explicit(linear_topk_divergence_loss, only=_PER_CALL)
+    def forward(
+        self,
+        hidden: Tensor,
+        head: AnyHead,
+        topk_ids: Tensor,
+        topk_logprobs: Tensor,
+        **batch: Unpack[TopKBatchOptions],
+    ) -> Tensor:
+        return linear_topk_divergence_loss(
+            hidden, head, topk_ids, topk_logprobs, self.kind, **self.options, **batch
+        )  # fmt: skip
+
+
+class _PolicyLossOfOptions(Module):
+    """Options; what belongs to a batch is given to `forward`."""
+
+    _function: Callable[..., PolicyLossResult]
+
+    def __init__(self, options: Mapping[str, Any]) -> None:
+        super().__init__()
+        where = type(self).__name__
+        _known(where, options, type(self)._function, _POLICY_PER_CALL)
+        resolve(where, options.get("preset"), {name: options.get(name) for name in OPTION_NAMES})
+        shared = ("temperature", "vocab_size", "backend")
+        _checked_values(
+            where, registry.STATISTICS["forward_kl"], {n: x for n, x in options.items() if n in shared}
+        )  # fmt: skip
+        self.options = dict(options)
+
+    def extra_repr(self) -> str:
+        return ", ".join(_written(self.options))
+
+
+class PolicyLoss(_PolicyLossOfOptions):
     """`policy_loss` with its options fixed; they are checked at construction.
 
     Args: the keyword arguments of `policy_loss`. The tensors and the normalizer belong to a batch and are given to
@@ -227,17 +334,11 @@ class PolicyLoss(Module):
     -1.0
     """
 
+    _function = staticmethod(policy_loss)
+
     @_explicit(policy_loss, without=_POLICY_PER_CALL)
     def __init__(self, **options: Unpack[FixedPolicyOptions]) -> None:
-        super().__init__()
-        where = type(self).__name__
-        _known(where, options, policy_loss, _POLICY_PER_CALL)
-        resolve(where, options.get("preset"), {name: options.get(name) for name in OPTION_NAMES})
-        shared = ("temperature", "vocab_size", "backend")
-        _checked_values(
-            where, registry.STATISTICS["forward_kl"], {n: x for n, x in options.items() if n in shared}
-        )  # fmt: skip
-        self.options = dict(options)
+        super().__init__(options)
 
     @_explicit(policy_loss, only=_POLICY_PER_CALL)
     def forward(
@@ -246,5 +347,32 @@ class PolicyLoss(Module):
         options: dict[str, Any] = {**self.options, **batch}
         return policy_loss(logits, token_ids, advantages, **options)
 
-    def extra_repr(self) -> str:
-        return ", ".join(_written(self.options))
+
+class LinearPolicyLoss(_PolicyLossOfOptions):
+    """`linear_policy_loss` with its options fixed; they are checked at construction.
+
+    Args: as for `PolicyLoss`, with rows_per_chunk and logits_dtype; `forward` gets hidden states and the head.
+
+    >>> import torch, kldiv_kernels as kk
+    >>> criterion = kk.nn.LinearPolicyLoss(loss_type="dapo")
+    >>> criterion(torch.zeros(1, 2, 3), torch.zeros(4, 3), torch.tensor([[1, 2]]), torch.tensor([1.0])).loss.item()
+    -1.0
+    """
+
+    _function = staticmethod(linear_policy_loss)
+
+    @_explicit(linear_policy_loss, without=_POLICY_PER_CALL)
+    def __init__(self, **options: Unpack[FixedLinearPolicyOptions]) -> None:
+        super().__init__(options)
+
+    @_explicit(linear_policy_loss, only=_POLICY_PER_CALL)
+    def forward(
+        self,
+        hidden: Tensor,
+        head: AnyHead,
+        token_ids: Tensor,
+        advantages: Tensor,
+        **batch: Unpack[LinearPolicyBatchOptions],
+    ) -> PolicyLossResult:
+        options: dict[str, Any] = {**self.options, **batch}
+        return linear_policy_loss(hidden, head, token_ids, advantages, **options)

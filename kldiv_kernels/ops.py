@@ -2,13 +2,14 @@
 
 `statistics` reads the logits and returns per-token values; `statistics_backward` turns one coefficient per token
 and statistic into gradients; `loss` takes the coefficients beforehand and does both in one read; so do `policy` and
-`topk`, which find coefficients on the way, and `with_gradient` gives their gradient to the loss. All are functional.
+`topk`, which find coefficients on the way, and `with_gradients` gives what they find to the loss. All are functional.
 `torch.compile` sees them as opaque operators, but for those of the Triton backend, which it gets in a form
 that it sees through (`backends/triton/ops.py`).
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -48,7 +49,7 @@ def policy_loss(
     call: Call, backend: str, coefficients: Tensor, tokens: Tensor, term: str, kl: str, bounds: list[float]
 ) -> tuple[Tensor, Tensor]:
     """Values [value_rows, N] and the gradient of the logits that a policy loss has (csrc/policy.h), both without a
-    gradient of their own; `with_gradient` brings them together."""
+    gradient of their own; `with_gradients` brings them together."""
     logits, *arguments = inputs.operator_arguments(call, backend)
     assert isinstance(logits, Tensor)
     values, dlogits = torch.ops.kldiv_kernels.policy(
@@ -78,10 +79,22 @@ def largest(logits: Tensor, mask: Tensor | None, k: int, columns: int) -> Tensor
     return ids
 
 
-def with_gradient(value: Tensor, logits: Tensor, dlogits: Tensor) -> Tensor:
-    """A scalar of this value, and of this gradient with respect to the logits."""
-    scalar: Tensor = torch.ops.kldiv_kernels.with_gradient(value, logits, dlogits)
+def with_gradients(value: Tensor, tensors: Sequence[Tensor], gradients: Sequence[Tensor]) -> Tensor:
+    """A scalar of this value, and of these gradients with respect to the tensors, which require grad."""
+    scalar: Tensor = torch.ops.kldiv_kernels.with_gradients(value, list(tensors), list(gradients))
     return scalar
+
+
+def one_read_policy(backend: str) -> OneReadPolicy:
+    found = get(backend)
+    assert isinstance(found, OneReadPolicy)
+    return found
+
+
+def one_read_topk(backend: str) -> OneReadTopK:
+    found = get(backend)
+    assert isinstance(found, OneReadTopK)
+    return found
 
 
 def _operators(call: Call, backend: str) -> tuple[str, tuple[object, ...]]:
@@ -126,7 +139,7 @@ _library.define(
     f"topk({_CALL_SCHEMA}, Tensor teacher, Tensor scale, str kind, float alpha, float beta) -> (Tensor, Tensor, Tensor)"
 )
 _library.define("largest(Tensor logits, Tensor? mask, int k, SymInt columns) -> Tensor")
-_library.define("with_gradient(Tensor value, Tensor logits, Tensor dlogits) -> Tensor")
+_library.define("with_gradients(Tensor value, Tensor[] tensors, Tensor[] gradients) -> Tensor")
 
 
 def _call(arguments: tuple[Any, ...]) -> tuple[Call, Backend]:
@@ -157,14 +170,12 @@ def _loss(*arguments: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
 
 def _policy(*arguments: Any) -> tuple[Tensor, Tensor]:
     call, backend = _call(arguments[:_CALL_ARGUMENTS])
-    assert isinstance(backend, OneReadPolicy)
-    return backend.policy(call, *arguments[_CALL_ARGUMENTS:])
+    return one_read_policy(backend.name).policy(call, *arguments[_CALL_ARGUMENTS:])
 
 
 def _topk(*arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
     call, backend = _call(arguments[:_CALL_ARGUMENTS])
-    assert isinstance(backend, OneReadTopK)
-    return backend.topk(call, *arguments[_CALL_ARGUMENTS:])
+    return one_read_topk(backend.name).topk(call, *arguments[_CALL_ARGUMENTS:])
 
 
 def _largest(logits: Tensor, mask: Tensor | None, k: int, columns: int) -> Tensor:
@@ -172,7 +183,7 @@ def _largest(logits: Tensor, mask: Tensor | None, k: int, columns: int) -> Tenso
     return ids
 
 
-def _with_gradient(value: Tensor, logits: Tensor, dlogits: Tensor) -> Tensor:
+def _with_gradients(value: Tensor, tensors: list[Tensor], gradients: list[Tensor]) -> Tensor:
     return value.clone()
 
 
@@ -183,7 +194,7 @@ for _name, _function in (
     ("policy", _policy),
     ("topk", _topk),
     ("largest", _largest),
-    ("with_gradient", _with_gradient),
+    ("with_gradients", _with_gradients),
 ):
     _library.impl(_name, _function, "CompositeExplicitAutograd")
 
@@ -246,7 +257,7 @@ torch.library.register_fake("kldiv_kernels::loss", _fake_loss)
 torch.library.register_fake("kldiv_kernels::policy", _fake_policy)
 torch.library.register_fake("kldiv_kernels::topk", _fake_topk)
 torch.library.register_fake("kldiv_kernels::largest", _fake_largest)
-torch.library.register_fake("kldiv_kernels::with_gradient", _with_gradient)
+torch.library.register_fake("kldiv_kernels::with_gradients", _with_gradients)
 
 autograd.register("", scale_in_place)
-autograd.register_given_gradient(scale_in_place)
+autograd.register_given_gradients(scale_in_place)

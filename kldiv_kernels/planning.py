@@ -7,7 +7,7 @@ import importlib.util
 import os
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -15,6 +15,7 @@ import torch
 from kldiv_kernels import inputs, registry
 from kldiv_kernels.backends import cuda, get, native
 from kldiv_kernels.divergences import Statistic
+from kldiv_kernels.linear import chunk_shape
 
 POLICY_LOSS = "policy_loss"
 TOPK_LOSS = "topk_loss"
@@ -28,7 +29,9 @@ class Plan:
     """The kernel that a call would run, and the bytes that it would move through main memory.
 
     `threads` are those of the CPU, or of a block of a GPU; `cluster` blocks share a row, hold `stages` rows at a time,
-    and have `shared_memory` bytes each.
+    and have `shared_memory` bytes each. With a hidden size: `kernel` and the others are those of a chunk of
+    `rows_per_chunk` tokens, `bytes` those of all chunks and of their `multiplications`,
+    and `extra_memory` is what the call needs beyond its arguments, gradients included.
     """
 
     backend: str
@@ -40,6 +43,9 @@ class Plan:
     cluster: int | None = None
     stages: int | None = None
     shared_memory: int | None = None
+    rows_per_chunk: int | None = None
+    multiplications: int | None = None
+    extra_memory: int | None = None
 
 
 @dataclass(frozen=True)
@@ -84,6 +90,9 @@ def plan(
     kind: str | None = None,
     device: str | torch.device = "cpu",
     gradient: bool = True,
+    hidden_size: int | None = None,
+    reference_hidden_size: int | None = None,
+    rows_per_chunk: int | None = None,
 ) -> Plan:
     """The plan for a loss of that `kind`, or for `token_stats` with these `stats`; the launcher uses the same code.
 
@@ -95,6 +104,8 @@ def plan(
         device: "cpu", a CUDA device of this machine such as "cuda:0", or an architecture such as "sm_90", which need
             not be here.
         gradient: count the gradient of the logits too.
+        hidden_size: H, for the function that starts with `linear_`: dtype is then that of hidden states and weight, and
+            logits are float32. reference_hidden_size: the teacher's, default hidden_size. rows_per_chunk: as there.
 
     Raises: ValueError naming the argument.
 
@@ -104,9 +115,17 @@ def plan(
     """
     if stats is not None and kind is not None:
         raise ValueError("plan: stats and kind are both given; expected one of them")
-    for name, value in (("rows", rows), ("vocab", vocab)):
+    sizes = {
+        "hidden_size": hidden_size,
+        "reference_hidden_size": reference_hidden_size,
+        "rows_per_chunk": rows_per_chunk,
+    }
+    for name, value in {"rows": rows, "vocab": vocab, **{n: x for n, x in sizes.items() if x is not None}}.items():
         if not isinstance(value, int) or value < 1:
             raise ValueError(f"plan: {name} is {value!r}; expected an integer of at least 1")
+    if hidden_size is None and (reference_hidden_size is not None or rows_per_chunk is not None):
+        given = "rows_per_chunk" if reference_hidden_size is None else "reference_hidden_size"
+        raise ValueError(f"plan: {given} is given without hidden_size; expected both")
     target = _target(device)
     if kind in _STATISTICS:
         chosen = inputs.statistics(_STATISTICS[kind], "plan")
@@ -117,7 +136,38 @@ def plan(
     topk = kind == TOPK_LOSS
     labels = min(_K, vocab) if topk else 1
     wanted = _Wanted(rows, vocab, dtype, tuple(chosen), gradient, stats is None and gradient, labels, topk)
+    if hidden_size is not None:
+        widths = [hidden_size, reference_hidden_size or hidden_size][: wanted.tensors]
+        return _of_hidden_states(wanted, target, widths, rows_per_chunk)
+    return _of_logits(wanted, target)
+
+
+def _of_logits(wanted: _Wanted, target: str | torch.device) -> Plan:
     return _on_cpu(wanted) if target == "cpu" else _on_gpu(wanted, target)
+
+
+def _of_hidden_states(wanted: _Wanted, target: str | torch.device, widths: list[int], given: int | None) -> Plan:
+    """A loss of hidden states and weights that all want gradients, but for the teacher's."""
+    cpu, low = target == "cpu", wanted.dtype.itemsize
+    shape = chunk_shape(
+        wanted.rows, wanted.vocab, [wanted.dtype] * len(widths), torch.float32, "cpu" if cpu else "gpu", given
+    )
+    # float32 logits do not wait for a loss scale; the gradients of float16 weights do.
+    one = replace(wanted, rows=shape.rows, dtype=torch.float32, loss=wanted.one_read)
+    plan = _of_logits(one, target)
+    # Of each side the logits, again for a gradient that waits, and the student's two gradients.
+    times = 1 if wanted.one_read or not wanted.gradient else 2
+    products = times * len(widths) + 2 * wanted.gradient
+    logits = 4 * wanted.rows * wanted.vocab
+    weights = shape.count * wanted.vocab * low * (times * sum(widths) + wanted.gradient * widths[0])
+    sums = shape.count * 2 * 4 * wanted.vocab * widths[0] * wanted.gradient
+    moved = plan.bytes * shape.count + logits * (times * len(widths) + 2 * wanted.gradient) + weights + sums
+    gradients = (4 * wanted.vocab + low * wanted.rows) * widths[0] * wanted.gradient
+    return replace(
+        plan, bytes=moved, rows_per_chunk=shape.rows, multiplications=products * shape.count,
+        extra_memory=shape.bytes + gradients,
+        reason=f"{plan.reason}; {shape.count} chunks of {shape.rows} tokens, {products} multiplications each",
+    )  # fmt: skip
 
 
 def _target(device: str | torch.device) -> str | torch.device:

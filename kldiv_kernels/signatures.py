@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from typing import Protocol, TypedDict
 
+import torch
 from torch import Tensor
 from typing_extensions import Unpack
 
@@ -25,10 +26,11 @@ from kldiv_kernels.choices import (
     Tail,
 )
 from kldiv_kernels.inputs import Parameter
+from kldiv_kernels.linear import AnyHead, TeacherProjection
 
 
-class FixedOptions(TypedDict, total=False):
-    """What a module fixes at construction, whatever its kind."""
+class _LossOptions(TypedDict, total=False):
+    """What a divergence loss is told beside its tensors, whatever its kind."""
 
     reduction: Reduction
     temperature: Parameter
@@ -38,6 +40,12 @@ class FixedOptions(TypedDict, total=False):
     shift: bool
     vocab_size: int | None
     backend: Backend
+
+
+class FixedOptions(_LossOptions, total=False):
+    """What a module fixes at construction, whatever its kind."""
+
+    in_place: bool
 
 
 class FixedOptionsOfAKind(FixedOptions, total=False):
@@ -100,8 +108,8 @@ class DivergenceOfAlphaBeta(Protocol):
     ) -> Tensor: ...
 
 
-class FixedTopKOptions(TypedDict, total=False):
-    """What a module of a top-k divergence fixes at construction."""
+class _TopKOptions(TypedDict, total=False):
+    """What a top-k divergence is told beside its tensors."""
 
     tail: Tail
     tail_floor: float | None
@@ -117,6 +125,12 @@ class FixedTopKOptions(TypedDict, total=False):
     backend: Backend
 
 
+class FixedTopKOptions(_TopKOptions, total=False):
+    """What a module of a top-k divergence fixes at construction."""
+
+    in_place: bool
+
+
 class TopKBatchOptions(TypedDict, total=False):
     tail_logprob: Tensor | None
     weight: Tensor | None
@@ -125,8 +139,8 @@ class TopKBatchOptions(TypedDict, total=False):
     normalizer: float | Tensor | None
 
 
-class FixedPolicyOptions(TypedDict, total=False):
-    """What a module of a policy loss fixes at construction."""
+class _PolicyOptions(TypedDict, total=False):
+    """What a policy loss is told beside its tensors."""
 
     loss_type: LossType | None
     preset: Preset | None
@@ -165,12 +179,84 @@ class FixedPolicyOptions(TypedDict, total=False):
     backend: Backend
 
 
-class PolicyBatchOptions(TypedDict, total=False):
+class FixedPolicyOptions(_PolicyOptions, total=False):
+    """What a module of a policy loss fixes at construction."""
+
+    in_place: bool
+
+
+class _PolicyTensors(TypedDict, total=False):
     old_logprobs: Tensor | None
     reference_logprobs: Tensor | None
-    reference_logits: Tensor | None
     sampling_logprobs: Tensor | None
     anchor_logprobs: Tensor | None
     token_weights: Tensor | None
     mask: Tensor | None
     normalizer: float | Tensor | None
+
+
+class PolicyBatchOptions(_PolicyTensors, total=False):
+    reference_logits: Tensor | None
+
+
+class LinearStatisticsOptions(TypedDict, total=False):
+    """The keyword arguments of `token_stats` that `linear_token_stats` takes as they are."""
+
+    temperature: Parameter
+    reference_temperature: Parameter | None
+    alpha: Parameter
+    beta: Parameter
+    mask: Tensor | None
+    ignore_index: int
+    shift: bool
+    vocab_size: int | None
+    exclude: Tensor | None
+    backend: Backend
+
+
+class FixedLinearOptions(_LossOptions, total=False):
+    """What a module of `linear_divergence_loss` fixes at construction."""
+
+    alpha: Parameter | None
+    beta: Parameter | None
+    logits_dtype: torch.dtype | None
+    rows_per_chunk: int | None
+
+
+class LinearBatchOptions(BatchOptions, total=False):
+    reference_logits: Tensor | None
+    reference_projection: TeacherProjection | None
+
+
+class LinearLossOptions(_LossOptions, BatchOptions, total=False):
+    """The keyword arguments of `divergence_loss` that `linear_divergence_loss` takes as they are."""
+
+    alpha: Parameter | None
+    beta: Parameter | None
+
+
+class FixedLinearTopKOptions(_TopKOptions, total=False):
+    """What a module of `linear_topk_divergence_loss` fixes at construction."""
+
+    logits_dtype: torch.dtype | None
+    rows_per_chunk: int | None
+
+
+class LinearTopKOptions(_TopKOptions, TopKBatchOptions, total=False):
+    """The keyword arguments of `topk_divergence_loss` that `linear_topk_divergence_loss` takes as they are."""
+
+
+class FixedLinearPolicyOptions(_PolicyOptions, total=False):
+    """What a module of `linear_policy_loss` fixes at construction."""
+
+    logits_dtype: torch.dtype | None
+    rows_per_chunk: int | None
+
+
+class LinearPolicyBatchOptions(PolicyBatchOptions, total=False):
+    reference_hidden: Tensor | None
+    reference_head: AnyHead | None
+
+
+class LinearPolicyOptions(_PolicyOptions, _PolicyTensors, total=False):
+    """The keyword arguments of `policy_loss` that `linear_policy_loss` takes as they are."""

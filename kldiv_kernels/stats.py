@@ -7,11 +7,12 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from kldiv_kernels import inputs, ops
+from kldiv_kernels import inputs
 from kldiv_kernels.choices import Backend
 from kldiv_kernels.dtensors import on_replicas
 from kldiv_kernels.inputs import Parameter
 from kldiv_kernels.registry import STATISTICS
+from kldiv_kernels.sources import Logits, Source
 
 
 class TokenStats(dict[str, Tensor]):
@@ -88,22 +89,43 @@ def token_stats(
     (-1.8423, 0.8783)
     >>> (-stats.logprob.mean() - 0.01 * stats["entropy"].mean()).backward()
     """
-    where = "token_stats"
+    return statistics_of(
+        "token_stats", Logits(logits, reference_logits), labels, stats=stats, temperature=temperature,
+        reference_temperature=reference_temperature, alpha=alpha, beta=beta, mask=mask, ignore_index=ignore_index,
+        shift=shift, vocab_size=vocab_size, exclude=exclude, backend=backend,
+    )  # fmt: skip
+
+
+def statistics_of(
+    where: str,
+    source: Source,
+    labels: Tensor | None,
+    *,
+    stats: Sequence[str],
+    temperature: Parameter = 1.0,
+    reference_temperature: Parameter | None = None,
+    alpha: Parameter = 0.5,
+    beta: Parameter = 0.5,
+    mask: Tensor | None = None,
+    ignore_index: int = -100,
+    shift: bool = False,
+    vocab_size: int | None = None,
+    exclude: Tensor | None = None,
+    backend: str = "auto",
+) -> TokenStats:
+    """`token_stats` of logits wherever they come from."""
+    logits = source.logits
     wanted = inputs.statistics(stats, where)
     labels, mask, exclude = inputs.shifted(
         where, shift, logits, labels, mask, ignore_index, exclude=(exclude, -1)
     )  # fmt: skip
     call = inputs.prepare(
-        where, logits, reference_logits, labels,
+        where, logits, source.reference, labels,
         stats=wanted, temperature=temperature, reference_temperature=reference_temperature, alpha=alpha, beta=beta,
         mask=mask, ignore_index=ignore_index, vocab_size=vocab_size, exclude=exclude,
     )  # fmt: skip
     chosen = inputs.select(call, backend, where)
-    needs_gradient = torch.is_grad_enabled() and (
-        logits.requires_grad or (call.reference is not None and call.reference.requires_grad)
-    )
-    values = ops.statistics(call, chosen, needs_gradient)
-    return _named(call.stats, values, labels, logits.shape[:-1])
+    return _named(call.stats, source.statistics(call, chosen), labels, logits.shape[:-1])
 
 
 def _named(names: tuple[str, ...], values: Tensor, labels: Tensor | None, leading: torch.Size) -> TokenStats:

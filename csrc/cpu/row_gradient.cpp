@@ -63,8 +63,9 @@ bool Row::load_coefficients() {
 void Row::gradient(int64_t block) const {
     // An infinite sum of gradients has no combination of parked values: columns without mass must stay 0.
     if (park_ && std::isfinite(share_s_)) return parked_gradient(block);
-    if (job_.d_student) gradient_of(true, block);
+    // The student's last: it may take the place of the logits, which both are made of.
     if (job_.d_teacher) gradient_of(false, block);
+    if (job_.d_student) gradient_of(true, block);
 }
 
 // With e the error of a tile's estimate of lse_first - lse_second and D the divergence, dD/ds is
@@ -74,7 +75,7 @@ void Row::gradient(int64_t block) const {
 //   the others   g - q sum g          parked: q, g, normalised
 void Row::parked_gradient(int64_t block) const {
     const Gradient& to = job_.d_student;
-    char* row = to.data + index_ * to.width * to.element_bytes();
+    char* row = to.row(index_);
     const Resolved& r = resolved_[0];
     const double weight = weight_[0] * scale_s_, value = finished_[0].value;
     const int64_t begin = block * kBlock, end = std::min(job_.columns, begin + kBlock);
@@ -113,7 +114,7 @@ void Row::gradient_of(bool student, int64_t block) const {
     Buffers b;
     const Kernels& kernels = *job_.kernels;
     const Gradient& to = student ? job_.d_student : job_.d_teacher;
-    char* row = to.data + index_ * to.width * to.element_bytes();
+    char* row = to.row(index_);
     const double share = student ? share_s_ : share_t_;
     // An infinite sum (an infinite divergence) times a softmax of 0 must stay 0, and outweighs all own terms; see
     // below.
@@ -194,10 +195,7 @@ void Row::softmax_with_tail(const float* x, int64_t start, int count, float shar
 
 void Row::zero_gradient() const {
     for (const Gradient* to : {&job_.d_student, &job_.d_teacher})
-        if (*to) {
-            const int64_t bytes = to->width * to->element_bytes();
-            std::memset(to->data + index_ * bytes, 0, bytes);
-        }
+        if (*to) std::memset(to->row(index_), 0, to->width * to->element_bytes());
 }
 
 }  // namespace kldiv

@@ -21,12 +21,16 @@ struct Rows {
     const char* row(int64_t index) const;
 };
 
-// A contiguous [N, width] gradient.
+// A contiguous [N, width] gradient, or one that takes the place of the logits.
 struct Gradient {
     char* data = nullptr;
     Dtype dtype = Dtype::float32;
     int64_t width = 0;
+    const Rows* logits = nullptr;  // whose place it takes
 
+    char* row(int64_t index) const {
+        return logits ? const_cast<char*>(logits->row(index)) : data + index * width * element_bytes();
+    }
     explicit operator bool() const { return data != nullptr; }
     int64_t element_bytes() const { return dtype == Dtype::float32 ? 4 : 2; }
 };

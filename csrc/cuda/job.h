@@ -39,6 +39,7 @@ struct Call : Tokens {
     const float* coefficients = nullptr;  // [value rows, N]; null: no gradient
     float* completed = nullptr;           // the same, written by a two-sweep `run_forward` of a policy loss
     Gradient d_student, d_teacher;
+    bool in_place = false;  // the student's gradient takes the place of its logits
 };
 
 // A divergence on a row's labels, and on its tail as one more outcome. Its gradients by their log-probabilities are the

@@ -109,16 +109,24 @@ Tensor new_gradient(const Tensor& like, kldiv::gpu::Gradient* gradient) {
     return out;
 }
 
+// The gradient of `logits`, or an empty tensor where it is not wanted or takes their place.
+Tensor student_gradient(Job& job, const Tensor& logits, bool wanted, bool in_place) {
+    job.in_place = wanted && in_place;
+    if (wanted && !in_place) return new_gradient(logits, &job.d_student);
+    STD_TORCH_CHECK(!wanted || logits.is_contiguous(), "logits must be contiguous for a gradient in place");
+    if (wanted) job.d_student = {logits.data_ptr(), logits.size(logits.dim() - 1)};
+    return new_empty(logits, {0});
+}
+
 using Outputs = std::tuple<Tensor, Tensor, Tensor, Tensor>;  // values, state, dlogits, dreference
 
 Outputs run(Job& job, const OnDevice& device, const Tensor& logits, const std::optional<Tensor>& reference,
-            const std::optional<Tensor>& coefficients, bool with_state, bool student, bool teacher) {
+            const std::optional<Tensor>& coefficients, bool with_state, bool student, bool teacher, bool in_place) {
     teacher = teacher && reference;
     const Tensor values = kldiv::new_floats(logits, kldiv::gpu::value_rows(job, job.stat_count), job.rows);
     Tensor state = kldiv::new_floats(logits, with_state ? kldiv::gpu::state_rows(job) : 0, job.rows);
-    const Tensor none = new_empty(logits, {0});
-    const Tensor dlogits = student ? new_gradient(logits, &job.d_student) : none;
-    const Tensor dreference = teacher ? new_gradient(*reference, &job.d_teacher) : none;
+    const Tensor dlogits = student_gradient(job, logits, student, in_place);
+    const Tensor dreference = teacher ? new_gradient(*reference, &job.d_teacher) : new_empty(logits, {0});
     const float* given =
         kldiv::per_token<float>(coefficients, logits, kldiv::gpu::value_rows(job, job.stat_count) * job.rows,
                                 ScalarType::Float, "coefficients");
@@ -151,10 +159,10 @@ Outputs run(Job& job, const OnDevice& device, const Tensor& logits, const std::o
 Outputs forward(const Tensor& logits, std::optional<Tensor> reference, std::optional<Tensor> labels,
                 std::optional<Tensor> mask, std::optional<Tensor> exclude, std::optional<Tensor> token_parameters,
                 std::vector<double> parameters, std::vector<std::string> stats, int64_t vocab_size,
-                std::optional<Tensor> coefficients, bool with_state, bool student, bool teacher) {
+                std::optional<Tensor> coefficients, bool with_state, bool student, bool teacher, bool in_place) {
     const OnDevice device(logits);
     Job job = make_job(logits, reference, labels, mask, exclude, token_parameters, parameters, stats, vocab_size);
-    return run(job, device, logits, reference, coefficients, with_state, student, teacher);
+    return run(job, device, logits, reference, coefficients, with_state, student, teacher, in_place);
 }
 
 std::tuple<Tensor, Tensor> policy(const Tensor& logits, std::optional<Tensor> reference, std::optional<Tensor> labels,
@@ -162,11 +170,11 @@ std::tuple<Tensor, Tensor> policy(const Tensor& logits, std::optional<Tensor> re
                                   std::optional<Tensor> token_parameters, std::vector<double> parameters,
                                   std::vector<std::string> stats, int64_t vocab_size, const Tensor& coefficients,
                                   const Tensor& policy_tokens, std::string policy_term, std::string policy_kl,
-                                  std::vector<double> policy_bounds) {
+                                  std::vector<double> policy_bounds, bool in_place) {
     const OnDevice device(logits);
     Job job = make_job(logits, reference, labels, mask, exclude, token_parameters, parameters, stats, vocab_size);
     kldiv::take_policy(job, logits, policy_tokens, policy_term, policy_kl, policy_bounds);
-    const Outputs out = run(job, device, logits, reference, coefficients, false, true, false);
+    const Outputs out = run(job, device, logits, reference, coefficients, false, true, false, in_place);
     return {std::get<0>(out), std::get<2>(out)};
 }
 
@@ -175,14 +183,14 @@ std::tuple<Tensor, Tensor, Tensor> topk(const Tensor& logits, std::optional<Tens
                                         std::optional<Tensor> exclude, std::optional<Tensor> token_parameters,
                                         std::vector<double> parameters, std::vector<std::string> stats,
                                         int64_t vocab_size, const Tensor& teacher, const Tensor& scale,
-                                        std::string kind, double alpha, double beta) {
+                                        std::string kind, double alpha, double beta, bool in_place) {
     const OnDevice device(logits);
     Job job = make_job(logits, reference, labels, mask, exclude, token_parameters, parameters, stats, vocab_size);
     const Tensor divergences = kldiv::take_topk(job.topk, job, logits, stats, teacher, scale, alpha, beta);
     const int code = kldiv::gpu::statistic_code(kind);
     STD_TORCH_CHECK(code >= 0 && kldiv::gpu::compares_two(code), "kind must be a divergence, not ", kind);
     job.topk.kind = code;
-    const Outputs out = run(job, device, logits, reference, std::nullopt, false, true, false);
+    const Outputs out = run(job, device, logits, reference, std::nullopt, false, true, false, in_place);
     return {std::get<0>(out), divergences, std::get<2>(out)};
 }
 
@@ -199,9 +207,8 @@ std::tuple<Tensor, Tensor> backward(const Tensor& logits, std::optional<Tensor> 
     job.coefficients =
         kldiv::per_token<float>(coefficients, logits, kldiv::gpu::value_rows(job, job.stat_count) * job.rows,
                                 ScalarType::Float, "coefficients");
-    const Tensor none = new_empty(logits, {0});
-    const Tensor dlogits = student ? new_gradient(logits, &job.d_student) : none;
-    const Tensor dreference = teacher ? new_gradient(*reference, &job.d_teacher) : none;
+    const Tensor dlogits = student_gradient(job, logits, student, false);
+    const Tensor dreference = teacher ? new_gradient(*reference, &job.d_teacher) : new_empty(logits, {0});
     if (job.rows == 0 || !(student || teacher)) return {dlogits, dreference};
 
     job.stream = device.stream();

@@ -135,5 +135,8 @@ class CudaBackend(native.Compiled):
             return f"it takes at most {MOST_STATISTICS} statistics at a time, not {len(call.stats)}"
         return None if self._device != "cuda" else _unavailable_on(call.logits.device.index or 0)
 
+    def refuses_in_place(self, call: Call) -> str | None:
+        return None if call.logits.is_contiguous() else f"rows with strides {list(call.logits.stride())} have gaps"
+
     def state_rows(self, stats: tuple[str, ...]) -> int:
         return _STATE_OF_ROW + _STATE_OF_STATISTIC * len(stats)

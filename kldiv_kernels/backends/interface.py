@@ -70,10 +70,14 @@ class Backend(Protocol):
     ) -> tuple[Tensor | None, Tensor | None]:
         """Gradients of sum(coefficients * values), in the logits' dtype and shape."""
 
+    def refuses_in_place(self, call: Call) -> str | None:
+        """Why it cannot write the gradient over the logits of this call, or None."""
+
     def one_read(
-        self, call: Call, coefficients: Tensor, student: bool, reference: bool
+        self, call: Call, coefficients: Tensor, student: bool, reference: bool, in_place: bool = False
     ) -> tuple[Tensor, Tensor | None, Tensor | None]:
-        """forward and backward together."""
+        """forward and backward together. In place, here and below: the gradient of the logits takes their place, and
+        is `call.logits` then; that of the reference does not."""
 
 
 @runtime_checkable
@@ -81,7 +85,14 @@ class OneReadPolicy(Protocol):
     """A backend that goes from the values of a row to the gradient of its policy loss by itself."""
 
     def policy(
-        self, call: Call, coefficients: Tensor, tokens: Tensor, term: str, kl: str, bounds: list[float]
+        self,
+        call: Call,
+        coefficients: Tensor,
+        tokens: Tensor,
+        term: str,
+        kl: str,
+        bounds: list[float],
+        in_place: bool = False,
     ) -> tuple[Tensor, Tensor]:
         """Values [value_rows, N] and dlogits; the arguments are those of `policy.one_read.Known`."""
 
@@ -91,7 +102,7 @@ class OneReadTopK(Protocol):
     """A backend that goes from the log-probabilities of a row to the gradient of its top-k divergence by itself."""
 
     def topk(
-        self, call: Call, teacher: Tensor, scale: Tensor, kind: str, alpha: float, beta: float
+        self, call: Call, teacher: Tensor, scale: Tensor, kind: str, alpha: float, beta: float, in_place: bool = False
     ) -> tuple[Tensor, Tensor, Tensor]:
         """Values [value_rows, N], divergences [N] and dlogits of Σ scale · divergence, for statistics ("logprob",) or
         ("logprob", "tail_logprob"), of which `teacher` [N, value_rows] has the other side."""

@@ -78,7 +78,7 @@ class Compiled:
         return torch.ops.kldiv_kernels_native
 
     def forward(self, call: Call, with_state: bool) -> tuple[Tensor, Tensor]:
-        values, state, _, _ = self._operators().forward(*_arguments(call), None, with_state, False, False)
+        values, state, _, _ = self._operators().forward(*_arguments(call), None, with_state, False, False, False)
         return values, state
 
     def backward(
@@ -90,28 +90,35 @@ class Compiled:
         return dlogits, dreference
 
     def one_read(
-        self, call: Call, coefficients: Tensor, student: bool, reference: bool
+        self, call: Call, coefficients: Tensor, student: bool, reference: bool, in_place: bool = False
     ) -> tuple[Tensor, Tensor | None, Tensor | None]:
         values, _, dlogits, dreference = self._operators().forward(
-            *_arguments(call), coefficients.contiguous(), False, student, reference
+            *_arguments(call), coefficients.contiguous(), False, student, reference, in_place
         )
-        return values, dlogits, dreference
+        return values, call.logits if in_place else dlogits, dreference
 
     def policy(
-        self, call: Call, coefficients: Tensor, tokens: Tensor, term: str, kl: str, bounds: list[float]
+        self,
+        call: Call,
+        coefficients: Tensor,
+        tokens: Tensor,
+        term: str,
+        kl: str,
+        bounds: list[float],
+        in_place: bool = False,
     ) -> tuple[Tensor, Tensor]:
         values, dlogits = self._operators().policy(
-            *_arguments(call), coefficients.contiguous(), tokens.contiguous(), term, kl, bounds
+            *_arguments(call), coefficients.contiguous(), tokens.contiguous(), term, kl, bounds, in_place
         )
-        return values, dlogits
+        return values, call.logits if in_place else dlogits
 
     def topk(
-        self, call: Call, teacher: Tensor, scale: Tensor, kind: str, alpha: float, beta: float
+        self, call: Call, teacher: Tensor, scale: Tensor, kind: str, alpha: float, beta: float, in_place: bool = False
     ) -> tuple[Tensor, Tensor, Tensor]:
         values, divergences, dlogits = self._operators().topk(
-            *_arguments(call), teacher.contiguous(), scale.contiguous(), kind, alpha, beta
+            *_arguments(call), teacher.contiguous(), scale.contiguous(), kind, alpha, beta, in_place
         )
-        return values, divergences[0], dlogits
+        return values, divergences[0], call.logits if in_place else dlogits
 
 
 class NativeCpuBackend(Compiled):
@@ -130,6 +137,9 @@ class NativeCpuBackend(Compiled):
         missing = [name for name in call.stats if name not in served()]
         if missing:
             return f"it has no {', '.join(missing)}"
+        return None
+
+    def refuses_in_place(self, call: Call) -> str | None:
         return None
 
     def state_rows(self, stats: tuple[str, ...]) -> int:

@@ -43,10 +43,16 @@ class ReferenceBackend:
         _, dlogits, dreference = _run(call, coefficients, student, reference)
         return dlogits, dreference
 
+    def refuses_in_place(self, call: Call) -> str | None:
+        return None
+
     def one_read(
-        self, call: Call, coefficients: Tensor, student: bool, reference: bool
+        self, call: Call, coefficients: Tensor, student: bool, reference: bool, in_place: bool = False
     ) -> tuple[Tensor, Tensor | None, Tensor | None]:
-        return _run(call, coefficients, student, reference)
+        values, dlogits, dreference = _run(call, coefficients, student, reference)
+        if in_place and dlogits is not None:
+            dlogits = call.logits.detach().copy_(dlogits)
+        return values, dlogits, dreference
 
 
 def _run(

@@ -9,7 +9,8 @@ from __future__ import annotations
 
 from kldiv_kernels.policy import advantages
 from kldiv_kernels.policy.assembly import PolicyLoss
-from kldiv_kernels.policy.loss import policy_loss
+from kldiv_kernels.policy.inputs import Tensors
+from kldiv_kernels.policy.loss import policy_loss, policy_loss_of
 from kldiv_kernels.policy.options import (
     CHOICES,
     CLIPPED,
@@ -18,6 +19,7 @@ from kldiv_kernels.policy.options import (
     LOSS_TYPES,
     OPTION_NAMES,
     PolicyOptions,
+    off_policy_given,
     resolve,
 )
 from kldiv_kernels.policy.per_token import TokenLosses, token_losses
@@ -33,12 +35,15 @@ __all__ = [
     "OPTION_NAMES",
     "PolicyLoss",
     "PolicyOptions",
+    "Tensors",
     "TokenLosses",
     "advantages",
     "aggregate",
     "highest_entropy",
     "level_log_ratio",
+    "off_policy_given",
     "policy_loss",
+    "policy_loss_of",
     "ratio_bounds",
     "resolve",
     "token_losses",

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from kldiv_kernels import autograd, inputs, ops
+from kldiv_kernels import inputs
 from kldiv_kernels.backends import OneReadPolicy, get
 from kldiv_kernels.choices import (
     Aggregation,
@@ -20,10 +20,12 @@ from kldiv_kernels.choices import (
 )
 from kldiv_kernels.dtensors import on_replicas
 from kldiv_kernels.inputs import Parameter
+from kldiv_kernels.losses import in_place_checked
 from kldiv_kernels.policy import inputs as policy_inputs
 from kldiv_kernels.policy import one_read
 from kldiv_kernels.policy.assembly import PolicyLoss, assemble
-from kldiv_kernels.policy.options import EXACT_KL, resolve
+from kldiv_kernels.policy.options import EXACT_KL, PolicyOptions, resolve
+from kldiv_kernels.sources import Attach, Logits, Source
 from kldiv_kernels.tracing import constant
 
 # Given for ignored tokens, which are masked: no token has this number.
@@ -78,6 +80,7 @@ def policy_loss(
     temperature: Parameter = 1.0,
     ignore_index: int = -100,
     vocab_size: int | None = None,
+    in_place: bool = False,
     backend: Backend = "auto",
 ) -> PolicyLoss:
     r"""Loss of a policy π = softmax(logits/τ) on sampled tokens, with its KL penalty and entropy bonus.
@@ -146,6 +149,8 @@ def policy_loss(
             TRL; False in verl and NeMo-RL.
         per_token_gradient: whether per_token_loss has a gradient as well, for a reduction of your own. The logits are
             then read a second time for the gradient.
+        in_place: True: the gradient of the logits is written over them; see `divergence_loss`. An error where the
+            gradient does not come out of the pass that finds the values.
         temperature, vocab_size, backend: see `token_stats`.
 
     Returns:
@@ -188,15 +193,38 @@ def policy_loss(
         anchor_logprobs, token_weights, normalizer,
     )  # fmt: skip
     corrects = any(option is not None for option in (off_policy, off_policy_min, off_policy_max))
+    source = Logits(
+        logits, None if reference_logits is None else reference_logits.detach(), in_place_checked(where, in_place)
+    )
+    return policy_loss_of(
+        where, source, tensors, options, corrects=corrects, per_token_gradient=per_token_gradient,
+        temperature=temperature, ignore_index=ignore_index, vocab_size=vocab_size, backend=backend,
+    )  # fmt: skip
+
+
+def policy_loss_of(
+    where: str,
+    source: Source,
+    tensors: policy_inputs.Tensors,
+    options: PolicyOptions,
+    *,
+    corrects: bool,
+    per_token_gradient: bool,
+    temperature: Parameter,
+    ignore_index: int,
+    vocab_size: int | None,
+    backend: str,
+) -> PolicyLoss:
+    """`policy_loss` of logits wherever they come from. `corrects`: an option of the off-policy correction was given."""
+    logits, token_ids = source.logits, tensors.token_ids
     policy_inputs.check(where, logits, tensors, options, corrects)
     valid = policy_inputs.valid_tokens(tensors, ignore_index)
     stats = ["logprob", "entropy"]
-    if reference_logits is not None:
+    if source.reference is not None:
         stats.append(options.kl_estimator if options.kl_estimator in EXACT_KL else "reference_logprob")
-        reference_logits = reference_logits.detach()
     try:
         call = inputs.prepare(
-            where, logits, reference_logits, torch.where(valid, token_ids, 0),
+            where, logits, source.reference, torch.where(valid, token_ids, 0),
             stats=inputs.statistics(stats, where), temperature=temperature, reference_temperature=None, alpha=0.5,
             beta=0.5, mask=valid, ignore_index=_NO_TOKEN, vocab_size=vocab_size, exclude=None,
         )  # fmt: skip
@@ -205,20 +233,17 @@ def policy_loss(
         found = str(error).replace(f"{where}: labels", f"{where}: token_ids").replace(str(_NO_TOKEN), str(ignore_index))
         raise ValueError(found) from None
     chosen = inputs.select(call, backend, where)
-    needs_gradient = torch.is_grad_enabled() and logits.requires_grad
-    fused = needs_gradient and not per_token_gradient and one_read.applies(options, tensors)
-    # float16 waits for the loss scale, without which most of its gradient would round to 0.
-    fused = fused and logits.dtype != torch.float16 and not autograd.transformed() and _has_one_read(chosen)
-    if fused:
-        known = one_read.known(tensors, valid, options, call.stats)
-        values, dlogits = ops.policy_loss(
-            call, chosen, known.coefficients, known.tokens, known.term, known.kl, known.bounds
-        )
+    waits = "per_token_gradient is True" if per_token_gradient else one_read.waits(options, tensors)
+    if waits is None and not _has_one_read(chosen):
+        waits = f"the {chosen} backend has no policy loss of one read"
+    attach: Attach | None = None
+    if source.known_beforehand(where, waits, call, chosen):
+        values, attach = source.policy(call, chosen, one_read.known(tensors, valid, options, call.stats))
     else:
-        values = ops.statistics(call, chosen, needs_gradient)
+        values = source.statistics(call, chosen)
     named = dict(zip(call.stats, values, strict=True))
     out = assemble(policy_inputs.prepare(tensors, valid, named), options, token_ids.shape)
-    loss = ops.with_gradient(out.loss, logits, dlogits) if fused else out.loss
+    loss = out.loss if attach is None else attach(out.loss)
     per_token = out.per_token_loss if per_token_gradient else out.per_token_loss.detach()
     return PolicyLoss(loss, per_token, out.metrics, out.logprob, out.entropy)
 

@@ -7,8 +7,6 @@ logits, one write of their gradient. `csrc/policy.h` has the formulas of the coe
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 import torch
 from torch import Tensor
 
@@ -17,37 +15,26 @@ from kldiv_kernels.policy.options import CLIPPED, EXACT_KL, INF, PolicyOptions, 
 from kldiv_kernels.policy.slopes import times
 from kldiv_kernels.policy.terms import ratio_bounds
 from kldiv_kernels.policy.weights import aggregation_weights, off_policy_weight, weighted
+from kldiv_kernels.sources import PolicyTokens
 
 _TERMS = ("cispo", "sapo", "reinforce", "topr", "dppo_tv", "dppo_kl")
 
 
-@dataclass(frozen=True)
-class Known:
-    """What is known before the pass, as the operator takes it.
-
-    coefficients [statistics, N], tokens [5, N] (csrc/policy.h), float32.
-    """
-
-    coefficients: Tensor
-    tokens: Tensor
-    term: str
-    kl: str
-    bounds: list[float]
-
-
-def applies(options: PolicyOptions, tensors: Tensors) -> bool:
-    """Whether a token's gradient depends on its own log-probability and nothing else that the pass finds."""
+def waits(options: PolicyOptions, tensors: Tensors) -> str | None:
+    """What a token's gradient depends on beside its own log-probability; None: nothing that the pass finds."""
     if options.loss_type not in (*CLIPPED, *_TERMS) or options.importance_level != "token":
-        return False
+        return "this loss depends on whole sequences"
     if options.cov_selection != "none" or options.entropy_quantile < 1 or options.off_policy_threshold < INF:
-        return False
+        return "its tokens are selected by what the pass finds"
     if tensors.sampling_logprobs is not None and options.off_policy != "none" and tensors.old_logprobs is None:
-        return False
+        return "off_policy without old_logprobs needs the log-probabilities first"
     sampled = options.kl_coef != 0 and options.kl_estimator not in EXACT_KL
-    return not (sampled and tensors.reference_logits is not None)
+    if sampled and tensors.reference_logits is not None:
+        return "an estimate of the KL from reference_logits needs their log-probabilities first (give the latter)"
+    return None
 
 
-def known(tensors: Tensors, valid: Tensor, options: PolicyOptions, stats: tuple[str, ...]) -> Known:
+def known(tensors: Tensors, valid: Tensor, options: PolicyOptions, stats: tuple[str, ...]) -> PolicyTokens:
     # The policy's own log-probabilities are not there yet. NaN is what the operator takes for them, where they stand in
     # for the anchor's.
     unknown = torch.zeros(valid.shape, dtype=torch.float32, device=valid.device).masked_fill(valid, torch.nan)
@@ -76,7 +63,7 @@ def known(tensors: Tensors, valid: Tensor, options: PolicyOptions, stats: tuple[
     if exact and options.kl_coef != 0:
         coefficients[options.kl_estimator] = options.kl_coef * scale
     low, high = (options.clip_low, options.clip_high) if options.loss_type.startswith("dppo") else ratio_bounds(options)
-    return Known(
+    return PolicyTokens(
         _rows([coefficients[name] for name in stats]),
         _rows(tokens),
         "clipped" if options.loss_type in CLIPPED else options.loss_type,

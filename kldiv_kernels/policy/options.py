@@ -111,6 +111,11 @@ def _defaults(preset: str | None, loss_type: str, kl_estimator: str) -> dict[str
     return options
 
 
+def off_policy_given(given: Mapping[str, object]) -> bool:
+    """Whether an option of the correction for another sampling policy was given."""
+    return any(given[name] is not None for name in ("off_policy", "off_policy_min", "off_policy_max"))
+
+
 def resolve(where: str, preset: str | None, given: Mapping[str, Any]) -> PolicyOptions:
     """`given` over the preset's defaults; None leaves a default. Raises where a value or a combination is wrong."""
     if preset not in _LOSS_TYPE:

@@ -5,7 +5,12 @@
 
 from __future__ import annotations
 
-from kldiv_kernels.top_k.divergences import tail_checked, topk_divergence_from_logits, topk_divergence_loss
+from kldiv_kernels.top_k.divergences import (
+    tail_checked,
+    topk_divergence_from_logits,
+    topk_divergence_loss,
+    topk_divergence_of,
+)
 from kldiv_kernels.top_k.inputs import looks_at, tail_of, teacher_checked
 from kldiv_kernels.top_k.statistics import TopK, topk, topk_token_stats
 
@@ -18,5 +23,6 @@ __all__ = [
     "topk",
     "topk_divergence_from_logits",
     "topk_divergence_loss",
+    "topk_divergence_of",
     "topk_token_stats",
 ]

@@ -25,15 +25,17 @@ from typing import get_args
 import torch
 from torch import Tensor
 
-from kldiv_kernels import autograd, inputs, ops, registry
+from kldiv_kernels import inputs, registry
 from kldiv_kernels.backends import Call, OneReadTopK, get
 from kldiv_kernels.choices import Backend, DivergenceKind, Reduction, Support, Tail
+from kldiv_kernels.divergences import Statistic
 from kldiv_kernels.dtensors import on_replicas
 from kldiv_kernels.inputs import Parameter
-from kldiv_kernels.losses import reduced, reduction_checked, token_scale
+from kldiv_kernels.losses import gradient_waits, in_place_checked, reduced, reduction_checked, token_scale
+from kldiv_kernels.sources import Logits, Source, TopKTeacher
 from kldiv_kernels.stats import token_stats
 from kldiv_kernels.top_k import inputs as topk_inputs
-from kldiv_kernels.top_k.statistics import largest, topk_token_stats
+from kldiv_kernels.top_k.statistics import largest, topk_statistics_of, topk_token_stats
 from kldiv_kernels.tracing import constant
 
 _TAILS = get_args(Tail)
@@ -66,6 +68,7 @@ def topk_divergence_loss(
     shift: bool = False,
     vocab_size: int | None = None,
     check: bool | None = None,
+    in_place: bool = False,
     backend: Backend = "auto",
 ) -> Tensor:
     """A divergence from a teacher that is known by k log-probabilities a token.
@@ -88,7 +91,7 @@ def topk_divergence_loss(
         check: whether values are checked, of topk_ids and topk_logprobs; default: on CPU tensors only, since it waits
             for the device. Unchecked, a token with two log-probabilities makes its row NaN.
         weight, labels, mask, normalizer, reduction, temperature, temperature_squared, alpha, beta, ignore_index,
-            vocab_size, backend: see `divergence_loss`.
+            vocab_size, in_place, backend: see `divergence_loss`.
 
     Returns: float32 scalar ([*] for "none"), in nats; 0 with zero gradient when no token is valid.
 
@@ -103,6 +106,42 @@ def topk_divergence_loss(
     (0.023705, [0.0481, -0.0221, -0.007, -0.0191])
     """
     where = "topk_divergence_loss"
+    return topk_divergence_of(
+        where, Logits(logits, None, in_place_checked(where, in_place)), topk_ids, topk_logprobs, kind, tail=tail,
+        tail_logprob=tail_logprob, tail_floor=tail_floor, weight=weight, labels=labels, mask=mask,
+        normalizer=normalizer, reduction=reduction, temperature=temperature, temperature_squared=temperature_squared,
+        alpha=alpha, beta=beta, ignore_index=ignore_index, shift=shift, vocab_size=vocab_size, check=check,
+        backend=backend,
+    )  # fmt: skip
+
+
+def topk_divergence_of(
+    where: str,
+    source: Source,
+    topk_ids: Tensor,
+    topk_logprobs: Tensor,
+    kind: str,
+    *,
+    tail: Tail,
+    tail_logprob: Tensor | None,
+    tail_floor: float | None,
+    weight: Tensor | None,
+    labels: Tensor | None,
+    mask: Tensor | None,
+    normalizer: float | Tensor | None,
+    reduction: Reduction,
+    temperature: Parameter,
+    temperature_squared: bool,
+    alpha: Parameter | None,
+    beta: Parameter | None,
+    ignore_index: int,
+    shift: bool,
+    vocab_size: int | None,
+    check: bool | None,
+    backend: str,
+) -> Tensor:
+    """`topk_divergence_loss` of logits wherever they come from."""
+    logits = source.logits
     statistic = registry.get(kind, f"{where}: kind", registry.divergence_names())
     tail_checked(where, kind, tail)
     if tail_logprob is not None and tail != "bucket":
@@ -130,26 +169,27 @@ def topk_divergence_loss(
         )
     theirs = teacher if tail in ("renormalize", "none") else _with_rest(teacher, tail_logprob)
     theirs = theirs.to(scale.dtype)
-    # float16 waits for the loss scale, as in `policy_loss`.
-    wanted = torch.is_grad_enabled() and logits.requires_grad and logits.dtype != torch.float16
-    if wanted and reduction != "none" and not (scale.requires_grad or autograd.transformed()):
-        call = inputs.prepare(
-            where, logits, None, ids, stats=[registry.STATISTICS[name] for name in _statistics(tail)],
-            temperature=temperature, reference_temperature=None, alpha=alpha, beta=beta, mask=valid, ignore_index=-1,
-            vocab_size=vocab_size, exclude=None,
-        )  # fmt: skip
-        chosen = inputs.select(call, backend, where)
-        if tail == "none" and kind in _LINEAR:
-            return _linear(kind, call, chosen, theirs.reshape(call.rows, theirs.shape[-1]), scale)
-        numbers = not isinstance(alpha, Tensor) and not isinstance(beta, Tensor)
-        if tail != "none" and numbers and statistic.builtin and _has_one_read(chosen):
-            table = theirs.reshape(call.rows, theirs.shape[-1])
-            divergences, dlogits = ops.topk_loss(call, chosen, table, scale, kind, float(alpha), float(beta))
-            return ops.with_gradient(reduced(divergences, scale, reduction, leading), logits, dlogits)
+    call = inputs.prepare(
+        where, logits, None, ids, stats=[registry.STATISTICS[name] for name in _statistics(tail)],
+        temperature=temperature, reference_temperature=None, alpha=alpha, beta=beta, mask=valid, ignore_index=-1,
+        vocab_size=vocab_size, exclude=None,
+    )  # fmt: skip
+    chosen = inputs.select(call, backend, where)
+    numbers = None if isinstance(alpha, Tensor) or isinstance(beta, Tensor) else (float(alpha), float(beta))
+    waits = gradient_waits(reduction, scale)
+    if waits is None and not (tail == "none" and kind in _LINEAR):
+        waits = _waits(kind, tail, numbers, statistic, chosen)
+    if source.known_beforehand(where, waits, call, chosen):
+        table = theirs.reshape(call.rows, theirs.shape[-1])
+        if tail == "none":
+            return _linear(kind, source, call, chosen, table, scale)
+        assert numbers is not None
+        divergences, attach = source.topk(call, chosen, TopKTeacher(table, scale, kind, *numbers))
+        return attach(reduced(divergences, scale, reduction, leading))
 
     stats = tuple("topk_logprobs" if name == "logprob" else name for name in _statistics(tail))
-    student = topk_token_stats(
-        logits, ids, stats=stats, temperature=temperature, mask=valid, vocab_size=vocab_size, check=False,
+    student = topk_statistics_of(
+        where, source, ids, stats=stats, temperature=temperature, mask=valid, vocab_size=vocab_size, check=False,
         backend=backend,
     )  # fmt: skip
     ours = student["topk_logprobs"]
@@ -161,6 +201,19 @@ def topk_divergence_loss(
         # Logits of what they are the log-probabilities of.
         values = token_stats(ours, theirs, stats=(kind,), alpha=alpha, beta=beta, mask=valid)[kind]
     return reduced(values.reshape(-1), scale, reduction, leading)
+
+
+def _waits(
+    kind: str, tail: Tail, numbers: tuple[float, float] | None, statistic: Statistic, backend: str
+) -> str | None:
+    """Why the gradient does not come out of the pass that finds the values, or None."""
+    if tail == "none":
+        return f"the raw sum of {kind} needs the log-probabilities first"
+    if numbers is None:
+        return "alpha or beta is a tensor of one a token"
+    if not statistic.builtin:
+        return f"{kind} is a statistic of your own"
+    return None if _has_one_read(backend) else f"the {backend} backend has no top-k loss of one read"
 
 
 def tail_checked(where: str, kind: str, tail: str) -> None:
@@ -256,10 +309,10 @@ def _union(first: Tensor, second: Tensor) -> Tensor:
     return both.masked_fill(topk_inputs.occur_before(both), -1).sort(dim=-1, descending=True).values
 
 
-def _linear(kind: str, call: Call, backend: str, logp: Tensor, scale: Tensor) -> Tensor:
+def _linear(kind: str, source: Source, call: Call, backend: str, logp: Tensor, scale: Tensor) -> Tensor:
     """Σ scale Σ p (log p − log q), or − Σ scale Σ p log q: coefficients that are known before the logits are read."""
     p = torch.where((scale == 0)[:, None], 0.0, logp.exp()).to(scale.dtype)
-    loss = ops.loss(call, backend, -(scale[:, None] * p).t().contiguous(), True, False)
+    loss = source.loss(call, backend, -(scale[:, None] * p).t().contiguous())
     if kind == "cross_entropy":
         return loss
     return loss + (scale[:, None] * torch.where(p == 0, 0.0, p * logp)).sum()

@@ -12,7 +12,8 @@ from kldiv_kernels.backends import native
 from kldiv_kernels.choices import Backend
 from kldiv_kernels.dtensors import on_replicas
 from kldiv_kernels.inputs import Parameter
-from kldiv_kernels.stats import TokenStats, selective_log_softmax, token_stats
+from kldiv_kernels.sources import Logits, Source
+from kldiv_kernels.stats import TokenStats, statistics_of, token_stats
 from kldiv_kernels.top_k import inputs as topk_inputs
 
 
@@ -88,7 +89,29 @@ def topk_token_stats(
     >>> out.topk_logprobs.exp(), round(out.tail_logprob.exp().item(), 4)
     (tensor([[0.1250, 0.1250, 0.0000]]), 0.75)
     """
-    where = "topk_token_stats"
+    return topk_statistics_of(
+        "topk_token_stats", Logits(logits), topk_ids, labels, stats=stats, temperature=temperature, mask=mask,
+        ignore_index=ignore_index, shift=shift, vocab_size=vocab_size, check=check, backend=backend,
+    )  # fmt: skip
+
+
+def topk_statistics_of(
+    where: str,
+    source: Source,
+    topk_ids: Tensor,
+    labels: Tensor | None = None,
+    *,
+    stats: tuple[str, ...],
+    temperature: Parameter,
+    mask: Tensor | None,
+    ignore_index: int = -100,
+    shift: bool = False,
+    vocab_size: int | None,
+    check: bool | None,
+    backend: str,
+) -> TokenStats:
+    """`topk_token_stats` of logits wherever they come from."""
+    logits = source.logits
     allowed = ("topk_logprobs", "tail_logprob", "logprob", "entropy", "logsumexp")
     for name in stats:
         if name not in allowed:
@@ -110,8 +133,10 @@ def topk_token_stats(
     ):
         # One table has no place for a label beside the whole vocabulary.
         rest = tuple(name for name in stats if name != "logprob") or ("topk_logprobs",)
-        found = topk_token_stats(logits, ids, stats=rest, check=False, **shared)
-        found["logprob"] = selective_log_softmax(logits, labels, ignore_index=ignore_index, **shared)
+        found = topk_statistics_of(where, source, ids, stats=rest, check=False, **shared)
+        found["logprob"] = statistics_of(
+            where, source, labels, stats=("logprob",), ignore_index=ignore_index, **shared
+        )["logprob"]
         return TokenStats({name: found[name] for name in stats})
     asked = {"topk_logprobs": "logprob"}
     kernel = tuple(dict.fromkeys(asked.get(name, name) for name in stats))
@@ -122,7 +147,7 @@ def topk_token_stats(
         known = (ids == labels[..., None]).any(-1) | (labels == ignore_index)
         joined = torch.cat([ids, torch.where(known, -1, labels)[..., None]], dim=-1)
     try:
-        found = token_stats(logits, labels=joined, stats=kernel, ignore_index=-1, **shared)
+        found = statistics_of(where, source, joined, stats=kernel, ignore_index=-1, **shared)
     except IndexError as error:
         # Of the table in which the ids come first and a label last.
         raise IndexError(f"{where}: topk_ids or labels, in one table: {error}") from None

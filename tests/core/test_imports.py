@@ -22,12 +22,13 @@ ORDER = (
     ("benchmarking",),
     ("adapters", "teacher_cache"),
     (FACE,),
-    ("nn", "distillation"),
+    ("nn", "distillation", "planning", "signatures"),
+    ("linear",),
     ("policy", "top_k"),
     ("losses",),
-    ("stats", "planning"),
+    ("stats",),
+    ("sources",),
     ("ops",),
-    ("signatures",),
     ("inputs",),
     ("backends",),
     ("registry",),
@@ -37,7 +38,7 @@ ORDER = (
 )
 LEVEL = {name: level for level, names in enumerate(ORDER) for name in names}
 # Folders that show others nothing but their face, of which these modules are a part.
-FAMILIES = ("inputs", "policy", "top_k")
+FAMILIES = ("inputs", "policy", "top_k", "linear")
 SHOWN = {"kldiv_kernels.policy.advantages"}
 
 

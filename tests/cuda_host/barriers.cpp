@@ -164,5 +164,6 @@ void mbarrier_wait(uint64_t* word, uint32_t parity) {
 
 void fence_mbarrier_init() { need_clusters("fence_mbarrier_init"); }
 void fence_async_proxy() { need_clusters("fence_async_proxy"); }
+void fence_cluster() { need_clusters("fence_cluster"); }
 
 }  // namespace kldiv::gpu

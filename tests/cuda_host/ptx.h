@@ -168,5 +168,6 @@ void bulk_wait_read();
 void store_async(void* to, uint64_t* barrier, uint32_t rank, const Words& x);
 void fence_mbarrier_init();
 void fence_async_proxy();
+void fence_cluster();
 
 }  // namespace kldiv::gpu

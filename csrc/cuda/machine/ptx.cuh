@@ -193,6 +193,9 @@ KLDIV_DEVICE void bulk_wait_read() { asm volatile("cp.async.bulk.wait_group.read
 // Between this thread's writes to shared memory and a bulk copy of them. The host model has one order of memory and
 // cannot show its absence.
 KLDIV_DEVICE void fence_async_proxy() { asm volatile("fence.proxy.async.shared::cta;" ::: "memory"); }
+// Between this thread's reads of memory and a `store_async` that lets a peer write there. The host model has one order
+// of memory and cannot show its absence.
+KLDIV_DEVICE void fence_cluster() { asm volatile("fence.acq_rel.cluster;" ::: "memory"); }
 // 16 bytes to the address `to` in the shared memory of CTA `rank`, completing them on the barrier at that address
 // there.
 KLDIV_DEVICE void store_async(void* to, uint64_t* barrier, uint32_t rank, const Words& x) {

@@ -77,6 +77,7 @@ struct Merger : Cta<D, element> {
             const int64_t label = a.logprob_row < 0 ? -1 : call.labels[index];
             const bool labelled = label >= 0 && label < call.columns;
             const float logit = labelled ? load_column(row.student, element, label) : 0.0f;
+            if (call.in_place) fence_cluster();
 
             const State state = merged_state(k);
             const Normalised n = normalise(row, state, two);

@@ -113,7 +113,14 @@ class TritonBackend:
     ) -> tuple[Tensor | None, Tensor | None]:
         return self._launch(call).gradients(state, coefficients.contiguous(), student, reference)
 
+    def refuses_in_place(self, call: Call) -> str | None:
+        if not call.logits.is_contiguous():
+            return f"rows with strides {list(call.logits.stride())} have gaps"
+        if self._launch(call).apart:
+            return "it reads the logits of several labels, or of a row's tail, again"
+        return None
+
     def one_read(
-        self, call: Call, coefficients: Tensor, student: bool, reference: bool
+        self, call: Call, coefficients: Tensor, student: bool, reference: bool, in_place: bool = False
     ) -> tuple[Tensor, Tensor | None, Tensor | None]:
-        return self._launch(call).loss(coefficients.contiguous(), student, reference)
+        return self._launch(call).loss(coefficients.contiguous(), student, reference, in_place)

@@ -178,9 +178,9 @@ class Launch:
         return values, saved
 
     def gradients(
-        self, state: Tensor, coefficients: Tensor, student: bool, reference: bool
+        self, state: Tensor, coefficients: Tensor, student: bool, reference: bool, in_place: bool = False
     ) -> tuple[Tensor | None, Tensor | None]:
-        ds, dt, arguments = self._gradient_arguments(coefficients, student, reference)
+        ds, dt, arguments = self._gradient_arguments(coefficients, student, reference, in_place)
         with self._on_device():
             self._run(
                 self.bound.gradient_kernel, self.rows * self.shape.slices, self.shape.warps,
@@ -191,14 +191,16 @@ class Launch:
             if self.apart and (of_s or of_t):
                 labelled = {"LABEL_S": self.bound.label_s, "LABEL_T": self.bound.label_t, "OF_S": of_s, "OF_T": of_t}
                 self._run_for_labels(self.bound.label_gradient_kernel, 1, {"state_ptr": state, **arguments, **labelled})
-        return self._rounded(ds, dt)
+        return self._rounded(ds, dt, in_place)
 
-    def loss(self, coefficients: Tensor, student: bool, reference: bool) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    def loss(
+        self, coefficients: Tensor, student: bool, reference: bool, in_place: bool = False
+    ) -> tuple[Tensor, Tensor | None, Tensor | None]:
         if not self.fills_the_device or self.apart:
             values, state = self.statistics(with_state=True)
-            return values, *self.gradients(state, coefficients, student, reference)
+            return values, *self.gradients(state, coefficients, student, reference, in_place)
         values = torch.empty((self.value_rows, self.rows), dtype=torch.float32, device=self.device)
-        ds, dt, arguments = self._gradient_arguments(coefficients, student, reference)
+        ds, dt, arguments = self._gradient_arguments(coefficients, student, reference, in_place)
         with self._on_device():
             self._run(
                 self.bound.loss_kernel, self.rows, self.shape.warps,
@@ -207,16 +209,18 @@ class Launch:
                     "S_PAD": self.shape.padded_slices, **arguments,
                 },
             )  # fmt: skip
-        return values, *self._rounded(ds, dt)
+        return values, *self._rounded(ds, dt, in_place)
 
-    def _rounded(self, ds: Tensor | None, dt: Tensor | None) -> tuple[Tensor | None, Tensor | None]:
+    def _rounded(self, ds: Tensor | None, dt: Tensor | None, in_place: bool) -> tuple[Tensor | None, Tensor | None]:
         if self.interpreted:
-            ds = None if ds is None else ds.to(self.call.logits.dtype)
+            if ds is not None:
+                logits = self.call.logits
+                ds = logits.detach().copy_(ds) if in_place else ds.to(logits.dtype)
             dt = None if dt is None or self.call.reference is None else dt.to(self.call.reference.dtype)
         return ds, dt
 
     def _gradient_arguments(
-        self, coefficients: Tensor, student: bool, reference: bool
+        self, coefficients: Tensor, student: bool, reference: bool, in_place: bool
     ) -> tuple[Tensor | None, Tensor | None, dict[str, Any]]:
         call = self.call
         reference = reference and call.reference is not None
@@ -225,7 +229,8 @@ class Launch:
         options: dict[str, Any] = {"memory_format": torch.contiguous_format}
         if self.interpreted:
             options["dtype"] = torch.float32
-        ds = torch.empty_like(call.logits, **options) if student else None
+        taken = in_place and not self.interpreted
+        ds = (call.logits.detach() if taken else torch.empty_like(call.logits, **options)) if student else None
         dt = torch.empty_like(call.reference, **options) if reference and call.reference is not None else None
         second = call.logits if call.reference is None else call.reference
         row = {**self.row_arguments, **self.block_arguments}

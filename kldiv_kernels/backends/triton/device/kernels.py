@@ -225,6 +225,8 @@ def loss_kernel(
         finished, state, m_and_z, 0.0, s_side, t_side, exclude, vocab, values_ptr, index, n, labels_ptr, label_count,
         TWO,
     )  # fmt: skip
+    # A gradient in place: every warp has read the label's logit.
+    tl.debug_barrier()
     for j in range(slices):
         i = slices - 1 - j
         begin = i * SLICE

@@ -1,0 +1,225 @@
+"""The public functions: those of logits, with hidden states and heads in the place of logits."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import fields
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from kldiv_kernels.choices import DivergenceKind
+from kldiv_kernels.linear.keywords import Keywords
+from kldiv_kernels.linear.projection import TeacherProjection, divergence_from_projection
+from kldiv_kernels.linear.source import AnyHead, hidden_states
+from kldiv_kernels.losses import divergence_loss, divergence_of
+from kldiv_kernels.policy import (
+    OPTION_NAMES,
+    PolicyLoss,
+    Tensors,
+    off_policy_given,
+    policy_loss,
+    policy_loss_of,
+    resolve,
+)
+from kldiv_kernels.stats import TokenStats, statistics_of, token_stats
+from kldiv_kernels.top_k import topk_divergence_loss, topk_divergence_of
+
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
+
+    from kldiv_kernels.signatures import (
+        LinearLossOptions,
+        LinearPolicyOptions,
+        LinearStatisticsOptions,
+        LinearTopKOptions,
+    )
+
+_STATISTICS = Keywords(token_stats, "stats")
+_LOSS = Keywords(divergence_loss, "in_place")
+_POLICY = Keywords(policy_loss, "in_place", "reference_logits")
+_TOPK = Keywords(topk_divergence_loss, "in_place")
+_TENSORS = [field.name for field in fields(Tensors)]
+
+
+@_STATISTICS.explicit
+def linear_token_stats(
+    hidden: Tensor,
+    head: AnyHead,
+    labels: Tensor | None = None,
+    *,
+    reference_hidden: Tensor | None = None,
+    reference_head: AnyHead | None = None,
+    reference_logits: Tensor | None = None,
+    stats: Sequence[str] = ("logprob", "entropy"),
+    logits_dtype: torch.dtype | None = None,
+    rows_per_chunk: int | None = None,
+    **options: Unpack[LinearStatisticsOptions],
+) -> TokenStats:
+    r"""`token_stats` of the logits hidden @ weightᵀ, of which only a chunk of rows is in memory at a time.
+
+    The logits are computed once for the values, and once more for the gradient: two multiplications with the student's
+    weight, and one each for the gradients of hidden states and weight that somebody wants.
+
+    Args:
+        hidden: [*, H], what goes into the model's last layer.
+        head: that layer: a weight [V, H], an `nn.Linear` without hooks or adapters, or `kk.Head` with a scale or a
+            softcap. Its weight and bias get gradients when they require them, summed in float32.
+        labels: [*] or [*, K]; see `token_stats`.
+        reference_hidden, reference_head: the teacher's. Width H and dtype may differ; where the vocabularies do, give
+            `vocab_size`.
+        reference_logits: [*, V], a teacher's logits, in place of reference_hidden and reference_head.
+        logits_dtype: float32 (default), or the dtype of the hidden states. Rounding logits to bfloat16 makes the
+            gradient of a KL of 4e-4 wrong by about its size.
+        rows_per_chunk: how many rows of logits are in memory. Default: a number that fits (`kk.plan`). Values do not
+            depend on it but for rounding.
+        stats, temperature, mask and the others: see `token_stats`. Rows that the mask leaves out are not multiplied.
+
+    Returns: TokenStats, as `token_stats` does.
+
+    Raises: TypeError, ValueError: naming the argument, what it was and what is allowed, before anything is multiplied.
+        RuntimeError from a double backward; NotImplementedError under torch.func.
+
+    >>> import torch, kldiv_kernels as kk
+    >>> hidden, head = torch.ones(2, 3, requires_grad=True), torch.nn.Linear(3, 5)
+    >>> stats = kk.linear_token_stats(hidden, head, torch.tensor([1, 4]))
+    >>> torch.allclose(stats.entropy, kk.entropy(head(hidden)))
+    True
+    """
+    where = "linear_token_stats"
+    source = hidden_states(
+        where, hidden, head, reference_hidden, reference_head, reference_logits, logits_dtype=logits_dtype,
+        rows_per_chunk=rows_per_chunk,
+    )  # fmt: skip
+    return statistics_of(where, source, labels, stats=stats, **_STATISTICS.complete(where, options))
+
+
+@_LOSS.explicit
+def linear_divergence_loss(
+    hidden: Tensor,
+    head: AnyHead,
+    reference_hidden: Tensor | None = None,
+    reference_head: AnyHead | None = None,
+    kind: DivergenceKind | str = "forward_kl",
+    *,
+    reference_logits: Tensor | None = None,
+    reference_projection: TeacherProjection | None = None,
+    logits_dtype: torch.dtype | None = None,
+    rows_per_chunk: int | None = None,
+    **options: Unpack[LinearLossOptions],
+) -> Tensor:
+    """`divergence_loss` of the logits hidden @ weightᵀ, of which only a chunk of rows is in memory at a time.
+
+    With `reduction` "mean" or "sum" the gradients of hidden states and weights come out of the same pass: one
+    multiplication for the logits of each side, one for each gradient that is wanted.
+
+    Args:
+        hidden, head, reference_hidden, reference_head, reference_logits, logits_dtype, rows_per_chunk: see
+            `linear_token_stats`.
+        reference_projection: in place of all three, what `teacher_projection` makes of a teacher; for forward_kl and a
+            frozen head. It is exact as float32 sums of logits are: a KL below 1e-5 is not told from 0.
+        kind, weight, labels, reduction and the others: see `divergence_loss`.
+
+    Returns, raises: as `divergence_loss` and `linear_token_stats`.
+
+    >>> import torch, kldiv_kernels as kk
+    >>> student, teacher = torch.nn.Linear(3, 5), torch.nn.Linear(4, 5)
+    >>> hidden, theirs = torch.ones(2, 3, requires_grad=True), torch.ones(2, 4)
+    >>> loss = kk.linear_divergence_loss(hidden, student, theirs, teacher, "js", beta=0.9)
+    >>> torch.allclose(loss, kk.js_divergence(student(hidden), teacher(theirs), beta=0.9))
+    True
+    """
+    where = "linear_divergence_loss"
+    if reference_hidden is None and reference_logits is None and reference_projection is None:
+        raise ValueError(
+            f"{where}: reference_hidden is None; expected the teacher's hidden states and head, or reference_logits"
+        )
+    source = hidden_states(
+        where, hidden, head, reference_hidden, reference_head, reference_logits, logits_dtype=logits_dtype,
+        rows_per_chunk=rows_per_chunk,
+    )  # fmt: skip
+    complete = _LOSS.complete(where, options)
+    if reference_projection is not None:
+        return divergence_from_projection(where, source, hidden, reference_projection, kind, **complete)
+    return divergence_of(where, source, kind, **complete)
+
+
+@_POLICY.explicit
+def linear_policy_loss(
+    hidden: Tensor,
+    head: AnyHead,
+    token_ids: Tensor,
+    advantages: Tensor,
+    *,
+    reference_hidden: Tensor | None = None,
+    reference_head: AnyHead | None = None,
+    reference_logits: Tensor | None = None,
+    logits_dtype: torch.dtype | None = None,
+    rows_per_chunk: int | None = None,
+    **options: Unpack[LinearPolicyOptions],
+) -> PolicyLoss:
+    """`policy_loss` of the logits hidden @ weightᵀ, of which only a chunk of rows is in memory at a time.
+
+    Where a token's gradient depends on that token alone, the gradients come out of the pass that finds the values.
+    Other losses take two: values first, then the logits once more for the gradients.
+
+    Args:
+        hidden: [B, T, H], or [N, H] for packed tokens. head, reference_hidden, reference_head, reference_logits,
+            logits_dtype, rows_per_chunk: see `linear_token_stats`. The reference is for the KL, and gets no gradient.
+        token_ids, advantages, loss_type and the others: see `policy_loss`.
+
+    Returns, raises: as `policy_loss` and `linear_token_stats`.
+
+    >>> import torch, kldiv_kernels as kk
+    >>> hidden, head = torch.ones(1, 2, 3, requires_grad=True), torch.nn.Linear(3, 5)
+    >>> out = kk.linear_policy_loss(hidden, head, torch.tensor([[1, 2]]), torch.tensor([1.0]), loss_type="dapo")
+    >>> out.loss.backward()
+    >>> round(out.loss.item(), 4), list(hidden.grad.shape)
+    (-1.0, [1, 2, 3])
+    """
+    where = "linear_policy_loss"
+    given = _POLICY.complete(where, options)
+    source = hidden_states(
+        where, hidden, head, reference_hidden, reference_head, reference_logits, logits_dtype=logits_dtype,
+        rows_per_chunk=rows_per_chunk, frozen_reference=True,
+    )  # fmt: skip
+    given |= {"token_ids": token_ids, "advantages": advantages, "reference_logits": source.reference}
+    tensors = Tensors(**{name: given[name] for name in _TENSORS})
+    chosen = resolve(where, given["preset"], {name: given[name] for name in OPTION_NAMES})
+    rest = ("per_token_gradient", "temperature", "ignore_index", "vocab_size", "backend")
+    return policy_loss_of(
+        where, source, tensors, chosen, corrects=off_policy_given(given), **{name: given[name] for name in rest}
+    )
+
+
+@_TOPK.explicit
+def linear_topk_divergence_loss(
+    hidden: Tensor,
+    head: AnyHead,
+    topk_ids: Tensor,
+    topk_logprobs: Tensor,
+    kind: DivergenceKind | str = "forward_kl",
+    *,
+    logits_dtype: torch.dtype | None = None,
+    rows_per_chunk: int | None = None,
+    **options: Unpack[LinearTopKOptions],
+) -> Tensor:
+    """`topk_divergence_loss` of the logits hidden @ weightᵀ, of which only a chunk of rows is in memory at a time.
+
+    Args:
+        hidden, head, logits_dtype, rows_per_chunk: see `linear_token_stats`.
+        topk_ids, topk_logprobs, kind, tail and the others: see `topk_divergence_loss`.
+
+    Returns, raises: as `topk_divergence_loss` and `linear_token_stats`.
+
+    >>> import torch, kldiv_kernels as kk
+    >>> hidden, head = torch.ones(1, 3, requires_grad=True), torch.nn.Linear(3, 5)
+    >>> ids, logprobs = torch.tensor([[0, 1]]), torch.tensor([[0.5, 0.25]]).log()
+    >>> loss = kk.linear_topk_divergence_loss(hidden, head, ids, logprobs, tail="bucket")
+    >>> torch.allclose(loss, kk.topk_divergence_loss(head(hidden), ids, logprobs))
+    True
+    """
+    where = "linear_topk_divergence_loss"
+    source = hidden_states(where, hidden, head, logits_dtype=logits_dtype, rows_per_chunk=rows_per_chunk)
+    return topk_divergence_of(where, source, topk_ids, topk_logprobs, kind, **_TOPK.complete(where, options))

@@ -1,0 +1,163 @@
+"""Hidden states and heads in the place of logits."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from kldiv_kernels import autograd, ops
+from kldiv_kernels.backends import Call
+from kldiv_kernels.linear import operators
+from kldiv_kernels.linear.head import Head, Side, side_of
+from kldiv_kernels.linear.work import Task
+from kldiv_kernels.sources import Attach, PolicyTokens, TopKTeacher
+
+AnyHead = Tensor | nn.Linear | Head
+
+
+@dataclass(frozen=True)
+class HiddenStates:
+    """A `Source`. `logits` and `reference` stand for what is still to be made: a row of memory, expanded."""
+
+    student: Side
+    other: Side | Tensor | None
+    logits: Tensor
+    reference: Tensor | None
+    rows: int
+
+    def wanted(self) -> tuple[bool, bool]:
+        of = self._wanted()
+        return any(of[:3]), any(of[3:])
+
+    def waits(self) -> bool:
+        return any(
+            wanted and x.dtype == torch.float16 for wanted, x in zip(self._wanted(), self._tensors(), strict=True)
+        )
+
+    def known_beforehand(self, where: str, why_not: str | None, call: Call, backend: str) -> bool:
+        return any(self._wanted()) and why_not is None and not self.waits()
+
+    def statistics(self, call: Call, backend: str) -> Tensor:
+        values: Tensor = torch.ops.kldiv_kernels.linear_statistics(*self._arguments(call, backend))
+        return values
+
+    def loss(self, call: Call, backend: str, coefficients: Tensor) -> Tensor:
+        values, *gradients = torch.ops.kldiv_kernels.linear_one_read(
+            *self._detached(call, backend), coefficients.contiguous(), self._wanted()
+        )
+        return self._attach(gradients)(autograd.weighted_sum(coefficients, values))
+
+    def policy(self, call: Call, backend: str, known: PolicyTokens) -> tuple[Tensor, Attach]:
+        values, *gradients = torch.ops.kldiv_kernels.linear_policy(
+            *self._detached(call, backend), known.coefficients, known.tokens, known.term, known.kl, known.bounds,
+            self._of_student(),
+        )  # fmt: skip
+        return values, self._attach(gradients)
+
+    def topk(self, call: Call, backend: str, teacher: TopKTeacher) -> tuple[Tensor, Attach]:
+        divergences, *gradients = torch.ops.kldiv_kernels.linear_topk(
+            *self._detached(call, backend), teacher.logprobs, teacher.scale, teacher.kind, teacher.alpha, teacher.beta,
+            self._of_student(),
+        )  # fmt: skip
+        return divergences, self._attach(gradients)
+
+    def _tensors(self) -> list[Tensor]:
+        """Six, in the operators' order; where one is missing the hidden states, of which nobody then asks."""
+        student, other = self.student, self.other
+        nothing = student.hidden.detach()
+        found = [student.hidden, student.weight, student.bias, nothing, nothing, nothing]
+        if isinstance(other, Side):
+            found[3:] = [other.hidden, other.weight, other.bias]
+        elif other is not None:
+            found[3] = other
+        return [nothing if x is None else x for x in found]
+
+    def _wanted(self) -> list[bool]:
+        return [torch.is_grad_enabled() and x.requires_grad for x in self._tensors()]
+
+    def _of_student(self) -> list[bool]:
+        return [*self._wanted()[:3], False, False, False]
+
+    def _task(self, call: Call, backend: str) -> Task:
+        # A statistic of one side has no use for the other.
+        other = None if call.reference is None else self.other
+        return Task(self.student, other, call, backend, self.logits.dtype, self.rows)
+
+    def _arguments(self, call: Call, backend: str) -> tuple[Any, ...]:
+        return operators.arguments(self._task(call, backend))
+
+    def _detached(self, call: Call, backend: str) -> tuple[Any, ...]:
+        return tuple(x.detach() if isinstance(x, Tensor) else x for x in self._arguments(call, backend))
+
+    def _attach(self, gradients: list[Tensor]) -> Attach:
+        pairs = [pair for pair in zip(self._tensors(), gradients, strict=True) if pair[0].requires_grad]
+        pairs = [(tensor, gradient) for tensor, gradient in pairs if gradient.shape == tensor.shape]
+        return lambda value: ops.with_gradients(value, *zip(*pairs, strict=True))
+
+
+def hidden_states(
+    where: str,
+    hidden: Tensor,
+    head: AnyHead,
+    reference_hidden: Tensor | None = None,
+    reference_head: AnyHead | None = None,
+    reference_logits: Tensor | None = None,
+    *,
+    logits_dtype: torch.dtype | None = None,
+    rows_per_chunk: int | None = None,
+    frozen_reference: bool = False,
+) -> HiddenStates:
+    """The source for these arguments; raises TypeError or ValueError naming the argument, before anything is made."""
+    if autograd.transformed():
+        raise NotImplementedError(f"{where}: torch.func transforms are for logits; use the function without linear_")
+    student = side_of(where, hidden, head)
+    leading = hidden.shape[:-1]
+    other: Side | Tensor | None = reference_logits
+    if reference_hidden is None and reference_head is not None:
+        raise ValueError(f"{where}: reference_head is given without reference_hidden; expected both or none")
+    if reference_hidden is not None:
+        if reference_logits is not None:
+            raise ValueError(f"{where}: reference_hidden and reference_logits are both given; pass one of them")
+        if reference_head is None:
+            raise ValueError(f"{where}: reference_head is None; reference_hidden needs the teacher's head")
+        other = side_of(where, reference_hidden, reference_head, "reference_")
+        if reference_hidden.shape[:-1] != leading:
+            raise ValueError(
+                f"{where}: reference_hidden has shape {list(reference_hidden.shape)}; expected {[*leading, 'H']} like "
+                f"hidden"
+            )
+        if other.weight.device != student.weight.device:
+            raise ValueError(
+                f"{where}: reference_hidden is on {other.weight.device}; expected {student.weight.device} like hidden"
+            )
+    dtype = _logits_dtype(where, student, other, logits_dtype)
+    if rows_per_chunk is not None and (
+        isinstance(rows_per_chunk, bool) or not isinstance(rows_per_chunk, int) or rows_per_chunk < 1
+    ):
+        raise ValueError(f"{where}: rows_per_chunk is {rows_per_chunk!r}; expected 1 and more, or None")
+    if frozen_reference and isinstance(other, Side):
+        other = replace(
+            other, hidden=other.hidden.detach(), weight=other.weight.detach(),
+            bias=None if other.bias is None else other.bias.detach(),
+        )  # fmt: skip
+    elif frozen_reference and isinstance(other, Tensor):
+        other = other.detach()
+    stand_in = _stand_in(other, leading, dtype) if isinstance(other, Side) else other
+    return HiddenStates(student, other, _stand_in(student, leading, dtype), stand_in, rows_per_chunk or 0)
+
+
+def _logits_dtype(where: str, student: Side, other: Side | Tensor | None, given: torch.dtype | None) -> torch.dtype:
+    made = [side.compute for side in (student, other) if isinstance(side, Side)]
+    allowed = [torch.float64] if torch.float64 in made else list(dict.fromkeys((torch.float32, student.compute)))
+    if given is not None and given not in allowed:
+        names = " or ".join(str(dtype) for dtype in allowed)
+        raise ValueError(f"{where}: logits_dtype is {given}; expected {names}, or None")
+    return allowed[0] if given is None else given
+
+
+def _stand_in(side: Side, leading: torch.Size, dtype: torch.dtype) -> Tensor:
+    row = side.weight.detach().new_empty(side.columns, dtype=dtype)
+    return row.expand(*leading, side.columns)
