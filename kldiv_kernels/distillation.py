@@ -1,16 +1,19 @@
-"""The loss of distillation from logits, (1 − w)·D(teacher, student) + w·cross-entropy, and its options.
+"""The loss of distillation, (1 − w)·D(teacher, student) + w·cross-entropy, and its options.
 
-What `kldiv_kernels.trainer` and `kldiv_kernels.adapters.transformers` share.
+What `kldiv_kernels.trainer` and `kldiv_kernels.adapters.transformers` share. The student's logits, and a teacher's,
+are there or are made of hidden states and heads chunk by chunk (`sources.Source`).
 
-Passes over [tokens, vocabulary] (see the table in DESIGN.md):
+Passes over logits [tokens, vocabulary] of a loss and its gradient, and from hidden states what is multiplied with the
+student's head: for logits and for gradients (with the teacher's once more, where there is one).
 
-    teacher                                     logits   k log-probs a token
-    D alone                                     3        2 where one read serves it, else 3
-    cross-entropy alone                         3        3
-    both, temperature 1: one table of           5        3
-        statistics, one backward
-    both, another temperature: each, and 3      6 + 3    2 or 3, 3 + 3
-        to add the two gradients
+    teacher                          its logits       k log-probs a token               hidden states
+    D alone                          3                2 where one read serves it,       1 + 2
+                                                      else 3
+    cross-entropy alone              2                2                                 1 + 2
+    both, temperature 1              3                3                                 1 + 2, of k log-probs 2 + 2
+    both, another: each, and where   3 + 2 + 3        2 or 3, + 2 + 3                   2 + 4
+        logits are there 3 to add
+        the two gradients
 """
 
 from __future__ import annotations
@@ -24,14 +27,17 @@ from torch import Tensor
 from kldiv_kernels import registry, top_k
 from kldiv_kernels.backends import names as backend_names
 from kldiv_kernels.choices import Backend
+from kldiv_kernels.dtensors import on_replicas
 from kldiv_kernels.losses import divergence_loss
-from kldiv_kernels.stats import selective_log_softmax, token_stats
-from kldiv_kernels.top_k import topk_divergence_loss, topk_token_stats
+from kldiv_kernels.sources import Logits, Source
+from kldiv_kernels.top_k import topk_divergence_loss, topk_divergence_of, topk_statistics_of
+from kldiv_kernels.weighted import weighted_sum_of
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 IGNORED = -100
+_WHERE = "distillation_loss"
 
 
 @dataclass(frozen=True)
@@ -79,6 +85,7 @@ class LossOptions:
         )  # fmt: skip
 
 
+@on_replicas
 def distillation_loss(
     logits: Tensor,
     teacher_logits: Tensor | None,
@@ -92,33 +99,33 @@ def distillation_loss(
 
     logits, teacher_logits [batch, tokens, vocab]; targets [batch, tokens], already shifted, -100 where there is none.
     """
-    common: dict[str, Any] = {
-        "mask": targets != IGNORED,
-        "vocab_size": vocab_size,
-        "backend": options.backend,
-    }
-    weight = options.ce_weight
-    if weight == 1.0:
-        return -selective_log_softmax(logits, targets, **common).sum() / normalizer
-    if teacher_logits is None:
-        raise ValueError(f"distillation_loss: teacher_logits is None; ce_weight = {weight} needs them")
-    if weight == 0.0:
-        return divergence_loss(
-            logits, teacher_logits, options.kind, normalizer=normalizer, **options.divergence_options(), **common
-        )
-    if options.temperature == 1.0:
-        stats = token_stats(
-            logits, teacher_logits, targets, stats=("logprob", options.kind),
-            **options.parameters(), **common,
-        )  # fmt: skip
-        return ((1.0 - weight) * stats[options.kind] - weight * stats.logprob).sum() / normalizer
-    divergence = divergence_loss(
-        logits, teacher_logits, options.kind, normalizer=normalizer, **options.divergence_options(), **common
+    return distillation_of(
+        Logits(logits, teacher_logits), targets, options, vocab_size=vocab_size, normalizer=normalizer
     )
-    logprob = selective_log_softmax(logits, targets, **common)
-    return (1.0 - weight) * divergence - weight * logprob.sum() / normalizer
 
 
+def distillation_of(
+    source: Source, targets: Tensor, options: LossOptions, *, vocab_size: int, normalizer: Tensor
+) -> Tensor:
+    """`distillation_loss` of logits wherever they come from."""
+    weight = options.ce_weight
+    divergence, cross_entropy = {}, {"logprob": -weight} if weight else {}
+    if weight < 1.0:
+        if source.reference is None:
+            raise ValueError(f"distillation_loss: teacher_logits is None; ce_weight = {weight} needs them")
+        squared = options.temperature**2 if options.temperature_squared else 1.0
+        divergence[options.kind] = (1.0 - weight) * squared
+    common: dict[str, Any] = {
+        "mask": targets != IGNORED, "normalizer": normalizer, "vocab_size": vocab_size, "backend": options.backend,
+        **options.parameters(),
+    }  # fmt: skip
+    if options.temperature == 1.0 or not divergence:
+        return weighted_sum_of(_WHERE, source, targets, divergence | cross_entropy, **common)[0]
+    loss, _ = weighted_sum_of(_WHERE, source, None, divergence, temperature=options.temperature, **common)
+    return loss + weighted_sum_of(_WHERE, source, targets, cross_entropy, **common)[0] if cross_entropy else loss
+
+
+@on_replicas
 def topk_distillation_loss(
     logits: Tensor,
     topk_ids: Tensor,
@@ -133,10 +140,25 @@ def topk_distillation_loss(
 
     A target whose position has no id (-1 in all of its row) has no divergence; its cross-entropy counts.
     """
-    weight = options.ce_weight
+    return topk_distillation_of(
+        Logits(logits), topk_ids, topk_logprobs, targets, options, vocab_size=vocab_size, normalizer=normalizer
+    )
+
+
+def topk_distillation_of(
+    source: Source,
+    topk_ids: Tensor,
+    topk_logprobs: Tensor,
+    targets: Tensor,
+    options: LossOptions,
+    *,
+    vocab_size: int,
+    normalizer: Tensor,
+) -> Tensor:
+    """`topk_distillation_loss` of logits wherever they come from."""
+    where, weight, target = "topk_distillation_loss", options.ce_weight, targets != IGNORED
     if weight == 1.0:
-        return distillation_loss(logits, None, targets, options, vocab_size=vocab_size, normalizer=normalizer)
-    target = targets != IGNORED
+        return distillation_of(source, targets, options, vocab_size=vocab_size, normalizer=normalizer)
     tail: Any = options.tail
     rows: dict[str, Any] = {
         "tail": tail,
@@ -146,30 +168,35 @@ def topk_distillation_loss(
         **options.divergence_options(),
     }
     if weight == 0.0 or options.temperature != 1.0:
-        loss = topk_divergence_loss(logits, topk_ids, topk_logprobs, options.kind, vocab_size=vocab_size, **rows)
+        loss = topk_divergence_of(
+            where, source, topk_ids, topk_logprobs, options.kind, vocab_size=vocab_size, **rows
+        )  # fmt: skip
         if weight == 0.0:
             return loss
-        logprob = selective_log_softmax(logits, targets, mask=target, vocab_size=vocab_size, backend=options.backend)
-    else:
-        where, looks = "topk_distillation_loss", top_k.looks_at(logits, None)
-        ids, logprobs = top_k.teacher_checked(where, topk_ids, topk_logprobs, logits, vocab_size, looks)
-        if tail == "bucket":
-            rows["tail_logprob"] = top_k.tail_of(
-                where, logprobs, ids, vocab_size, given=topk_logprobs.dtype, floor=None, check=looks
-            )
-        student = topk_token_stats(
-            logits, ids, targets, stats=("topk_logprobs", "tail_logprob", "logprob"), mask=target,
-            vocab_size=vocab_size, check=False, backend=options.backend,
+        cross_entropy, _ = weighted_sum_of(
+            where, source, targets, {"logprob": -weight}, mask=target, normalizer=normalizer, vocab_size=vocab_size,
+            backend=options.backend,
         )  # fmt: skip
-        logprob = student.logprob
-        # The k tokens and the rest are a distribution on k + 1 outcomes: logits of themselves, of which the last is
-        # the tail again.
-        outcomes = torch.cat([student.topk_logprobs, student.tail_logprob[..., None]], dim=-1)
-        columns = torch.arange(ids.shape[-1], device=ids.device).expand_as(ids)
-        loss = topk_divergence_loss(
-            outcomes, torch.where(ids >= 0, columns, -1), logprobs, options.kind, check=False, **rows
+        return (1.0 - weight) * loss + cross_entropy
+    logits = source.logits
+    looks = top_k.looks_at(logits, None)
+    ids, logprobs = top_k.teacher_checked(where, topk_ids, topk_logprobs, logits, vocab_size, looks)
+    if tail == "bucket":
+        rows["tail_logprob"] = top_k.tail_of(
+            where, logprobs, ids, vocab_size, given=topk_logprobs.dtype, floor=None, check=looks
         )
-    return (1.0 - weight) * loss - weight * logprob.sum() / normalizer
+    student = topk_statistics_of(
+        where, source, ids, targets, stats=("topk_logprobs", "tail_logprob", "logprob"), temperature=1.0,
+        mask=target, vocab_size=vocab_size, check=False, backend=options.backend,
+    )  # fmt: skip
+    # The k tokens and the rest are a distribution on k + 1 outcomes: logits of themselves, of which the last is the
+    # tail again.
+    outcomes = torch.cat([student.topk_logprobs, student.tail_logprob[..., None]], dim=-1)
+    columns = torch.arange(ids.shape[-1], device=ids.device).expand_as(ids)
+    loss = topk_divergence_loss(
+        outcomes, torch.where(ids >= 0, columns, -1), logprobs, options.kind, check=False, **rows
+    )
+    return (1.0 - weight) * loss - weight * student.logprob.sum() / normalizer
 
 
 def rows_with_ids(topk_ids: Tensor) -> Tensor:

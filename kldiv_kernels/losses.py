@@ -138,7 +138,7 @@ def divergence_of(
         where, logits, weight, call.mask, normalizer, reduction, temperature if temperature_squared else None
     )  # fmt: skip
     if source.known_beforehand(where, gradient_waits(reduction, scale), call, chosen):
-        return source.loss(call, chosen, scale[None])
+        return source.loss(call, chosen, scale[None])[0]
     return reduced(source.statistics(call, chosen)[0], scale, reduction, leading)
 
 

@@ -69,8 +69,8 @@ class Source(Protocol):
     def statistics(self, call: Call, backend: str) -> Tensor:
         """Values [value_rows, N], differentiable."""
 
-    def loss(self, call: Call, backend: str, coefficients: Tensor) -> Tensor:
-        """Σ coefficients · values, with the gradients of both sides."""
+    def loss(self, call: Call, backend: str, coefficients: Tensor) -> tuple[Tensor, Tensor]:
+        """Σ coefficients · values, with the gradients of both sides, and the values [value_rows, N], without."""
 
     def policy(self, call: Call, backend: str, known: PolicyTokens) -> tuple[Tensor, Attach]:
         """Values [value_rows, N], and what gives the loss of them its gradient, of the student's side."""
@@ -123,22 +123,22 @@ class Logits:
             return f"rows of logits are the same memory (an expanded view, strides {list(logits.stride())})"
         if self.reference is not None and _overlap(logits, self.reference):
             return "reference_logits are the same memory"
-        return why_not or get(backend).refuses_in_place(call)
+        return why_not or get(backend).refuses_in_place(call, self.wanted()[1])
 
     def statistics(self, call: Call, backend: str) -> Tensor:
         return ops.statistics(call, backend, any(self.wanted()))
 
-    def loss(self, call: Call, backend: str, coefficients: Tensor) -> Tensor:
+    def loss(self, call: Call, backend: str, coefficients: Tensor) -> tuple[Tensor, Tensor]:
         student, reference = self.wanted()
         if not (self.in_place and student):
-            return ops.loss(call, backend, coefficients, student, reference)
+            return ops.loss_and_values(call, backend, coefficients, student, reference)
 
         def write() -> tuple[Tensor, list[Tensor]]:
             values, _, dreference = get(backend).one_read(_detached(call), coefficients, True, reference, True)
             return values, [dreference] if reference and dreference is not None else []
 
         values, attach = self._written(write)
-        return attach(autograd.weighted_sum(coefficients, values))
+        return attach(autograd.weighted_sum(coefficients, values)), values
 
     def policy(self, call: Call, backend: str, known: PolicyTokens) -> tuple[Tensor, Attach]:
         arguments = (known.coefficients, known.tokens, known.term, known.kl, known.bounds)

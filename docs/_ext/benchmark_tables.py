@@ -14,7 +14,7 @@ from sphinx.util.docutils import SphinxDirective
 
 _RESULTS = Path(__file__).parents[2] / "benchmarks" / "results"
 _OURS = "kldiv_kernels"
-_PEERS = {"compile": "torch.compile", "eager": "eager", "trl": "TRL 1.16"}
+_PEERS = {"gemms": "the multiplications alone", "compile": "torch.compile", "eager": "eager", "trl": "TRL 1.16"}
 
 
 def _milliseconds(one: dict[str, Any] | None) -> str:
@@ -29,6 +29,31 @@ def _units(one: dict[str, Any] | None) -> str:
     return "" if units is None else f"{units:.1f}"
 
 
+def cells(runs: Sequence[dict[str, Any]]) -> tuple[list[str], list[list[Cell]]]:
+    """Header and rows: a case a row, of the runs in results.json."""
+    cases = [case for run in runs for case in run["cases"]]
+    columns = [_OURS, *(peer for peer in _PEERS if any(peer in _by_name(case) for case in cases))]
+    header = ["case", *(_PEERS.get(name, name) for name in columns), "× copy", "extra memory, in the same order"]
+    return header, [_row(case, columns) for case in cases]
+
+
+def _row(case: dict[str, Any], columns: Sequence[str]) -> list[Cell]:
+    done = _by_name(case)
+    memory = ", ".join(_units(done[name]) or "–" for name in columns if name in done)
+    size = " × ".join(f"{case[name]:,}" for name in ("rows", "vocab", "hidden") if case.get(name) is not None)
+    times_copy = done[_OURS]["times_copy"]
+    return [
+        [code(case["kind"]), nodes.Text(f" {case['dtype']}, {size}")],
+        *(_milliseconds(done.get(column)) for column in columns),
+        "" if times_copy is None else f"{times_copy:.1f}",
+        memory if any(_units(done[name]) for name in columns if name in done) else "not measured",
+    ]
+
+
+def _by_name(case: dict[str, Any]) -> dict[str, dict[str, Any]]:
+    return {one["name"]: one for one in case["implementations"] if "error" not in one}
+
+
 class BenchmarkTable(SphinxDirective):
     """Argument: names of files without their ending, separated by spaces."""
 
@@ -41,25 +66,7 @@ class BenchmarkTable(SphinxDirective):
             path = _RESULTS / f"{name}.json"
             self.env.note_dependency(str(path))
             found.append(json.loads(path.read_text()))
-        columns = [_OURS, *(peer for peer in _PEERS if any(peer in _by_name(c) for run in found for c in run["cases"]))]
-        header = ["case", *(_PEERS.get(name, name) for name in columns), "× copy", "extra memory, in the same order"]
-        rows = [self._row(run, case, columns) for run in found for case in run["cases"]]
-        return [table(header, rows)]
-
-    def _row(self, run: dict[str, Any], case: dict[str, Any], columns: Sequence[str]) -> list[Cell]:
-        done = _by_name(case)
-        memory = ", ".join(_units(done[name]) or "–" for name in columns if name in done)
-        name = [code(case["kind"]), nodes.Text(f" {case['dtype']}, {case['rows']:,} × {case['vocab']:,}")]
-        return [
-            name,
-            *(_milliseconds(done.get(column)) for column in columns),
-            f"{done[_OURS]['times_copy']:.1f}",
-            memory if any(_units(done[name]) for name in columns if name in done) else "not measured",
-        ]
-
-
-def _by_name(case: dict[str, Any]) -> dict[str, dict[str, Any]]:
-    return {one["name"]: one for one in case["implementations"] if "error" not in one}
+        return [table(*cells(found))]
 
 
 def setup(app: Sphinx) -> dict[str, bool]:

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from kldiv_kernels.backends import native
-from kldiv_kernels.backends.interface import Call
+from kldiv_kernels.backends.interface import READS_AGAIN, Call
 from kldiv_kernels.backends.strides import joined
 from kldiv_kernels.tracing import constant
 
@@ -135,8 +135,12 @@ class CudaBackend(native.Compiled):
             return f"it takes at most {MOST_STATISTICS} statistics at a time, not {len(call.stats)}"
         return None if self._device != "cuda" else _unavailable_on(call.logits.device.index or 0)
 
-    def refuses_in_place(self, call: Call) -> str | None:
-        return None if call.logits.is_contiguous() else f"rows with strides {list(call.logits.stride())} have gaps"
+    def refuses_in_place(self, call: Call, reference: bool) -> str | None:
+        if not call.logits.is_contiguous():
+            return f"rows with strides {list(call.logits.stride())} have gaps"
+        if reference:
+            return "it writes the gradient of the reference after that of the logits, and reads both again for it"
+        return READS_AGAIN if call.reads_labels_again else None
 
     def state_rows(self, stats: tuple[str, ...]) -> int:
         return _STATE_OF_ROW + _STATE_OF_STATISTIC * len(stats)

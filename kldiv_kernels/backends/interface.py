@@ -14,6 +14,9 @@ from torch import Tensor
 
 from kldiv_kernels import registry
 
+# Why a backend on GPUs does not write a gradient in place.
+READS_AGAIN = "it reads the logits of several labels, or of a row's tail, again"
+
 
 @dataclass(frozen=True)
 class Call:
@@ -37,6 +40,11 @@ class Call:
     @property
     def rows(self) -> int:
         return self.logits.numel() // max(1, self.logits.shape[-1])
+
+    @property
+    def reads_labels_again(self) -> bool:
+        """Whether GPUs read the logits at the labels once more, when all other columns have their gradient."""
+        return "tail_logprob" in self.stats or self.labels_per_row > 1
 
     @property
     def labels_per_row(self) -> int:
@@ -70,8 +78,8 @@ class Backend(Protocol):
     ) -> tuple[Tensor | None, Tensor | None]:
         """Gradients of sum(coefficients * values), in the logits' dtype and shape."""
 
-    def refuses_in_place(self, call: Call) -> str | None:
-        """Why it cannot write the gradient over the logits of this call, or None."""
+    def refuses_in_place(self, call: Call, reference: bool) -> str | None:
+        """Why it cannot write the gradient over the logits of this call, or None; `reference`: beside the other one."""
 
     def one_read(
         self, call: Call, coefficients: Tensor, student: bool, reference: bool, in_place: bool = False
@@ -94,7 +102,7 @@ class OneReadPolicy(Protocol):
         bounds: list[float],
         in_place: bool = False,
     ) -> tuple[Tensor, Tensor]:
-        """Values [value_rows, N] and dlogits; the arguments are those of `policy.one_read.Known`."""
+        """Values [value_rows, N] and dlogits; the arguments are those of `sources.PolicyTokens`."""
 
 
 @runtime_checkable

@@ -139,7 +139,7 @@ class NativeCpuBackend(Compiled):
             return f"it has no {', '.join(missing)}"
         return None
 
-    def refuses_in_place(self, call: Call) -> str | None:
+    def refuses_in_place(self, call: Call, reference: bool) -> str | None:
         return None
 
     def state_rows(self, stats: tuple[str, ...]) -> int:

@@ -43,7 +43,7 @@ class ReferenceBackend:
         _, dlogits, dreference = _run(call, coefficients, student, reference)
         return dlogits, dreference
 
-    def refuses_in_place(self, call: Call) -> str | None:
+    def refuses_in_place(self, call: Call, reference: bool) -> str | None:
         return None
 
     def one_read(

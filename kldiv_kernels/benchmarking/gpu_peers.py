@@ -21,7 +21,7 @@ from torch import Tensor
 import kldiv_kernels as kk
 from kldiv_kernels import inputs as arguments
 from kldiv_kernels import ops
-from kldiv_kernels.benchmarking import peers
+from kldiv_kernels.benchmarking import eager, peers
 from kldiv_kernels.benchmarking.cases import ENTROPY_COEFFICIENT, GRPO, GRPO_CLIP, JS_BETA, TOPK, Inputs
 from kldiv_kernels.benchmarking.gpu_cases import GpuCase
 from kldiv_kernels.choices import Backend
@@ -183,7 +183,7 @@ def _trl(case: GpuCase) -> Function:
     def statistics(inputs: Inputs) -> tuple[Tensor, ...]:
         logprob, entropy = kernel(inputs.logits, _labels(inputs))
         if case.kind == GRPO:
-            return (peers.clipped_surrogate(logprob, inputs),)
+            return (eager.clipped_surrogate(logprob, inputs),)
         return _loss_of(logprob, entropy) if case.gradient else (logprob, entropy)
 
     return statistics

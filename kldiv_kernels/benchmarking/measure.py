@@ -1,9 +1,9 @@
 """Timing: the implementations of a case in turns, A B A B, with copying measured in the same turns.
 
-A time is that of loss and backward together, from logits without a gradient to logits with one. On a machine
-that slows down or is shared, turns give every implementation the same share of the bad moments. In its turn each runs
-twice, and the second call counts: the first one takes back the memory that the one before it gave to the system, which
-on a virtual machine can cost several times the call itself and is not a training loop's lot.
+A time is that of loss and backward together, from logits (or hidden states and a weight) without a gradient to those
+with one. On a machine that slows down or is shared, turns give every implementation the same share of the bad moments.
+In its turn each runs twice, and the second call counts: the first one takes back the memory that the one before it gave
+to the system, which on a virtual machine can cost several times the call itself and is not a training loop's lot.
 """
 
 from __future__ import annotations
@@ -50,12 +50,13 @@ class CaseResult:
         return next((result for result in self.results if result.name == name and result.error is None), None)
 
     @property
-    def floor_seconds(self) -> float:
-        """The time of moving the case's 3u (2u) at the copy bandwidth measured beside it."""
-        return self.case.floor_bytes / self.copy_bytes_per_second
+    def floor_seconds(self) -> float | None:
+        """The time of moving the case's 3u (2u) at the copy bandwidth measured beside it; None from hidden states."""
+        floor = self.case.floor_bytes
+        return None if floor is None else floor / self.copy_bytes_per_second
 
-    def times_copy(self, result: Result) -> float:
-        return result.median / self.floor_seconds
+    def times_copy(self, result: Result) -> float | None:
+        return None if self.floor_seconds is None else result.median / self.floor_seconds
 
     def speedup(self, result: Result) -> float | None:
         """How many times faster ours is."""
@@ -75,7 +76,7 @@ class CaseResult:
         peer = self[against]
         if peer is None:
             return None
-        return ours.median / peer.median if against == "logprob" else self.speedup(peer)
+        return ours.median / peer.median if against in ("logprob", "gemms") else self.speedup(peer)
 
     def targets(self) -> list[tuple[Target, float | None]]:
         return [(target, self.measured(target.against)) for target in self.case.targets]
@@ -108,7 +109,7 @@ def loss_and_gradient(loss: peers.Loss, inputs: Inputs) -> Tensor:
 
 def once(loss: peers.Loss, inputs: Inputs) -> tuple[float, float]:
     """Seconds of one forward and backward on a gradient not yet there, and the loss."""
-    inputs.logits.grad = None
+    inputs.forget_gradients()
     start = time.perf_counter()
     value = loss_and_gradient(loss, inputs)
     return time.perf_counter() - start, value.item()
@@ -138,7 +139,7 @@ def measure(case: Case, names: list[str], repeats: int, step: Callable[[str], No
                 seconds, _ = once(losses[result.name], inputs)
                 result.seconds.append(seconds)
         copies.append(copy.seconds())
-    inputs.logits.grad = None
+    inputs.forget_gradients()
     return CaseResult(case, results, copy.bytes / statistics.median(copies))
 
 

@@ -2,7 +2,7 @@
 
 The process makes the inputs, runs once (libraries load, compilers compile), frees the gradient, has the kernel
 forget its highest resident size, and runs again: the new high-water mark minus the resident size before is what
-the call needed, dlogits included.
+the call needed, gradients included.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ class PeakMemory:
 def measure_in_subprocess(case: Case, name: str, threads: int) -> PeakMemory:
     if not _CLEAR_REFS.exists():
         return PeakMemory(None, "needs Linux: /proc/self/clear_refs")
-    arguments = [name, case.kind, dtype_name(case.dtype), str(case.rows), str(case.vocab), str(threads)]
+    arguments = [name, case.kind, dtype_name(case.dtype), *map(str, (case.rows, case.vocab, case.hidden, threads))]
     done = subprocess.run(
         [sys.executable, "-m", __name__, *arguments], capture_output=True, text=True, check=False
     )  # fmt: skip
@@ -61,7 +61,7 @@ def extra_bytes(case: Case, name: str) -> int:
         loss(inputs).backward()  # type: ignore[no-untyped-call]
 
     run()
-    inputs.logits.grad = None
+    inputs.forget_gradients()
     gc.collect()
     # What the allocator kept of freed memory would hide what the next run needs.
     ctypes.CDLL(None).malloc_trim(0)
@@ -72,9 +72,10 @@ def extra_bytes(case: Case, name: str) -> int:
 
 
 def _main() -> None:
-    name, kind, dtype_text, rows, vocab, threads = sys.argv[1:]
-    torch.set_num_threads(int(threads))
-    print(json.dumps(extra_bytes(Case(kind, dtype(dtype_text), int(rows), int(vocab)), name)))
+    name, kind, dtype_text, *numbers = sys.argv[1:]
+    rows, vocab, hidden, threads = map(int, numbers)
+    torch.set_num_threads(threads)
+    print(json.dumps(extra_bytes(Case(kind, dtype(dtype_text), rows, vocab, hidden), name)))
 
 
 if __name__ == "__main__":

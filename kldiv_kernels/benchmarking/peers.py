@@ -2,7 +2,8 @@
 
 Each takes the inputs of a case and returns its scalar loss, the mean over tokens. `eager` is what one writes in
 plain PyTorch, in fp32 because bf16 log-softmaxes are too coarse to train on; `compile` is `torch.compile` of the
-same function; `trl` calls TRL's functions as its trainers do, on logits in the model's dtype.
+same function; `trl` calls TRL's functions as its trainers do, on logits in the model's dtype. Those from hidden states
+are in linear.py.
 """
 
 from __future__ import annotations
@@ -12,10 +13,10 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-import torch.nn.functional as F  # noqa: N812
 from torch import Tensor
 
 import kldiv_kernels as kk
+from kldiv_kernels.benchmarking import eager, linear
 from kldiv_kernels.benchmarking.cases import (
     ENTROPY_COEFFICIENT,
     GRPO,
@@ -35,112 +36,33 @@ OURS = "kldiv_kernels"
 PEERS = ("eager", "compile", "trl")
 # Beside a top-k loss: what reading the logits once and writing their gradient takes for one label.
 LOGPROB = "logprob"
+# Beside a loss from hidden states: its multiplications.
+GEMMS = "gemms"
 # What a reader calls them.
 LABELS = {
     "eager": "PyTorch eager",
     "compile": "torch.compile",
     "trl": "TRL",
     LOGPROB: "our log-probability loss",
+    GEMMS: "the multiplications alone",
 }
-
-
-def _forward_kl(student: Tensor, teacher: Tensor) -> Tensor:
-    logq, logp = F.log_softmax(student.float(), -1), F.log_softmax(teacher.float(), -1)
-    return F.kl_div(logq, logp, reduction="batchmean", log_target=True)
-
-
-def _reverse_kl(student: Tensor, teacher: Tensor) -> Tensor:
-    logq, logp = F.log_softmax(student.float(), -1), F.log_softmax(teacher.float(), -1)
-    return F.kl_div(logp, logq, reduction="batchmean", log_target=True)
-
-
-def _jeffreys(student: Tensor, teacher: Tensor) -> Tensor:
-    logq, logp = F.log_softmax(student.float(), -1), F.log_softmax(teacher.float(), -1)
-    return ((logp.exp() - logq.exp()) * (logp - logq)).sum(-1).mean()
-
-
-def _js(student: Tensor, teacher: Tensor) -> Tensor:
-    logq, logp = F.log_softmax(student.float(), -1), F.log_softmax(teacher.float(), -1)
-    p, q = logp.exp(), logq.exp()
-    logm = (JS_BETA * p + (1 - JS_BETA) * q).log()
-    return (JS_BETA * p * (logp - logm) + (1 - JS_BETA) * q * (logq - logm)).sum(-1).mean()
-
-
-def _hellinger(student: Tensor, teacher: Tensor) -> Tensor:
-    logq, logp = F.log_softmax(student.float(), -1), F.log_softmax(teacher.float(), -1)
-    return (1 - (0.5 * (logp + logq)).exp().sum(-1)).mean()
-
-
-def _tvd(student: Tensor, teacher: Tensor) -> Tensor:
-    return 0.5 * (student.float().softmax(-1) - teacher.float().softmax(-1)).abs().sum(-1).mean()
-
-
-def _logprob_entropy(logits: Tensor, labels: Tensor) -> Tensor:
-    logq = F.log_softmax(logits.float(), -1)
-    logprob = logq.gather(-1, labels[:, None]).squeeze(-1)
-    entropy = -(logq.exp() * logq).sum(-1)
-    return -logprob.mean() - ENTROPY_COEFFICIENT * entropy.mean()
-
-
-def _grpo(logits: Tensor, inputs: Inputs) -> tuple[Tensor, Tensor]:
-    """Loss, and the entropy that a trainer logs."""
-    assert inputs.labels is not None
-    logq = F.log_softmax(logits.float(), -1)
-    logprob = logq.gather(-1, inputs.labels[:, None]).squeeze(-1)
-    entropy = -(logq.exp() * logq).detach().sum(-1).mean()
-    return clipped_surrogate(logprob, inputs), entropy
-
-
-def clipped_surrogate(logprob: Tensor, inputs: Inputs) -> Tensor:
-    assert inputs.advantages is not None
-    assert inputs.old_logprobs is not None
-    ratio = (logprob - inputs.old_logprobs).exp()
-    clipped = ratio.clamp(1 - GRPO_CLIP, 1 + GRPO_CLIP)
-    return -torch.min(ratio * inputs.advantages, clipped * inputs.advantages).mean()
-
-
-def _rest(logprobs: Tensor) -> Tensor:
-    """log(1 − Σ exp(logprobs)) as trainers have it, with a floor."""
-    return torch.log1p(-logprobs.exp().sum(-1).clamp(max=1 - 1e-7))
-
-
-def _topk(logits: Tensor, ids: Tensor, logprobs: Tensor) -> Tensor:
-    student = F.log_softmax(logits.float(), -1).gather(-1, ids)
-    p, q = (torch.cat([x, _rest(x)[:, None]], dim=-1) for x in (logprobs, student))
-    return (p.exp() * (p - q)).sum(-1).mean()
-
-
-def _topk_from_logits(logits: Tensor, teacher: Tensor, k: int) -> Tensor:
-    ids = logits.detach().topk(k, dim=-1).indices
-    return _topk(logits, ids, F.log_softmax(teacher.float(), -1).gather(-1, ids))
-
-
-_EAGER: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
-    "forward_kl": _forward_kl,
-    "reverse_kl": _reverse_kl,
-    "jeffreys": _jeffreys,
-    "js": _js,
-    "hellinger": _hellinger,
-    "tvd": _tvd,
-    LOGPROB_ENTROPY: _logprob_entropy,
-}
-# TRL has one divergence, with β; its conventions for β = 0 and β = 1 are the package's.
-_TRL_BETA = {"forward_kl": 0.0, "js": JS_BETA, "reverse_kl": 1.0}
 
 
 def names_for(case: Case, peers: tuple[str, ...] = PEERS) -> list[str]:
     """Ours first, then those of `peers` that have the case's loss."""
     has = {
-        "eager": case.kind in (*_EAGER, GRPO, TOPK, TOPK_FROM_LOGITS),
-        "compile": case.kind in (*_EAGER, GRPO, TOPK, TOPK_FROM_LOGITS),
-        "trl": case.kind in (*_TRL_BETA, LOGPROB_ENTROPY, GRPO, TOPK_FROM_LOGITS),
+        "eager": case.loss in (*eager.LOSSES, GRPO, TOPK, TOPK_FROM_LOGITS),
+        "compile": case.loss in (*eager.LOSSES, GRPO, TOPK, TOPK_FROM_LOGITS),
+        "trl": case.loss in (*linear.TRL_BETA, LOGPROB_ENTROPY, GRPO, TOPK_FROM_LOGITS),
     }
-    ours = [OURS, LOGPROB] if case.kind == TOPK else [OURS]
-    return [*ours, *(name for name in PEERS if name in peers and has[name])]
+    beside = [LOGPROB] if case.kind == TOPK else [GEMMS] if case.from_hidden else []
+    return [OURS, *beside, *(name for name in PEERS if name in peers and has[name])]
 
 
 def build(name: str, case: Case) -> Loss:
     """The implementation of that name. ImportError where its package is missing."""
+    if case.from_hidden:
+        return _from_hidden(name, case)
     if name == OURS:
         return _ours(case)
     if name == LOGPROB:
@@ -150,17 +72,24 @@ def build(name: str, case: Case) -> Loss:
     if case.kind in (TOPK, TOPK_FROM_LOGITS):
         return _topk_peer(name, case)
     if case.kind == GRPO:
-        policy = _compiled(_grpo) if name == "compile" else _grpo
+        policy = _compiled(eager.grpo) if name == "compile" else eager.grpo
         return lambda inputs: policy(inputs.logits, inputs)[0]
-    function = _compiled(_EAGER[case.kind]) if name == "compile" else _EAGER[case.kind]
+    function = _compiled(eager.LOSSES[case.kind]) if name == "compile" else eager.LOSSES[case.kind]
     return lambda inputs: function(inputs.logits, _second(inputs))
+
+
+def _from_hidden(name: str, case: Case) -> Loss:
+    if name in ("eager", "compile"):
+        function = _compiled(linear.eager(case)) if name == "compile" else linear.eager(case)
+        return lambda inputs: function(inputs)[0]
+    return {OURS: linear.ours, GEMMS: linear.multiplications, "trl": linear.trl}[name](case)
 
 
 def _topk_peer(name: str, case: Case) -> Loss:
     if case.kind == TOPK_FROM_LOGITS:
-        both = _compiled(_topk_from_logits) if name == "compile" else _topk_from_logits
+        both = _compiled(eager.topk_from_logits) if name == "compile" else eager.topk_from_logits
         return lambda inputs: both(inputs.logits, _second(inputs), case.k)
-    one = _compiled(_topk) if name == "compile" else _topk
+    one = _compiled(eager.topk) if name == "compile" else eager.topk
     return lambda inputs: one(inputs.logits, *_known(inputs))
 
 
@@ -209,15 +138,10 @@ def _known(inputs: Inputs) -> tuple[Tensor, Tensor]:
 
 def grpo_loss(case: Case, inputs: Inputs, backend: Backend) -> Tensor:
     """policy_loss as a trainer calls it: [sequences, tokens]."""
-    assert inputs.labels is not None
-    assert inputs.advantages is not None
-    assert inputs.old_logprobs is not None
-    shape = (case.sequences, case.rows // case.sequences)
-    tokens = [x.view(shape) for x in (inputs.labels, inputs.advantages, inputs.old_logprobs)]
-    logits = inputs.logits.view(*shape, case.vocab)
+    labels, advantages, old = case.in_sequences(inputs)
     return kk.policy_loss(
-        logits, tokens[0], tokens[1], loss_type="dapo", old_logprobs=tokens[2], clip_low=GRPO_CLIP,
-        clip_high=GRPO_CLIP, backend=backend,
+        inputs.logits.view(*labels.shape, case.vocab), labels, advantages, loss_type="dapo", old_logprobs=old,
+        clip_low=GRPO_CLIP, clip_high=GRPO_CLIP, backend=backend,
     ).loss  # fmt: skip
 
 
@@ -235,7 +159,7 @@ def _trl(case: Case) -> Loss:
                 entropy_requires_grad=case.kind == LOGPROB_ENTROPY,
             )  # fmt: skip
             if case.kind == GRPO:
-                return clipped_surrogate(logprob.reshape(-1).float(), inputs)
+                return eager.clipped_surrogate(logprob.reshape(-1).float(), inputs)
             result: Tensor = -logprob.mean() - ENTROPY_COEFFICIENT * entropy.mean()
             return result
 
@@ -254,7 +178,7 @@ def _trl(case: Case) -> Loss:
         return topk
     from trl.experimental.gkd.gkd_trainer import GKDTrainer
 
-    beta = _TRL_BETA[case.kind]
+    beta = linear.TRL_BETA[case.kind]
     trl_loss: Callable[..., Tensor] = GKDTrainer.generalized_jsd_loss
 
     def divergence(inputs: Inputs) -> Tensor:

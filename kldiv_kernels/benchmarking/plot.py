@@ -1,4 +1,4 @@
-"""Bars of time per implementation and case on a logarithmic scale, and the time of copying below each case.
+"""Bars of time per implementation and case on a logarithmic scale, and the time of copying where logits are read.
 
 python -m kldiv_kernels.benchmarking.plot results.json times.png
 """
@@ -18,7 +18,8 @@ from matplotlib.ticker import FuncFormatter
 from kldiv_kernels.benchmarking import peers
 
 COLOURS = {
-    peers.OURS: "#1b7837", peers.LOGPROB: "#7fbf7b", "compile": "#2166ac", "eager": "#888888", "trl": "#d6604d",
+    peers.OURS: "#1b7837", peers.LOGPROB: "#7fbf7b", peers.GEMMS: "#c2a5cf", "compile": "#2166ac", "eager": "#888888",
+    "trl": "#d6604d",
 }  # fmt: skip
 
 
@@ -35,8 +36,10 @@ def draw(record: dict[str, Any]) -> Figure:
     axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,g}"))
     axes.set_ylabel("milliseconds for loss and gradient")
     axes.set_xticks(range(len(cases)), [case["case"].replace(" ", "\n") for case in cases], fontsize=9)
+    hidden = next((case["hidden"] for case in cases if case.get("hidden")), None)
+    width = "" if hidden is None else f", hidden size {hidden:,}"
     axes.set_title(
-        f"{cases[0]['rows']:,} tokens × {cases[0]['vocab']:,} columns   "
+        f"{cases[0]['rows']:,} tokens × {cases[0]['vocab']:,} columns{width}   "
         f"{about['cpu']}, {about['threads']} threads, PyTorch {about['torch']}",
         fontsize=9,
     )
@@ -78,6 +81,8 @@ def _bars(axes: Axes, x: int, case: dict[str, Any], names: list[str]) -> None:
         )  # fmt: skip
         text = f"{milliseconds:.3g}" if milliseconds < 100 else f"{milliseconds:,.0f}"
         axes.bar_label(bars, labels=[text], fontsize=8, padding=1)
+    if case["floor_seconds"] is None:
+        return
     reach = max(1, len(timed)) * width / 2 + 0.03
     axes.hlines(
         case["floor_seconds"] * 1e3, x - reach, x + reach,

@@ -10,7 +10,7 @@ from kldiv_kernels.benchmarking import peers
 from kldiv_kernels.benchmarking.measure import CaseResult, Result
 
 _COLUMNS = (
-    "time\n(ms)", "times\nthe copy", "extra\nmemory\n(MB)", "extra\nmemory\n(× logits)", "ours is\nfaster by",
+    "time\n(ms)", "times\nthe\ncopy", "extra\nmemory\n(MB)", "extra\nmemory\n(× logits)", "ours is\nfaster by",
 )  # fmt: skip
 EXPLANATION = (
     "Time is that of the loss and its gradient: the median of several calls. "
@@ -19,14 +19,21 @@ EXPLANATION = (
     "1 is the limit of the machine's memory; less means that caches helped. "
     "Extra memory is what a call needs beyond its inputs. The gradient alone is 1 × the logits."
 )
+FROM_HIDDEN = (
+    "A loss from hidden states need not have its logits in memory, and is not held against a copy. "
+    '"The multiplications alone" is its time without the loss: what the same multiplications take by themselves. '
+    "Its extra memory holds the gradients of hidden states and weight."
+)
 
 
 def times_table(results: list[CaseResult]) -> Table:
     """A section a case, a line an implementation; narrow enough for 80 columns."""
     case = results[0].case
+    hidden = next((result.case.hidden for result in results if result.case.from_hidden), None)
+    width = "" if hidden is None else f", hidden size {hidden:,}"
     table = Table(
-        title=f"loss and gradient, {case.rows:,} tokens × {case.vocab:,} columns",
-        caption=EXPLANATION,
+        title=f"loss and gradient, {case.rows:,} tokens × {case.vocab:,} columns{width}",
+        caption=EXPLANATION if hidden is None else f"{EXPLANATION} {FROM_HIDDEN}",
         caption_justify="left",
         box=SIMPLE_HEAD,
         padding=(0, 1, 0, 0),
@@ -48,10 +55,11 @@ def times_table(results: list[CaseResult]) -> Table:
 
 def _numbers(result: CaseResult, one: Result) -> list[str]:
     speedup = result.speedup(one)
+    times_copy = result.times_copy(one)
     extra = None if one.memory is None else one.memory.extra_bytes
     return [
         f"{one.median * 1e3:,.1f}",
-        f"{result.times_copy(one):.2f}",
+        "" if times_copy is None else f"{times_copy:.2f}",
         "?" if extra is None else f"{extra / 1e6:,.0f}",
         "?" if extra is None else f"{extra / result.case.unit_bytes:.2f}",
         "" if one.name == peers.OURS or speedup is None else f"{speedup:.1f} ×",

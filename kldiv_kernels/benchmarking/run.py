@@ -82,7 +82,8 @@ def as_json(result: CaseResult) -> dict[str, Any]:
         "dtype": dtype_name(case.dtype),
         "rows": case.rows,
         "vocab": case.vocab,
-        "floor": f"{case.floor_units}u",
+        "hidden": case.hidden if case.from_hidden else None,
+        "floor": None if case.floor_units is None else f"{case.floor_units}u",
         "floor_bytes": case.floor_bytes,
         "copy_gb_per_second": result.copy_bytes_per_second / 1e9,
         "floor_seconds": result.floor_seconds,
@@ -99,14 +100,15 @@ def _implementation(result: CaseResult, one: Result) -> dict[str, Any]:
     if one.error is not None:
         return {"name": one.name, "error": one.error}
     extra = None if one.memory is None else one.memory.extra_bytes
+    floor, times_copy = result.case.floor_bytes, result.times_copy(one)
     return {
         "name": one.name,
         "seconds": one.median,
         "all_seconds": one.seconds,
         "first_call_seconds": one.first_call_seconds,
-        "useful_gb_per_second": result.case.floor_bytes / one.median / 1e9,
-        "share_of_copy_bandwidth": 1 / result.times_copy(one),
-        "times_copy": result.times_copy(one),
+        "useful_gb_per_second": None if floor is None else floor / one.median / 1e9,
+        "share_of_copy_bandwidth": None if times_copy is None else 1 / times_copy,
+        "times_copy": times_copy,
         "ours_is_faster_by": result.speedup(one),
         "peak_extra_bytes": extra,
         "peak_extra_units": None if extra is None else extra / result.case.unit_bytes,

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 import typer.core
 
-from kldiv_kernels.benchmarking.defaults import DEFAULT_KINDS, DEFAULT_ROWS, DEFAULT_VOCAB
+from kldiv_kernels.benchmarking.defaults import DEFAULT_HIDDEN, DEFAULT_KINDS, DEFAULT_ROWS, DEFAULT_VOCAB
 from kldiv_kernels.extras import missing
 from kldiv_kernels.trainer.cache_command import cache_teacher
 from kldiv_kernels.trainer.command import demo, distill
@@ -84,7 +84,7 @@ def _bad_option(error: ValueError, *options: str) -> typer.BadParameter:
     found = re.match(r"(?:\w+: )?(\w+)(?: is |: )(.*)", str(error), re.DOTALL)
     if found is None or found[1] not in options:
         return typer.BadParameter(str(error))
-    return typer.BadParameter(found[2], param_hint=f"--{found[1]}")
+    return typer.BadParameter(found[2], param_hint=f"--{found[1].replace('_', '-')}")
 
 
 def _names(text: str) -> list[str]:
@@ -186,8 +186,15 @@ def plan(
 def bench(
     rows: Annotated[int, typer.Option(help="Tokens, N.")] = DEFAULT_ROWS,
     vocab: Annotated[int, typer.Option(help="Columns, V.")] = DEFAULT_VOCAB,
+    hidden_size: Annotated[
+        int | None, typer.Option(help="Width of hidden states, for linear_ kinds.", show_default=str(DEFAULT_HIDDEN))
+    ] = None,
     kinds: Annotated[
-        str, typer.Option(help="Comma-separated divergences, logprob_entropy, grpo, topk, topk_from_logits.")
+        str,
+        typer.Option(
+            help="Comma-separated divergences, logprob_entropy, grpo, topk, topk_from_logits; from hidden states "
+            "linear_forward_kl, linear_reverse_kl, linear_js, linear_logprob_entropy, linear_grpo."
+        ),
     ] = ",".join(DEFAULT_KINDS),
     dtypes: Annotated[str, typer.Option(help="Comma-separated: bf16, fp32, fp16.")] = "bf16,fp32",
     peers: Annotated[str, typer.Option(help="Comma-separated: eager, compile, trl; or none.")] = "eager,compile,trl",
@@ -196,7 +203,7 @@ def bench(
     memory: Annotated[bool, typer.Option(help="Measure peak memory too, in a process per line.")] = True,
     output: Annotated[Path, typer.Option(help="Folder for results.json and times.png.")] = Path("runs/bench"),
 ) -> None:
-    """Times loss + dlogits against PyTorch eager, torch.compile, TRL and a copy, all in one run.
+    """Times loss + gradients against PyTorch eager, torch.compile, TRL and a copy, all in one run.
 
     [bold]Examples[/bold]
 
@@ -205,6 +212,8 @@ def bench(
       $ kldiv bench --kinds forward_kl,js --dtypes bf16 --rows 64 --repeats 5
 
       $ kldiv bench --kinds grpo --dtypes bf16 --rows 1024 --repeats 3
+
+      $ kldiv bench --kinds linear_js,linear_grpo --dtypes bf16 --rows 1024 --hidden-size 512 --repeats 3
 
       $ kldiv bench --peers none --no-memory --output runs/ours
     """
@@ -225,10 +234,10 @@ def bench(
         )
     try:
         chosen = cases.cases(
-            tuple(_names(kinds)), tuple(_dtype(name, "--dtypes") for name in _names(dtypes)), rows, vocab
+            tuple(_names(kinds)), tuple(_dtype(name, "--dtypes") for name in _names(dtypes)), rows, vocab, hidden_size
         )
     except ValueError as error:
-        raise _bad_option(error, "rows", "vocab", "kinds") from None
+        raise _bad_option(error, "rows", "vocab", "kinds", "hidden_size") from None
     if not chosen:
         raise typer.BadParameter("no case: both need at least one name", param_hint="--kinds, --dtypes")
     try:

@@ -19,15 +19,19 @@ from kldiv_kernels.linear.functions import (
     linear_token_stats,
     linear_topk_divergence_loss,
 )
+from kldiv_kernels.linear.gemm import Gemm
 from kldiv_kernels.linear.head import Head
 from kldiv_kernels.linear.projection import TeacherProjection, teacher_projection
-from kldiv_kernels.linear.source import AnyHead
+from kldiv_kernels.linear.source import AnyHead, HiddenStates, hidden_states
 
 __all__ = [
     "AnyHead",
+    "Gemm",
     "Head",
+    "HiddenStates",
     "TeacherProjection",
     "chunk_shape",
+    "hidden_states",
     "linear_divergence_loss",
     "linear_policy_loss",
     "linear_token_stats",

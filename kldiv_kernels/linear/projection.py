@@ -119,7 +119,7 @@ def _projected(source: HiddenStates, call: Call, backend: str, leading: torch.Si
         )  # fmt: skip
         # The gradient of a logsumexp is its softmax over the temperature.
         wanted = torch.stack([torch.zeros_like(temperatures), temperatures])
-        one, in_place = get(backend), get(backend).refuses_in_place(own) is None
+        one, in_place = get(backend), get(backend).refuses_in_place(own, False) is None
         values, softmax, _ = one.one_read(own, wanted, True, False, in_place)
         assert softmax is not None
         entropy[rows] = values[0]
@@ -181,7 +181,7 @@ def divergence_from_projection(
     if call.mask is not None:
         rest = torch.where(call.mask, rest, 0.0)
     if source.known_beforehand(where, gradient_waits(reduction, scale), call, chosen):
-        return source.loss(call, chosen, scale[None]) + reduced(rest, scale, reduction, leading)
+        return source.loss(call, chosen, scale[None])[0] + reduced(rest, scale, reduction, leading)
     return reduced(source.statistics(call, chosen)[0] + rest, scale, reduction, leading)
 
 

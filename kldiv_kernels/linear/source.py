@@ -33,9 +33,12 @@ class HiddenStates:
         return any(of[:3]), any(of[3:])
 
     def waits(self) -> bool:
-        return any(
-            wanted and x.dtype == torch.float16 for wanted, x in zip(self._wanted(), self._tensors(), strict=True)
-        )
+        # Factors too: the logits' gradient is rounded to their dtype, and under autocast the tensors may be wider.
+        sides = (self.student, self.other)
+        dtypes = [(x.compute, x.hidden.dtype, x.weight.dtype) for x in sides if isinstance(x, Side)]
+        if isinstance(self.other, Tensor):
+            dtypes.append((self.other.dtype,) * 3)
+        return any(of and torch.float16 in found for of, found in zip(self.wanted(), dtypes, strict=False))
 
     def known_beforehand(self, where: str, why_not: str | None, call: Call, backend: str) -> bool:
         return any(self._wanted()) and why_not is None and not self.waits()
@@ -44,11 +47,11 @@ class HiddenStates:
         values: Tensor = torch.ops.kldiv_kernels.linear_statistics(*self._arguments(call, backend))
         return values
 
-    def loss(self, call: Call, backend: str, coefficients: Tensor) -> Tensor:
+    def loss(self, call: Call, backend: str, coefficients: Tensor) -> tuple[Tensor, Tensor]:
         values, *gradients = torch.ops.kldiv_kernels.linear_one_read(
             *self._detached(call, backend), coefficients.contiguous(), self._wanted()
         )
-        return self._attach(gradients)(autograd.weighted_sum(coefficients, values))
+        return self._attach(gradients)(autograd.weighted_sum(coefficients, values)), values
 
     def policy(self, call: Call, backend: str, known: PolicyTokens) -> tuple[Tensor, Attach]:
         values, *gradients = torch.ops.kldiv_kernels.linear_policy(

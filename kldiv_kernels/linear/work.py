@@ -118,6 +118,12 @@ class Made:
 
 def run(task: Task, wanted: list[bool], turn: Turn) -> tuple[Tensor, Gradients]:
     """Values [value rows, N], and the gradients that are wanted of: student's hidden, weight, bias, the reference's."""
+    # The factors' dtypes are chosen already.
+    with torch.autocast(task.student.hidden.device.type, enabled=False):
+        return _run(task, wanted, turn)
+
+
+def _run(task: Task, wanted: list[bool], turn: Turn) -> tuple[Tensor, Gradients]:
     size, call = task.chunk_rows(), task.call
     index = kept_rows(call.mask)
     count = task.count if index is None else index.shape[0]
@@ -135,7 +141,7 @@ def run(task: Task, wanted: list[bool], turn: Turn) -> tuple[Tensor, Gradients]:
         logits = student.logits(part)
         reference = made.logits(part) if made is not None else None if given is None else take_logits(given, part)
         of_part = _call_of(task, logits, reference, part, masked=index is None)
-        in_place = not task.student.softcap and get(task.backend).refuses_in_place(of_part) is None
+        in_place = not task.student.softcap and get(task.backend).refuses_in_place(of_part, any(wanted[3:])) is None
         values[:, part], dlogits, dreference = turn(of_part, part, in_place)
         if made is not None and made.wanted:
             made.add(part, reference, dreference)

@@ -12,7 +12,7 @@ from kldiv_kernels.top_k.divergences import (
     topk_divergence_of,
 )
 from kldiv_kernels.top_k.inputs import looks_at, tail_of, teacher_checked
-from kldiv_kernels.top_k.statistics import TopK, topk, topk_token_stats
+from kldiv_kernels.top_k.statistics import TopK, topk, topk_statistics_of, topk_token_stats
 
 __all__ = [
     "TopK",
@@ -24,5 +24,6 @@ __all__ = [
     "topk_divergence_from_logits",
     "topk_divergence_loss",
     "topk_divergence_of",
+    "topk_statistics_of",
     "topk_token_stats",
 ]

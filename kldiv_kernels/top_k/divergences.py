@@ -91,7 +91,8 @@ def topk_divergence_loss(
         check: whether values are checked, of topk_ids and topk_logprobs; default: on CPU tensors only, since it waits
             for the device. Unchecked, a token with two log-probabilities makes its row NaN.
         weight, labels, mask, normalizer, reduction, temperature, temperature_squared, alpha, beta, ignore_index,
-            vocab_size, in_place, backend: see `divergence_loss`.
+            vocab_size, backend: see `divergence_loss`.
+        in_place: see `divergence_loss`. On CPUs; GPUs read the logits of several labels twice, which is an error then.
 
     Returns: float32 scalar ([*] for "none"), in nats; 0 with zero gradient when no token is valid.
 
@@ -123,21 +124,21 @@ def topk_divergence_of(
     kind: str,
     *,
     tail: Tail,
-    tail_logprob: Tensor | None,
-    tail_floor: float | None,
-    weight: Tensor | None,
-    labels: Tensor | None,
+    tail_logprob: Tensor | None = None,
+    tail_floor: float | None = None,
+    weight: Tensor | None = None,
+    labels: Tensor | None = None,
     mask: Tensor | None,
-    normalizer: float | Tensor | None,
-    reduction: Reduction,
+    normalizer: float | Tensor | None = None,
+    reduction: Reduction = "mean",
     temperature: Parameter,
-    temperature_squared: bool,
-    alpha: Parameter | None,
-    beta: Parameter | None,
-    ignore_index: int,
-    shift: bool,
+    temperature_squared: bool = False,
+    alpha: Parameter | None = None,
+    beta: Parameter | None = None,
+    ignore_index: int = -100,
+    shift: bool = False,
     vocab_size: int | None,
-    check: bool | None,
+    check: bool | None = None,
     backend: str,
 ) -> Tensor:
     """`topk_divergence_loss` of logits wherever they come from."""
@@ -312,7 +313,7 @@ def _union(first: Tensor, second: Tensor) -> Tensor:
 def _linear(kind: str, source: Source, call: Call, backend: str, logp: Tensor, scale: Tensor) -> Tensor:
     """Σ scale Σ p (log p − log q), or − Σ scale Σ p log q: coefficients that are known before the logits are read."""
     p = torch.where((scale == 0)[:, None], 0.0, logp.exp()).to(scale.dtype)
-    loss = source.loss(call, backend, -(scale[:, None] * p).t().contiguous())
+    loss, _ = source.loss(call, backend, -(scale[:, None] * p).t().contiguous())
     if kind == "cross_entropy":
         return loss
     return loss + (scale[:, None] * torch.where(p == 0, 0.0, p * logp)).sum()

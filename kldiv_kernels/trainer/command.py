@@ -33,6 +33,7 @@ _TAILS = get_args(Tail)
 # Options of a run on text, and of one from a cache: those of the other kind are refused, and not stored.
 _OF_TEXT = ("teacher", "data", "block_size", "data_config", "text_column")
 _OF_CACHE = ("teacher_cache", "tail")
+_NOT_OF_THE_RUN = ("context", "output", "resume", "fused_linear")
 
 
 @resumable
@@ -80,6 +81,13 @@ def distill(
     ] = "bucket",
     vocab_size: Annotated[
         int | None, typer.Option(help="Columns from here on are padding. Default: the narrower model's width.")
+    ] = None,
+    fused_linear: Annotated[
+        bool | None,
+        typer.Option(
+            "--fused-linear/--no-fused-linear",
+            help="Loss from hidden states, without the logits in memory. Default: where both models have a plain head.",
+        ),
     ] = None,
     backend: Annotated[str, typer.Option(help="Backend of kldiv_kernels; see kldiv doctor.")] = "auto",
     steps: Annotated[
@@ -139,8 +147,8 @@ def distill(
       $ torchrun --nproc-per-node 8 -m kldiv_kernels.cli train distill --bf16
         --student … --teacher … --data … --output …
     """
-    # Every option of this function but where it writes: a resumed run must have the same.
-    options = {name: value for name, value in locals().items() if name not in ("context", "output", "resume")}
+    # Every option of this function but where it writes and how it computes: a resumed run must have the same.
+    options = {name: value for name, value in locals().items() if name not in _NOT_OF_THE_RUN}
     options = _of_this_run(options, context)
     _check_loss(kind, ce_weight, temperature, alpha, beta, backend)
     require(tail in _TAILS, "--tail", f"{tail!r}; expected {', '.join(_TAILS[:-1])} or {_TAILS[-1]}")
@@ -158,6 +166,7 @@ def distill(
     for source in sources:
         require_source(source, "--data")
 
+    from kldiv_kernels.adapters import headless
     from kldiv_kernels.distillation import shared_vocab_size
     from kldiv_kernels.trainer import run
     from kldiv_kernels.trainer.data import Blocks, load_blocks
@@ -168,7 +177,7 @@ def distill(
             output, steps=steps, batch_size=batch_size, learning_rate=lr, seed=seed, log_every=log_every,
             eval_every=eval_every, save_every=save_every, gradient_accumulation_steps=accumulation, bf16=bf16,
             kind=kind, ce_weight=ce_weight, temperature=temperature, temperature_squared=temperature_squared,
-            alpha=alpha, beta=beta, tail=tail, vocab_size=vocab_size, backend=backend,
+            alpha=alpha, beta=beta, tail=tail, vocab_size=vocab_size, fused_linear=fused_linear, backend=backend,
             # Blocks have no padding, and their end-of-text tokens may be the tokenizer's padding token.
             include_num_input_tokens_seen="all" if teacher_cache is None else "non_padding",
         )  # fmt: skip
@@ -181,6 +190,9 @@ def distill(
         student_model = load_model(student, "--student")
         # Autocast needs the student's weights in float32 for the optimiser; the teacher's are only read.
         teacher_model = None if teacher is None else load_model(teacher, "--teacher", "bfloat16" if bf16 else "float32")
+        if fused_linear:
+            reason = headless.why_not(student=student_model, teacher=teacher_model)
+            require(reason is None, "--fused-linear", f"impossible here: {reason}")
         blocks: Blocks | CachedSplit
         if cache is not None:
             blocks = cached_sequences(cache, student_model, tokenizer, arguments, held_out)

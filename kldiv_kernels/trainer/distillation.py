@@ -1,7 +1,7 @@
 """`DistillationTrainer`: `transformers.Trainer` with the loss (1 − w)·D(teacher, student) + w·cross-entropy.
 
 Checkpoints, resuming, logging and distribution are the Trainer's. What stands here is the loss of a batch,
-its normaliser and the held-out evaluation; `kldiv_kernels.distillation` has the loss from logits.
+its normaliser and the held-out evaluation; `kldiv_kernels.distillation` has the loss, `headless` what it is of.
 The teacher is a model, or k log-probabilities a token that come with the data, as from a teacher cache.
 
 The loss of a batch is Σ over its target tokens / number of target tokens of the whole optimiser step, over all
@@ -11,6 +11,7 @@ few others stand beside it.
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
 from typing import Any
@@ -20,19 +21,23 @@ import torch
 from torch import Tensor
 from transformers import EvalPrediction, PreTrainedModel, Trainer, TrainerCallback, TrainingArguments
 
+from kldiv_kernels.adapters import headless
 from kldiv_kernels.distillation import (
     IGNORED,
     LossOptions,
-    distillation_loss,
+    distillation_of,
     rows_with_ids,
     shared_vocab_size,
-    topk_distillation_loss,
+    topk_distillation_of,
 )
-from kldiv_kernels.stats import selective_log_softmax, token_stats
-from kldiv_kernels.top_k import topk_divergence_loss
+from kldiv_kernels.sources import Logits, Source
+from kldiv_kernels.stats import statistics_of
+from kldiv_kernels.top_k import topk_divergence_of
 from kldiv_kernels.trainer import cached
 
+_WHERE = "DistillationTrainer"
 _ROWS = ("topk_ids", "topk_logprobs")
+_logger = logging.getLogger(__name__)
 
 
 @dataclass
@@ -61,6 +66,12 @@ class DistillationArguments(TrainingArguments):
     tail: str = field(
         default="bucket",
         metadata={"help": "Of a teacher in the data, as k log-probs a token; see topk_divergence_loss."},
+    )
+    fused_linear: bool | None = field(
+        default=None,
+        metadata={
+            "help": "Loss from hidden states, without the logits in memory; default: where both heads are plain."
+        },
     )
     backend: str = field(default="auto", metadata={"help": "Backend of kldiv_kernels."})
     # The Trainer would report a running average in place of a NaN or infinite loss, and so hide it.
@@ -93,6 +104,12 @@ class DistillationTrainer(Trainer):
     student's cross-entropy, at temperature 1) and the divergence from the teacher: from a model `eval_kl`
     (KL(teacher ∥ student) at temperature 1), from rows `eval_topk_kl` (the KL on k + 1 outcomes, the k tokens and all
     others as one, at `args.temperature`: at most the full KL).
+
+    `fused_linear` says whether the losses take hidden states and heads: by default where each model's logits are those
+    of `kldiv_kernels.Head`, which is tried on a few tokens; otherwise a warning says why not. Never under FSDP,
+    DeepSpeed, DataParallel, tensor or context parallelism and torch.compile. Checkpoints are the same either way.
+
+    Raises ValueError for what does not go together, and for `args.fused_linear=True` where that is impossible.
     """
 
     args: DistillationArguments
@@ -141,6 +158,7 @@ class DistillationTrainer(Trainer):
             teacher_model.requires_grad_(False)
             # Gives the teacher the student's device and mixed precision; in evaluation mode it is not wrapped in DDP.
             self.teacher_model = self.accelerator.prepare_model(teacher_model, evaluation_mode=True).eval()
+        self.fused_linear = self.args.fused_linear is not False and self._is_fused()
 
     def compute_loss(
         self,
@@ -150,26 +168,26 @@ class DistillationTrainer(Trainer):
         num_items_in_batch: Tensor | int | None = None,
     ) -> Any:
         features, targets, rows = _split(inputs)
-        outputs = model(**features, use_cache=False)
         if num_items_in_batch is None:
             normalizer, ranks = (targets != IGNORED).sum(), 1
         else:
             # One element a GPU under DataParallel, all equal.
             normalizer, ranks = torch.as_tensor(num_items_in_batch, device=targets.device).reshape(-1)[0], self._ranks()
-        options = self.args.loss_options()
+        if self.args.ce_weight != 1.0 and self.teacher_model is None and rows is None:
+            absent = " and ".join(_ROWS)
+            raise ValueError(
+                f"{_WHERE}: teacher_model is None and the batch has no {absent}; it has {', '.join(inputs)}"
+            )
+        with_teacher = self.args.ce_weight != 1.0 and self.teacher_model is not None
+        # Outputs that somebody wants have logits.
+        outputs = model(**features, use_cache=False) if return_outputs or not self.fused_linear else None
+        source, options = self._source(model, features, outputs, with_teacher), self.args.loss_options()
         # A batch without a single target has loss 0, not 0/0.
         scale: dict[str, Any] = {"vocab_size": self.vocab_size, "normalizer": normalizer.clamp_min(1)}
-        if self.args.ce_weight == 1.0:
-            loss = distillation_loss(outputs.logits, None, targets, options, **scale)
-        elif self.teacher_model is not None:
-            loss = distillation_loss(outputs.logits, self._teacher_logits(features), targets, options, **scale)
-        elif rows is not None:
-            loss = topk_distillation_loss(outputs.logits, *rows, targets, options, **scale)
+        if rows is None or with_teacher:
+            loss = distillation_of(source, targets, options, **scale)
         else:
-            raise ValueError(
-                f"DistillationTrainer: teacher_model is None and the batch has no {' and '.join(_ROWS)}; it has "
-                f"{', '.join(inputs)}"
-            )
+            loss = topk_distillation_of(source, *rows, targets, options, **scale)
         # DDP averages the gradients of ranks that each divided by the tokens of all of them.
         loss = loss * ranks if ranks > 1 else loss
         return (loss, outputs) if return_outputs else loss
@@ -189,22 +207,21 @@ class DistillationTrainer(Trainer):
         mask = targets != IGNORED
         common: dict[str, Any] = {"vocab_size": self.vocab_size, "backend": self.args.backend}
         with torch.no_grad(), self.compute_loss_context_manager():
-            logits = model(**features, use_cache=False).logits
-            if self.teacher_model is not None:
-                stats = token_stats(
-                    logits, self._teacher_logits(features), targets, stats=("logprob", "forward_kl"), mask=mask,
-                    **common,
+            with_teacher = self.teacher_model is not None
+            outputs = None if self.fused_linear else model(**features, use_cache=False)
+            source = self._source(model, features, outputs, with_teacher)
+            names = ("logprob", "forward_kl") if with_teacher else ("logprob",)
+            stats = statistics_of(_WHERE, source, targets, stats=names, mask=mask, **common)
+            found = [(-stats.logprob, mask)]
+            if with_teacher:
+                found.append((stats.forward_kl, mask))
+            elif rows is not None:
+                known = mask & rows_with_ids(rows[0])
+                kl = topk_divergence_of(
+                    _WHERE, source, *rows, "forward_kl", tail="bucket", mask=known,
+                    reduction="none", temperature=self.args.temperature, **common,
                 )  # fmt: skip
-                found = [(-stats.logprob, mask), (stats.forward_kl, mask)]
-            else:
-                found = [(-selective_log_softmax(logits, targets, mask=mask, **common), mask)]
-                if rows is not None:
-                    known = mask & rows_with_ids(rows[0])
-                    kl = topk_divergence_loss(
-                        logits, *rows, mask=known,
-                        reduction="none", temperature=self.args.temperature, **common,
-                    )  # fmt: skip
-                    found.append((kl, known))
+                found.append((kl, known))
         sums, counts = (torch.stack([x.sum(-1) for x in column], dim=-1) for column in zip(*found, strict=True))
         return None, sums, counts
 
@@ -227,11 +244,26 @@ class DistillationTrainer(Trainer):
         load_result.missing_keys[:] = [name for name in load_result.missing_keys if name not in tied]
         super()._issue_warnings_after_load(load_result)
 
-    def _teacher_logits(self, inputs: Mapping[str, Any]) -> Tensor:
-        assert self.teacher_model is not None
+    def _source(self, model: torch.nn.Module, features: dict[str, Any], outputs: Any, with_teacher: bool) -> Source:
+        """The student's logits and the teacher's: those of `outputs`, or without them hidden states and heads."""
+        teacher = self.teacher_model if with_teacher else None
+        if outputs is None:
+            return headless.source(_WHERE, (model, self.model), teacher, features, self.accelerator.autocast)
         with torch.no_grad():
-            logits: Tensor = self.teacher_model(**inputs, use_cache=False).logits
-        return logits
+            theirs = None if teacher is None else teacher(**features, use_cache=False).logits
+        return Logits(outputs.logits, theirs)
+
+    def _is_fused(self) -> bool:
+        """Whether the losses can take hidden states; if not a warning, or an error where they were asked to."""
+        with self.accelerator.autocast():
+            reason = headless.why_not_in(self) or headless.why_not(model=self.model, teacher_model=self.teacher_model)
+        if reason is None:
+            return True
+        if self.args.fused_linear:
+            raise ValueError(f"{_WHERE}: fused_linear is True, which is impossible here: {reason}")
+        if self.is_world_process_zero():
+            _logger.warning("%s: all logits are kept in memory (fused_linear is off): %s", _WHERE, reason)
+        return False
 
     def _ranks(self) -> int:
         """By how many ranks the count of target tokens is shared: as in `Trainer.compute_loss`."""

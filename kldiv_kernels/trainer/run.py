@@ -260,6 +260,7 @@ def _summary(trainer: DistillationTrainer, model: PreTrainedModel, arguments: Di
             **arguments.loss_options().divergence_options(),
             **from_cache,
         },
+        "fused_linear": trainer.fused_linear,
         "seed": arguments.seed,
         "versions": {
             "kldiv_kernels": __version__,

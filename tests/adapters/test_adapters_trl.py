@@ -37,6 +37,8 @@ SHARED_WITH_TRL = (
     "trl.experimental.sdft.sdft_trainer.compute_topk_self_distillation_loss",
     "trl.experimental.sdft.loss_utils.compute_full_logit_self_distillation_loss",
     "trl.experimental.sdpo.sdpo_trainer.compute_sampled_token_self_distillation_loss",
+    "trl.trainer.utils._ChunkedLogProbFunction",
+    "trl.trainer.distillation_trainer._chunked_divergence_loss",
 )
 
 

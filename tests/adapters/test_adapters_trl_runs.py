@@ -36,12 +36,39 @@ def _distillation(trainer: Any, models: Any, folder: Path, options: dict[str, An
     )
 
 
-@pytest.mark.parametrize("beta", [0.0, 0.4, 1.0])
-def test_distillation(beta: float, models: Any, tmp_path: Path) -> None:
+@pytest.mark.parametrize(("beta", "from_hidden"), [(0.0, True), (0.4, True), (0.4, False), (1.0, True)])
+def test_distillation(beta: float, from_hidden: bool, models: Any, tmp_path: Path) -> None:
     config = {"beta": beta, "temperature": 0.8}
     theirs = _distillation(trl.DistillationTrainer, models, tmp_path, {}, **config)
     ours = _distillation(DistillationTrainer, models, tmp_path, {}, **config)
+    assert ours._from_hidden
+    ours._from_hidden = from_hidden
     assert_same_runs(theirs, ours, evaluates=True)
+
+
+def _sft(models: Any, folder: Path) -> Any:
+    args = trl.SFTConfig(output_dir=str(folder), per_device_train_batch_size=2, max_length=32, **TRAINING)
+    return trl.SFTTrainer(models.student, args, train_dataset=_messages(8), processing_class=models.tokenizer)
+
+
+@pytest.mark.parametrize("kind", ["distillation", "sft"])
+def test_trainers_with_trls_fused_head(kind: str, models: Any, tmp_path: Path) -> None:
+    def make() -> Any:
+        if kind == "sft":
+            return _sft(models, tmp_path)
+        return _distillation(trl.DistillationTrainer, models, tmp_path, {}, beta=0.4, temperature=0.8)
+
+    theirs, ours = make(), make()
+    unpatched = ours.train
+
+    def train_patched() -> None:
+        with patched_trl():
+            unpatched()
+
+    # Patched after it was made.
+    ours.train = train_patched
+    logs = assert_same_runs(theirs, ours)
+    assert "entropy" in logs[0]
 
 
 def test_distillation_with_another_divergence(models: Any, tmp_path: Path) -> None:

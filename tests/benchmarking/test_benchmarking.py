@@ -18,7 +18,7 @@ from rich.console import Console
 
 from kldiv_kernels.benchmarking import cases, gpu_plot, measure, memory, peers, plot, report
 from kldiv_kernels.benchmarking.cases import GRPO, LOGPROB_ENTROPY, TOPK, TOPK_FROM_LOGITS, Case, Target
-from kldiv_kernels.benchmarking.defaults import DEFAULT_KINDS
+from kldiv_kernels.benchmarking.defaults import DEFAULT_HIDDEN, DEFAULT_KINDS
 from kldiv_kernels.benchmarking.memory import PeakMemory
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -106,7 +106,13 @@ RECORDS = sorted((ROOT / "benchmarks" / "results").glob("*-2-cores-*.json"))
 def _as_measured(record: dict[str, Any]) -> list[measure.CaseResult]:
     return [
         measure.CaseResult(
-            Case(case["kind"], cases.dtype(case["dtype"]), case["rows"], case["vocab"]),
+            Case(
+                case["kind"],
+                cases.dtype(case["dtype"]),
+                case["rows"],
+                case["vocab"],
+                case.get("hidden") or DEFAULT_HIDDEN,
+            ),
             [
                 measure.Result(one["name"], one["all_seconds"], memory=PeakMemory(one["peak_extra_bytes"]))
                 for one in case["implementations"]
@@ -126,7 +132,7 @@ def test_plots_and_tables_of_recorded_runs_can_be_read(path: Path) -> None:
     text = " ".join(printed.getvalue().split())
     assert "…" not in text, "cut off in a terminal of 80 columns"
     assert report.EXPLANATION in text
-    for words in ("(ms)", "(MB)", "(× logits)", "the copy", "faster by"):
+    for words in ("(ms) copy (MB)", "(× logits)", "faster by"):
         assert words in text
     for case in record["cases"]:
         for one in case["implementations"]:

@@ -24,7 +24,7 @@ ORDER = (
     (FACE,),
     ("nn", "distillation", "planning", "signatures"),
     ("linear",),
-    ("policy", "top_k"),
+    ("policy", "top_k", "weighted"),
     ("losses",),
     ("stats",),
     ("sources",),

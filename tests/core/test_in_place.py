@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -113,12 +114,17 @@ def test_divergences(backend: str, kind: str, dtype: torch.dtype, plan: None) ->
         assert not got[..., V:].any()
         assert not got[:, :-1].gather(-1, exclude[:, 1:, None].clamp_min(0))[exclude[:, 1:] >= 0].any()
         assert got[~left_out].any(-1).all() or (alpha, beta) != cases[0]
-        # Odd widths, and parameters for each token.
-        check(
-            lambda x, y, **more: loss(x, y, temperature=temperatures, temperature_squared=True, **more),
-            student[..., :57], teacher[..., :57],
-        )  # fmt: skip
-        scaled_at_the_end(loss, student, lambda x: x)
+        # Odd widths, parameters for each token, and where it can be a gradient of the reference.
+        ours, theirs = student[..., :57], teacher[..., :57]
+        options = functools.partial(loss, temperature=temperatures, temperature_squared=True)
+        if backend == "cuda":
+            check(functools.partial(options, y=theirs), ours)
+            with pytest.raises(ValueError, match="in_place is True, but it writes the gradient of the reference after"):
+                options(ours.clone().requires_grad_() * 1, theirs.clone().requires_grad_(), in_place=True)
+        else:
+            check(options, ours, theirs)
+        if not INTERPRETED:
+            scaled_at_the_end(loss, student, lambda x: x)
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
@@ -200,7 +206,7 @@ def test_topk_losses(backend: str, tail: str, dtype: torch.dtype, plan: None) ->
         def loss(x: Tensor, kind: str = kind, **more: Any) -> Tensor:
             return kk.topk_divergence_loss(x, **{**given, **options, **more}, kind=kind, tail=tail)
 
-        if backend == "triton" or not has:
+        if backend in ("cuda", "triton") or not has:
             refused = "reads the logits of several labels" if has else f"the {backend} backend has no top-k loss of one"
             with pytest.raises(ValueError, match=f"in_place is True, but .*{refused}"):
                 loss(student.clone().requires_grad_() * 1, in_place=True)
@@ -218,7 +224,7 @@ def test_topk_losses(backend: str, tail: str, dtype: torch.dtype, plan: None) ->
         module(logits, **given, mask=mask, weight=options["weight"]).backward()
         assert same(logits.detach(), got)
     if tail == "none":
-        # One label a row, which triton's kernels have read when they write.
+        # One label a row, which a GPU's kernels have read when they write.
         one = {"topk_ids": given["topk_ids"][..., :1], "topk_logprobs": given["topk_logprobs"][..., :1]}
         assert check(lambda x, **more: loss(x, **one, **more), student).any()
 
@@ -252,6 +258,9 @@ def test_labels(
         numbers = (0.8, 1.3, 0.5, 0.5)
         return Call(x, teacher if two else None, labels, mask, None, None, numbers, stats, columns)
 
+    if backend == "cuda" and (k > 1 or two):
+        assert get(backend).refuses_in_place(call_of(some(rows, width)), two) is not None
+        return
     table, scale = some(rows, k + 1).log_softmax(-1), torch.tensor([1.0, -0.5, 1.0, 0.0])
     for dtype in DTYPES:
         student = some(rows, width, dtype=dtype)
@@ -267,7 +276,7 @@ def test_labels(
             gradient = next(x for x in plain if x.shape == student.shape)
             assert gradient[:2].any(-1).all()
             assert not gradient[2:].any()
-            for seed in range((40 if columns == V else 6) if backend == "cuda" else 1):
+            for seed in range(20 if backend == "cuda" else 1):
                 monkeypatch.setenv("KLDIV_HOST_SEED", str(seed))
                 x = student.clone()
                 got = form(call_of(x), True)
@@ -281,14 +290,14 @@ def test_labels(
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_views(backend: str, dtype: torch.dtype) -> None:
     """The rest of what they are views of stays as it is, and hooks on a view are called."""
-    whole, teacher = some(4, 6, WIDTH, dtype=dtype), some(4, 6, WIDTH, dtype=dtype)
+    whole, teacher = some(2, 3, WIDTH, dtype=dtype), some(2, 3, WIDTH, dtype=dtype)
 
     def loss(x: Tensor, **more: Any) -> Tensor:
         return kk.js_divergence(x, teacher.flatten()[: x.numel()].view(x.shape), backend=backend, **more)
 
     contiguous = {
-        "rows": lambda x: x[1:3], "flat": lambda x: x.view(-1, WIDTH), "one of several": lambda x: x.chunk(2)[1],
-        "a row": lambda x: x[2, 3],
+        "rows": lambda x: x[1:], "flat": lambda x: x.view(-1, WIDTH), "one of several": lambda x: x.chunk(2)[1],
+        "a row": lambda x: x[1, 2],
     }  # fmt: skip
     gaps = {
         "tokens": lambda x: x[:, 1:], "columns": lambda x: x[..., 8:V], "transposed": lambda x: x.transpose(0, 1),

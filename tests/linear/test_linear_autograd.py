@@ -16,6 +16,7 @@ from torch.autograd.profiler import profile
 from torch.utils.checkpoint import checkpoint
 
 import kldiv_kernels as kk
+from kldiv_kernels.linear import hidden_states
 
 COLUMNS = 60
 
@@ -159,6 +160,12 @@ def test_float16_waits_for_the_loss_scale() -> None:
     check_gradients(
         [x.double() / scale for x in got], list(torch.autograd.grad(wanted, exact.leaves)), allowed=2e-3
     )  # fmt: skip
+    # Under autocast the factors alone are float16.
+    hidden, weight = torch.randn(2, 3, requires_grad=True), torch.randn(5, 3)
+    assert not hidden_states("test", hidden, weight).waits()
+    with torch.autocast("cpu", torch.float16):
+        assert hidden_states("test", hidden, weight).waits()
+        assert not hidden_states("test", hidden.detach(), weight, hidden, weight.double()).waits()
 
 
 def _forms(student: Model, teacher: Model) -> Iterator[tuple[str, Callable[[], Tensor]]]:

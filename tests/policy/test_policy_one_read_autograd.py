@@ -15,6 +15,7 @@ from torch import Tensor
 
 import kldiv_kernels as kk
 from kldiv_kernels.policy import one_read
+from kldiv_kernels.sources import PolicyTokens
 
 pytestmark = pytest.mark.skipif(not ONE_READ_BACKENDS, reason="no backend here has the one-read form")
 
@@ -39,7 +40,7 @@ def test_what_takes_two_passes(options: dict[str, Any], backend: str, passes: li
 def test_nothing_waits_for_the_device(backend: str, monkeypatch: pytest.MonkeyPatch) -> None:
     known = one_read.known
 
-    def watched(*arguments: Any) -> one_read.Known:
+    def watched(*arguments: Any) -> PolicyTokens:
         with oracle.NoHostValue():
             return known(*arguments)
 
@@ -126,7 +127,7 @@ def test_operators(backend: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.undo()
     torch.library.opcheck(real.default, calls[0])
     torch.library.opcheck(
-        torch.ops.kldiv_kernels.with_gradient.default, (torch.tensor(2.0), logits, torch.randn_like(logits)),
+        torch.ops.kldiv_kernels.with_gradients.default, (torch.tensor(2.0), [logits], [torch.randn_like(logits)]),
         test_utils=("test_schema", "test_faketensor"),
     )  # fmt: skip
     for position, wrong, message in (

@@ -88,6 +88,7 @@ def test_the_summary_says_what_the_loss_costs(finished: tuple[Path, str]) -> Non
     folder, printed = finished
     cost = json.loads((folder / "summary.json").read_text())["loss_cost"]
     assert (cost["rows"], cost["vocab"]) == (SMALL.batch_size * SMALL.block_size, SMALL.vocab_size)
+    assert json.loads((folder / "summary.json").read_text())["student_distilled"]["fused_linear"] is True
     for name in ("kldiv_kernels", "eager"):
         assert 0 < cost[name]["loss_seconds"] < cost[name]["step_seconds"]
     assert cost["sentence"] == loss_cost.sentence(cost)
@@ -132,9 +133,9 @@ def test_the_sentence_on_cost() -> None:
     eager = {"loss_seconds": 0.3, "step_seconds": 1.2, "extra_bytes": 101_000_000}
     text = loss_cost.sentence({"kldiv_kernels": ours, "eager": eager})
     assert text == (
-        "The loss and its gradient took 4.0% of a training step (20.0 of 500.0 ms) with kldiv_kernels, and 25.0% of a "
-        "training step (300.0 of 1,200.0 ms) with plain PyTorch. Beyond the logits they needed 17 MB and 101 MB of "
-        "memory."
+        "Logits, loss and gradients took 4.0% of a training step (20.0 of 500.0 ms) with kldiv_kernels, and 25.0% of a "
+        "training step (300.0 of 1,200.0 ms) with plain PyTorch. Beyond hidden states and weights they needed 17 MB "
+        "and 101 MB of memory."
     )
     unknown = loss_cost.sentence({"kldiv_kernels": ours, "eager": {**eager, "extra_bytes": None}})
     assert unknown.endswith("plain PyTorch.")

@@ -10,7 +10,9 @@ import tiny
 import torch
 from torch import Tensor
 
-from kldiv_kernels.distillation import distillation_loss
+from kldiv_kernels.distillation import distillation_of
+from kldiv_kernels.linear import hidden_states
+from kldiv_kernels.sources import Logits
 from kldiv_kernels.trainer import DistillationTrainer
 
 
@@ -52,19 +54,22 @@ CASES: list[dict[str, Any]] = [
 
 @pytest.mark.parametrize("options", CASES, ids=str)
 def test_loss_and_gradient_equal_the_hand_computed_ones(options: dict[str, Any], tmp_path: Path) -> None:
+    """From logits, and from hidden states and heads."""
     labels = tiny.batch(4)["labels"]
-    logits = (3 * torch.randn(4, tiny.LENGTH, tiny.VOCAB)).requires_grad_()
-    teacher = 3 * torch.randn(4, tiny.LENGTH, tiny.VOCAB)
+    hidden, weight = torch.randn(4, tiny.LENGTH, 8).requires_grad_(), torch.randn(tiny.VOCAB, 8).requires_grad_()
+    theirs, their_weight = torch.randn(4, tiny.LENGTH, 6), torch.randn(tiny.VOCAB + 3, 6)
     targets = torch.nn.functional.pad(labels[:, 1:], (0, 1), value=-100)
-    loss = distillation_loss(
-        logits, teacher, targets, tiny.arguments(tmp_path, **options).loss_options(),
-        vocab_size=tiny.VOCAB, normalizer=(targets != -100).sum(),
-    )  # fmt: skip
-    (gradient,) = torch.autograd.grad(loss, logits)
+    logits, teacher = hidden @ weight.t(), theirs @ their_weight.t()
     expected = by_hand(logits, teacher, labels, **options)
-    (expected_gradient,) = torch.autograd.grad(expected, logits)
-    assert loss.item() == pytest.approx(expected.item(), rel=1e-5)
-    assert (gradient - expected_gradient).abs().max() <= 1e-5 * expected_gradient.abs().max()
+    expected_gradients = torch.autograd.grad(expected, (hidden, weight), retain_graph=True)
+    for source in (Logits(logits, teacher), hidden_states("test", hidden, weight, theirs, their_weight)):
+        loss = distillation_of(
+            source, targets, tiny.arguments(tmp_path, **options).loss_options(),
+            vocab_size=tiny.VOCAB, normalizer=(targets != -100).sum(),
+        )  # fmt: skip
+        assert loss.item() == pytest.approx(expected.item(), rel=1e-5)
+        for found, wanted in zip(torch.autograd.grad(loss, (hidden, weight)), expected_gradients, strict=True):
+            assert (found - wanted).abs().max() <= 1e-5 * wanted.abs().max()
 
 
 @pytest.mark.parametrize("options", CASES[:4], ids=str)

@@ -13,7 +13,9 @@ from datasets import Dataset
 from torch import Tensor
 
 import kldiv_kernels as kk
-from kldiv_kernels.distillation import LossOptions, topk_distillation_loss
+from kldiv_kernels.distillation import LossOptions, topk_distillation_loss, topk_distillation_of
+from kldiv_kernels.linear import hidden_states
+from kldiv_kernels.sources import Logits
 from kldiv_kernels.teacher_cache import CacheInfo, TeacherCache, TeacherCacheWriter
 from kldiv_kernels.trainer import DistillationTrainer
 from kldiv_kernels.trainer.cached import CachedSequences, collate
@@ -90,7 +92,8 @@ def test_with_all_of_the_vocabulary_it_is_the_training_from_the_teacher(
 def test_the_loss_is_the_divergence_where_there_are_rows_and_cross_entropy_at_every_target(
     tail: Any, weight: float
 ) -> None:
-    logits = (3 * torch.randn(3, 9, 40)).requires_grad_()
+    hidden, weights = torch.randn(3, 9, 8).requires_grad_(), torch.randn(40, 8).requires_grad_()
+    logits = hidden @ weights.t()
     values, ids = (3 * torch.randn(3, 9, 40)).log_softmax(-1).topk(6)
     targets = torch.randint(0, 40, (3, 9))
     targets[0, :4] = -100
@@ -100,12 +103,13 @@ def test_the_loss_is_the_divergence_where_there_are_rows_and_cross_entropy_at_ev
     divergence = kk.topk_divergence_loss(logits, ids, values, tail=tail, mask=known, reduction="sum")
     cross_entropy = torch.nn.functional.cross_entropy(logits.flatten(0, 1), targets.flatten(), reduction="sum")
     expected = ((1 - weight) * divergence + weight * cross_entropy) / 20
-    (expected_gradient,) = torch.autograd.grad(expected, logits)
+    expected_gradients = torch.autograd.grad(expected, (hidden, weights), retain_graph=True)
     options = LossOptions("forward_kl", weight, tail=tail)
-    loss = topk_distillation_loss(logits, ids, values, targets, options, vocab_size=40, normalizer=torch.tensor(20))
-    (gradient,) = torch.autograd.grad(loss, logits)
-    assert loss.item() == pytest.approx(expected.item(), rel=1e-5)
-    assert (gradient - expected_gradient).abs().max() <= 1e-5 * expected_gradient.abs().max()
+    for source in (Logits(logits), hidden_states("test", hidden, weights)):
+        loss = topk_distillation_of(source, ids, values, targets, options, vocab_size=40, normalizer=torch.tensor(20))
+        assert loss.item() == pytest.approx(expected.item(), rel=1e-5)
+        for found, wanted in zip(torch.autograd.grad(loss, (hidden, weights)), expected_gradients, strict=True):
+            assert (found - wanted).abs().max() <= 1e-5 * wanted.abs().max()
 
 
 def test_rows_stand_where_the_cache_has_them_and_their_next_tokens_are_the_labels(tmp_path: Path) -> None:

@@ -24,6 +24,10 @@ LOSSES: dict[str, dict[str, Any]] = {
 }
 
 
+# Where DDP does not look for parameters that a step leaves out.
+CHECKPOINTING = {"gradient_checkpointing": True, "ddp_find_unused_parameters": False}
+
+
 def sequences(loss: str, count: int = SEQUENCES) -> list[dict[str, Any]]:
     return tiny.with_rows(tiny.ragged(count)) if loss == "rows" else tiny.ragged(count)
 
@@ -99,6 +103,9 @@ def _rank(rank: int, port: int, folder: Path) -> None:
             found = one_step(folder, SEQUENCES // 2 // accumulation, accumulation, loss, ddp_backend="gloo")
             assert torch.distributed.get_world_size() == 2
             torch.save(found, folder / f"{loss}-{accumulation}-{rank}.pt")
+    for fused in (False, True):
+        found = one_step(folder, SEQUENCES // 2, 1, "mix", ddp_backend="gloo", fused_linear=fused, **CHECKPOINTING)
+        torch.save(found, folder / f"checkpointing-{fused}-{rank}.pt")
     for loss in ("mix", "rows"):
         trainer = tiny.trainer(folder, rows=sequences(loss, 5), ddp_backend="gloo", per_device_eval_batch_size=2)
         torch.save(trainer.evaluate(), folder / f"evaluation-{loss}-{rank}.pt")
@@ -115,6 +122,8 @@ def test_two_processes_give_the_loss_gradients_and_evaluation_of_one(tmp_path: P
         for accumulation in (1, 2):
             for rank in (0, 1):
                 assert_same(torch.load(tmp_path / f"{loss}-{accumulation}-{rank}.pt"), whole)
+    for fused in (False, True):
+        assert_same(torch.load(tmp_path / f"checkpointing-{fused}-0.pt"), one_step(tmp_path, SEQUENCES, 1, "mix"))
     # Five sequences on two ranks: one is padded with a sequence that must not count twice.
     for loss, kl in (("mix", "eval_kl"), ("rows", "eval_topk_kl")):
         expected = tiny.trainer(tmp_path, rows=sequences(loss, 5)).evaluate()

@@ -42,7 +42,9 @@ def cached(folder: Path) -> CachedSplit:
     return CachedSequences(TeacherCache(folder)).split(5 / 24, seed=3)
 
 
-def fit(folder: Path, *callbacks: TrainerCallback, cache: Path | None = None, steps: int = STEPS) -> dict[str, Any]:
+def fit(
+    folder: Path, *callbacks: TrainerCallback, cache: Path | None = None, steps: int = STEPS, **options: Any
+) -> dict[str, Any]:
     """Dropout and shuffling on, an epoch that ends between checkpoints: what a resumed run can get wrong."""
     rows = Dataset.from_list(tiny.ragged(19))
     return run.fit(
@@ -51,7 +53,7 @@ def fit(folder: Path, *callbacks: TrainerCallback, cache: Path | None = None, st
         Blocks(rows, rows.select(range(5))) if cache is None else cached(cache),
         run.training_arguments(
             folder, steps=steps, batch_size=2, learning_rate=1e-2, seed=3, log_every=1, eval_every=4,
-            save_every=SAVE_EVERY, gradient_accumulation_steps=2, ce_weight=0.5,
+            save_every=SAVE_EVERY, gradient_accumulation_steps=2, ce_weight=0.5, **options,
         ),
         tokenizer=tiny.word_tokenizer(),
         callbacks=callbacks,
@@ -127,6 +129,16 @@ def test_a_checkpoint_cut_off_while_it_was_written_is_passed_over(uninterrupted:
     assert run.last_checkpoint(tmp_path) == before
     fit(tmp_path)
     assert_same_run(tmp_path, uninterrupted)
+
+
+def test_a_run_from_hidden_states_goes_on_from_logits(uninterrupted: Path, tmp_path: Path) -> None:
+    shutil.copytree(uninterrupted, tmp_path, dirs_exist_ok=True)
+    shutil.rmtree(tmp_path / f"checkpoint-{STEPS}")
+    assert run.read_json(uninterrupted / run.SUMMARY)["fused_linear"] is True
+    assert fit(tmp_path, fused_linear=False)["fused_linear"] is False
+    start, end, found = tiny.llama(1).state_dict(), parameters(uninterrupted), parameters(tmp_path)
+    for name, value in end.items():
+        assert (found[name] - value).abs().max() <= 1e-3 * (value - start[name]).abs().max(), name
 
 
 def test_killed_after_the_last_step_takes_no_step_more(uninterrupted: Path, tmp_path: Path) -> None:

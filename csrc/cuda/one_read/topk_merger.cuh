@@ -109,7 +109,6 @@ struct TopKMerger : TopKCta<element> {
                 const RowInput row = open_row(call, index);
                 const int64_t* of_row = this->labels_of(index);
                 fetch(row, of_row, topk.teacher + index * topk.outcomes);
-                if (call.in_place) fence_cluster();
                 const State tail = merger.merged_state(k);
                 const bool twice = tail.s.blocked == infinity;
                 const Normalised n = normalise(row, whole_of(tail, row, of_row, twice), false);

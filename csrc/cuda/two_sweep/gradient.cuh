@@ -100,11 +100,6 @@ KLDIV_DEVICE void slice_gradient(const SweepArguments& a, const RowInput& row, c
     char* out = row_at(to, element, index);
     const int begin = static_cast<int>(at.begin), limit = static_cast<int>(at.limit);
     const auto label_at = [&](int64_t j) { return call.labels[index * call.labels_per_row + j]; };
-    const auto again = [&](int64_t j) {
-        for (int64_t other = 0; other < j; ++other)
-            if (label_at(other) == label_at(j)) return true;
-        return false;
-    };
     // `alone`: of these columns only the one that is the j-th label. Asked for again at the end, not kept in registers.
     const auto body = [&](int start, Pair& pair, const Dense& dense, bool alone, int j) {
         raise_to(n.floor_s, pair.s);
@@ -157,15 +152,7 @@ KLDIV_DEVICE void slice_gradient(const SweepArguments& a, const RowInput& row, c
         for (int i = 0; i < kColumns; ++i) g.x[i] *= over_temperature;
         const int64_t excluded = row.exclude - start;
         if (excluded >= 0 && excluded < kColumns) replace(static_cast<int>(excluded), 0.0f, g);
-        // Labels' columns come later, and may be read once more till then: a gradient in place leaves them.
-        const uint32_t later = !alone && apart ? LabelBits(begin).of(start) : 0;
-        if (!alone && later == 0) return store_columns(out, element, start, limit, g);
-        if (!alone) {
-#pragma unroll
-            for (int i = 0; i < kColumns; ++i)
-                if (start + i < limit && !(later >> i & 1)) store_column(out, element, start + i, g.x[i]);
-            return;
-        }
+        if (!alone) return store_columns(out, element, start, limit, g);
         float only = g.x[0];
 #pragma unroll
         for (int i = 1; i < kColumns; ++i) only = label == i ? g.x[i] : only;
@@ -177,7 +164,8 @@ KLDIV_DEVICE void slice_gradient(const SweepArguments& a, const RowInput& row, c
         int count = (limit - begin + kColumns - 1) / kColumns;
         for (int pass = 0; pass <= apart; ++pass) {
             if (pass == 1) {
-                // No thread waits: of what it reads here it takes its label's column alone, which nobody else writes.
+                // A label's column is written after its neighbours.
+                block_sync(0, block_threads());
                 dense = plain;
                 count = static_cast<int>(call.labels_per_row);
             }
@@ -185,7 +173,7 @@ KLDIV_DEVICE void slice_gradient(const SweepArguments& a, const RowInput& row, c
                 int start = begin + i * kColumns;
                 if (pass == 1) {
                     const int64_t label = label_at(i);
-                    if (label < begin || label >= limit || (LabelBits::some_twice() && again(i))) continue;
+                    if (label < begin || label >= limit) continue;
                     start = static_cast<int>(label) - (static_cast<int>(label) - begin) % kColumns;
                 }
                 Pair pair = load_pair<decltype(two)::value>(call, row, start, limit);
@@ -224,9 +212,8 @@ KLDIV_KERNEL(kSweepThreads, 2) gradient(SweepArguments a) {
     const Normalised n = normalise(row, state[0], state[call.rows], state[2 * call.rows], state[3 * call.rows]);
     const bool apart = labels_apart(call);
     if (apart) LabelBits(at.begin).find(call, index, at.limit);
-    // The student's last: it may take the place of the logits, which both are made of.
-    if (a.teacher) slice_gradient<false>(a, row, n, shares, at, apart);
     if (a.student) slice_gradient<true>(a, row, n, shares, at, apart);
+    if (a.teacher) slice_gradient<false>(a, row, n, shares, at, apart);
 }
 
 // The rows that the mask leaves out, for kernels that do not visit them: values and gradient are 0.

@@ -1,4 +1,4 @@
-"""TRL's DistillationTrainer with any divergence of the registry, from logits instead of TRL's chunked head."""
+"""TRL's DistillationTrainer with any divergence of the registry, from hidden states or logits."""
 
 from __future__ import annotations
 
@@ -10,12 +10,16 @@ import torch
 from torch import Tensor
 from trl.trainer import distillation_trainer
 
+from kldiv_kernels.adapters import headless
 from kldiv_kernels.adapters.trl.scoring import completion_logits
 from kldiv_kernels.choices import Backend
+from kldiv_kernels.linear import hidden_states
 from kldiv_kernels.losses import divergence_loss
 from kldiv_kernels.registry import kinds_with
-from kldiv_kernels.stats import entropy
+from kldiv_kernels.sources import Logits, Source
+from kldiv_kernels.weighted import weighted_sum_of
 
+_WHERE = "DistillationTrainer"
 _SCORING_INPUTS = inspect.signature(distillation_trainer.DistillationTrainer._get_last_hidden_state).parameters
 
 
@@ -23,8 +27,9 @@ class DistillationTrainer(distillation_trainer.DistillationTrainer):
     """`trl.DistillationTrainer` (on-policy: the student writes the completions) with a divergence of this library.
 
     Arguments, DistillationConfig, data, generation, normaliser and metrics are TRL's; so are, with the defaults here,
-    the loss and its gradient. TRL 1.15 or 1.16. The logits of the completion are kept in memory for student and
-    teacher, [batch, completion, vocab] each; TRL computes them in tiles, twice or three times.
+    the loss and its gradient. TRL 1.15 or 1.16. Where both models have a plain head, loss and gradient come from hidden
+    states in one pass, as in `kldiv_kernels.trainer.DistillationTrainer`. Elsewhere, as with a PEFT model or FSDP, the
+    logits of the completion are kept in memory for student and teacher, [batch, completion, vocab] each.
 
     Args:
         kind: the divergence, a name of `kldiv_kernels.divergence_loss`. Default "js": with DistillationConfig's beta,
@@ -64,6 +69,10 @@ class DistillationTrainer(distillation_trainer.DistillationTrainer):
         row = torch.zeros(1, self.model.config.get_text_config().vocab_size)
         divergence_loss(row, row, vocab_size=vocab_size, **self._how)
         self._where: dict[str, Any] = {"vocab_size": vocab_size, "backend": backend}
+        around = headless.why_not_in(self)
+        with self.accelerator.autocast():
+            teacher = self.accelerator.unwrap_model(self.teacher_model)
+            self._from_hidden = around is None and headless.why_not(model=self.model, teacher_model=teacher) is None
 
     def _compute_loss(
         self, unwrapped_student: Any, inputs: Mapping[str, Any], num_items_in_batch: Any
@@ -77,16 +86,31 @@ class DistillationTrainer(distillation_trainer.DistillationTrainer):
             "attention_mask": torch.cat([inputs["prompt_mask"], inputs["completion_mask"]], dim=1),
             **{name: inputs[name] for name in _SCORING_INPUTS if name in inputs},
         }
-        student, _ = completion_logits(unwrapped_student, unwrapped_student, completion, **batch)
-        self.teacher_model.eval()
-        with torch.no_grad():
-            unwrapped_teacher = self.accelerator.unwrap_model(self.teacher_model)
-            teacher, _ = completion_logits(self.teacher_model, unwrapped_teacher, completion, **batch)
-            # TRL wants the sum of the entropies for its log.
-            entropies = entropy(student, mask=mask, temperature=self.temperature, **self._where)
+        source = self._source(unwrapped_student, completion, batch)
         count = mask.sum()
-        loss = divergence_loss(
-            student, teacher.to(student.device), mask=mask, **self._how, **self._where,
+        weight = self.temperature**2 if self._how["temperature_squared"] else 1.0
+        parameters = {name: self._how[name] for name in ("alpha", "beta") if self._how[name] is not None}
+        # TRL wants the sum of the entropies for its log.
+        loss, (_, entropies) = weighted_sum_of(
+            _WHERE, source, None, {self._how["kind"]: weight, "entropy": 0.0}, mask=mask, temperature=self.temperature,
             normalizer=count.clamp(min=1) if num_items_in_batch is None else num_items_in_batch,
+            **parameters, **self._where,
         )  # fmt: skip
         return loss, entropies.sum(), count
+
+    def _source(self, student: Any, completion: int, batch: dict[str, Any]) -> Source:
+        """Of the completion: hidden states and heads, or logits."""
+        teacher, predicts = self.accelerator.unwrap_model(self.teacher_model), slice(-(completion + 1), -1)
+        self.teacher_model.eval()
+        if not self._from_hidden:
+            logits, _ = completion_logits(student, student, completion, **batch)
+            with torch.no_grad():
+                theirs, _ = completion_logits(self.teacher_model, teacher, completion, **batch)
+            return Logits(logits, theirs.to(logits.device))
+        hidden = headless.hidden_states_of(student, student, batch)[:, predicts]
+        with torch.no_grad():
+            theirs = headless.hidden_states_of(self.teacher_model, teacher, batch)[:, predicts]
+        with self.accelerator.autocast():
+            return hidden_states(
+                _WHERE, hidden, headless.head_of(student), theirs.to(hidden.device), headless.head_of(teacher)
+            )

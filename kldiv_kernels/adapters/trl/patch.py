@@ -10,7 +10,7 @@ from importlib import import_module
 from types import ModuleType
 from typing import Any
 
-from kldiv_kernels.adapters.trl import divergences, logprobs, topk
+from kldiv_kernels.adapters.trl import divergences, fused_head, logprobs, topk
 from kldiv_kernels.adapters.trl.version import require
 from kldiv_kernels.backends import names as backend_names
 from kldiv_kernels.choices import Backend
@@ -33,6 +33,8 @@ _FUNCTIONS: dict[str, dict[str, Make]] = {
         "entropy_from_logits": logprobs.entropy_from_logits,
         "selective_log_softmax_and_entropy": logprobs.selective_log_softmax_and_entropy,
     },
+    "trl.kernels.chunked_logprob": {"ChunkedLogProbFunction": fused_head.chunked_logprob},
+    "trl.trainer.distillation_trainer": {"_chunked_divergence_loss": fused_head.chunked_divergence_loss},
     "trl.experimental.sdft.loss_utils": _SELF_DISTILLATION,
     "trl.experimental.sdpo.loss_utils": _SELF_DISTILLATION,
 }
@@ -56,11 +58,12 @@ def patch_trl(backend: Backend = "auto") -> list[str]:
 
     GKDTrainer, GOLDTrainer and IWOPDTrainer compute their generalised Jensen-Shannon divergence, SDFTTrainer and
     SDPOTrainer their self-distillation divergences, and every trainer that has logits its log-probabilities and entropy
-    from one read of the logits. Signatures, shapes, dtypes and reductions are TRL's; what the kernels do not serve
-    (elementwise reduction "none", probabilities for logits, the "mean" over IW-OPD's top_k, rows without unit stride)
-    TRL's own functions do. `divergences`, `topk` and `logprobs` beside this module say where a result differs: rows
-    with −inf, and the tail of a top-k. Trainers with TRL's fused LM head (GRPO, RLOO, SFT, DPO, KTO, Distillation from
-    1.15 on) never have logits and are not reached.
+    from one read of the logits. Trainers with TRL 1.16's fused LM head have hidden states in their place: GRPO, RLOO,
+    SFT and DPO compute their log-probabilities and what they log beside them, Distillation its divergence, from those.
+    Signatures, shapes, dtypes and reductions are TRL's; what the kernels do not serve (elementwise reduction "none",
+    probabilities for logits, the "mean" over IW-OPD's top_k, rows without unit stride, KTO's mean of the logits)
+    TRL's own functions do. `divergences`, `topk`, `logprobs` and `fused_head` beside this module say where a result
+    differs: rows with −inf, the tail of a top-k, and logits that TRL rounds.
 
     Args:
         backend: of the calls that follow; "auto" or a name from `kldiv_kernels.backends()`. float64 logits go to

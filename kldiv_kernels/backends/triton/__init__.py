@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from kldiv_kernels import registry
-from kldiv_kernels.backends.interface import Call
+from kldiv_kernels.backends.interface import READS_AGAIN, Call
 from kldiv_kernels.backends.strides import leading
 from kldiv_kernels.tracing import constant
 
@@ -113,12 +113,10 @@ class TritonBackend:
     ) -> tuple[Tensor | None, Tensor | None]:
         return self._launch(call).gradients(state, coefficients.contiguous(), student, reference)
 
-    def refuses_in_place(self, call: Call) -> str | None:
+    def refuses_in_place(self, call: Call, reference: bool) -> str | None:
         if not call.logits.is_contiguous():
             return f"rows with strides {list(call.logits.stride())} have gaps"
-        if self._launch(call).apart:
-            return "it reads the logits of several labels, or of a row's tail, again"
-        return None
+        return READS_AGAIN if call.reads_labels_again else None
 
     def one_read(
         self, call: Call, coefficients: Tensor, student: bool, reference: bool, in_place: bool = False
