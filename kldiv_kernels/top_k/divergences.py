@@ -27,7 +27,7 @@ from torch import Tensor
 
 from kldiv_kernels import inputs, registry
 from kldiv_kernels.backends import Call, OneReadTopK, get
-from kldiv_kernels.choices import Backend, DivergenceKind, Reduction, Support, Tail
+from kldiv_kernels.choices import Backend, DivergenceKind, Reduction, Tail
 from kldiv_kernels.divergences import Statistic
 from kldiv_kernels.dtensors import on_replicas
 from kldiv_kernels.inputs import Parameter
@@ -35,7 +35,7 @@ from kldiv_kernels.losses import gradient_waits, in_place_checked, reduced, redu
 from kldiv_kernels.sources import Logits, Source, TopKTeacher
 from kldiv_kernels.stats import token_stats
 from kldiv_kernels.top_k import inputs as topk_inputs
-from kldiv_kernels.top_k.statistics import largest, topk_statistics_of, topk_token_stats
+from kldiv_kernels.top_k.statistics import topk_statistics_of
 from kldiv_kernels.tracing import constant
 
 _TAILS = get_args(Tail)
@@ -224,68 +224,6 @@ def tail_checked(where: str, kind: str, tail: str) -> None:
         raise ValueError(f"{where}: kind is {kind!r}; expected {', '.join(_RAW)} where tail is 'none'")
 
 
-@on_replicas
-def topk_divergence_from_logits(
-    logits: Tensor,
-    reference_logits: Tensor,
-    kind: DivergenceKind | str = "forward_kl",
-    *,
-    k: int,
-    support: Support = "teacher",
-    temperature: Parameter = 1.0,
-    reference_temperature: Parameter | None = None,
-    vocab_size: int | None = None,
-    mask: Tensor | None = None,
-    tail: Tail = "bucket",
-    weight: Tensor | None = None,
-    labels: Tensor | None = None,
-    normalizer: float | Tensor | None = None,
-    reduction: Reduction = "mean",
-    temperature_squared: bool = False,
-    alpha: Parameter | None = None,
-    beta: Parameter | None = None,
-    ignore_index: int = -100,
-    shift: bool = False,
-    backend: Backend = "auto",
-) -> Tensor:
-    """`topk_divergence_loss` on the k likeliest tokens of the teacher, of the student, or of either.
-
-    Args:
-        logits, reference_logits: [*, V]. The reference gets no gradient. k: 1 to the vocabulary size.
-        support: whose k likeliest tokens: "teacher" (default), "student" or "union" (up to 2k of them, each once).
-        the others: see `topk_divergence_loss` and `divergence_loss`.
-
-    Returns and raises: as `topk_divergence_loss`.
-
-    >>> import torch, kldiv_kernels as kk
-    >>> student, teacher = torch.zeros(1, 4), torch.tensor([[3.0, 1.0, 0.0, 0.0]])
-    >>> round(kk.topk_divergence_from_logits(student, teacher, k=4).item(), 5) == round(
-    ...     kk.forward_kl(student, teacher).item(), 5)
-    True
-    """
-    where = "topk_divergence_from_logits"
-    if support not in ("teacher", "student", "union"):
-        raise ValueError(f"{where}: support is {support!r}; expected teacher, student or union")
-    inputs.logits_checked(where, reference_logits, "reference_logits")
-    labels, mask, weight = inputs.shifted(where, shift, logits, labels, mask, ignore_index, weight=(weight, 0))
-    reference = reference_logits.detach()
-    ids = largest(where, logits if support == "student" else reference, k, vocab_size, mask, backend)
-    if support == "union":
-        ids = _union(ids, largest(where, logits, k, vocab_size, mask, backend))
-        ids = ids[..., : inputs.shared_columns(where, logits, None, vocab_size)]
-    shared = inputs.shared_columns(where, logits, reference, vocab_size)
-    teacher = topk_token_stats(
-        reference, ids, temperature=temperature if reference_temperature is None else reference_temperature,
-        mask=mask, vocab_size=shared, check=False, backend=backend,
-    )  # fmt: skip
-    return topk_divergence_loss(
-        logits, ids, teacher["topk_logprobs"], kind, tail=tail,
-        tail_logprob=teacher["tail_logprob"] if tail == "bucket" else None, temperature=temperature, mask=mask,
-        vocab_size=vocab_size, check=False, backend=backend, weight=weight, labels=labels, normalizer=normalizer,
-        reduction=reduction, temperature_squared=temperature_squared, alpha=alpha, beta=beta, ignore_index=ignore_index,
-    )  # fmt: skip
-
-
 def _statistics(tail: Tail) -> tuple[str, ...]:
     return ("logprob",) if tail in ("renormalize", "none") else ("logprob", "tail_logprob")
 
@@ -302,12 +240,6 @@ def _serves_topk(backend: str) -> bool:
 
 # torch.compile takes the answer as it is instead of tracing it.
 _has_one_read = constant(_serves_topk)
-
-
-def _union(first: Tensor, second: Tensor) -> Tensor:
-    """[*, 2k]: each once, and -1 behind them."""
-    both = torch.cat([first, second], dim=-1)
-    return both.masked_fill(topk_inputs.occur_before(both), -1).sort(dim=-1, descending=True).values
 
 
 def _linear(kind: str, source: Source, call: Call, backend: str, logp: Tensor, scale: Tensor) -> Tensor:

@@ -23,6 +23,7 @@ ORDER = (
     ("adapters", "teacher_cache"),
     (FACE,),
     ("nn", "distillation", "planning", "signatures"),
+    ("fixed_options",),
     ("linear",),
     ("policy", "top_k", "weighted"),
     ("losses",),
