@@ -36,7 +36,7 @@ INTERPRETED_TESTS := $(addprefix tests/,$(addsuffix .py,\
 # The shared suite on the cuda backend, its kernels compiled for the host and run by a model of a GPU.
 CUDA_HOST_TESTS := $(addprefix tests/,$(addsuffix .py,\
 	$(addprefix core/test_,statistics contract contract_masks small_divergences autograd losses named_losses token_helpers golden \
-		user_rows determinism properties large in_place in_place_autograd) \
+		user_rows determinism properties in_place in_place_autograd) \
 	$(addprefix policy/test_,policy_calls policy_one_read policy_one_read_autograd policy_extremes) \
 	$(addprefix top_k/test_,topk topk_statistics topk_rounding topk_one_read topk_one_read_autograd topk_cuda \
 		topk_cuda_plans) linear/test_linear_values linear/test_linear_forms \

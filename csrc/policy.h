@@ -103,8 +103,9 @@ KLDIV_HOST_DEVICE float term_slope(const Policy& policy, float l, const PolicyTo
         case kCispo:
             return -times(::fminf(::fmaxf(ratio.value, b.low), b.high), a);
         case kSapo: {
-            const float tau = a > 0 ? b.positive : b.negative, sigmoid = 1 / (1 + ::expf(-tau * (ratio.value - 1)));
-            return -times(4 * sigmoid * (1 - sigmoid) * a, ratio.slope);
+            // sigmoid(x) sigmoid(-x), which has its digits where the sigmoid is near 1.
+            const float tau = a > 0 ? b.positive : b.negative, e = ::expf(-::fabsf(tau * (ratio.value - 1)));
+            return -times(4 * e / ((1 + e) * (1 + e)) * a, ratio.slope);
         }
         case kReinforce:
             return -a;

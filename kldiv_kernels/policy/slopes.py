@@ -43,6 +43,13 @@ def exp(x: Tensor) -> Tensor:
     return with_slope(out.clone(), x, out)
 
 
+def sigmoid(x: Tensor) -> Tensor:
+    """With the slope σ(x)·σ(−x): 1 − σ(x), as PyTorch has it, has no digits left where σ(x) is near 1."""
+    at = x.detach()
+    out = torch.sigmoid(at)
+    return with_slope(out.clone(), x, out * torch.sigmoid(-at))
+
+
 class _WithSlope(torch.autograd.Function):
     generate_vmap_rule = True
 

@@ -30,7 +30,7 @@ import torch
 from torch import Tensor
 
 from kldiv_kernels.policy.options import CLIPPED, PolicyOptions, bounds
-from kldiv_kernels.policy.slopes import exp, times, with_slope
+from kldiv_kernels.policy.slopes import exp, sigmoid, times, with_slope
 
 # TRL's limits of the log of VESPO's sequence weight: 1e-8 to e^20, and of a token's contribution to it.
 _VESPO_LOW, _VESPO_HIGH = math.log(1e-8), 20.0
@@ -160,7 +160,7 @@ def cispo(tokens: Tokens, options: PolicyOptions) -> PolicyTerm:
 def sapo(tokens: Tokens, options: PolicyOptions) -> PolicyTerm:
     w = tokens.level_log_ratio
     beyond = with_slope(torch.expm1(w.detach()), w, w.detach().exp())
-    positive, negative = (4 / t * torch.sigmoid(t * beyond) for t in options.sapo_temperatures)
+    positive, negative = (4 / t * sigmoid(t * beyond) for t in options.sapo_temperatures)
     return PolicyTerm(-torch.where(tokens.advantages > 0, positive, negative) * tokens.advantages)
 
 

@@ -186,3 +186,19 @@ def test_what_is_cut_off(
     assert out.loss.item() == pytest.approx(loss, rel=1e-5, abs=1e-6)
     (got,) = torch.autograd.grad(out.loss, logits)
     assert got.flatten().tolist() == pytest.approx(gradient, rel=1e-5, abs=1e-6)
+
+
+def test_the_slope_of_sapo_has_its_digits_where_it_is_flat() -> None:
+    """In float32, 1 − sigmoid(r − 1) has two digits at r = 13 and none at 18."""
+    for ratio in (2.0, 13.0, 18.0, 40.0):
+        logits = torch.zeros(1, 1, 4, requires_grad=True)
+        old = kk.selective_log_softmax(logits.detach(), torch.tensor([[1]])) - math.log(ratio)
+        for level in ("token", "sequence"):
+            out = kk.policy_loss(
+                logits, torch.tensor([[1]]), torch.tensor([1.0]), loss_type="sapo", old_logprobs=old,
+                importance_level=level,
+            )  # fmt: skip
+            (got,) = torch.autograd.grad(out.loss, logits)
+            r = mp.exp(mp.mpf(float(kk.selective_log_softmax(logits.detach(), torch.tensor([[1]])) - old)))
+            wanted = -4 * r / ((1 + mp.exp(1 - r)) * (1 + mp.exp(r - 1))) * 0.75
+            assert abs(got[0, 0, 1].item() / float(wanted) - 1) < 1e-4, (ratio, level)
