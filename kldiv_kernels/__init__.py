@@ -17,6 +17,7 @@ from kldiv_kernels.version import __version__
 if TYPE_CHECKING:
     from kldiv_kernels import nn
     from kldiv_kernels.backends import backends
+    from kldiv_kernels.kernel_plans import Plan
     from kldiv_kernels.linear import (
         Head,
         TeacherProjection,
@@ -45,7 +46,7 @@ if TYPE_CHECKING:
         triangular,
         tvd,
     )
-    from kldiv_kernels.planning import Plan, plan
+    from kldiv_kernels.planning import plan
     from kldiv_kernels.policy import PolicyLoss, advantages, policy_loss
     from kldiv_kernels.registry import register_statistic, unregister_statistic
     from kldiv_kernels.stats import TokenStats, entropy, selective_log_softmax, token_stats
@@ -102,7 +103,7 @@ __all__ = [
     "tvd",
     "unregister_statistic",
 ]
-_HOMES = ("losses", "stats", "top_k", "policy", "linear", "planning", "registry", "backends")
+_HOMES = ("losses", "stats", "top_k", "policy", "linear", "kernel_plans", "planning", "registry", "backends")
 
 
 class _Package(ModuleType):

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import difflib
-import inspect
 from collections.abc import Callable, Iterable, Mapping
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -13,6 +11,7 @@ from torch.nn import Module
 
 from kldiv_kernels import inputs, registry
 from kldiv_kernels.backends import names as backend_names
+from kldiv_kernels.keywords import F, keywords, nearest, written_out
 from kldiv_kernels.losses import reduction_checked
 from kldiv_kernels.policy import OPTION_NAMES, PolicyLoss, resolve
 
@@ -22,41 +21,26 @@ POLICY_PER_CALL = (
     "old_logprobs", "reference_logprobs", *_REFERENCE, "sampling_logprobs", "anchor_logprobs", "token_weights", "mask",
     "normalizer",
 )  # fmt: skip
-F = TypeVar("F", bound=Callable[..., Any])
-
-
-def _keywords(function: Callable[..., Any], without: Iterable[str]) -> dict[str, inspect.Parameter]:
-    parameters = inspect.signature(function).parameters
-    return {n: p for n, p in parameters.items() if p.kind is p.KEYWORD_ONLY and n not in without}
 
 
 def explicit(
     of: Callable[..., Any], *, without: Iterable[str] = (), only: Iterable[str] | None = None
 ) -> Callable[[F], F]:
-    """For help() and editors at run time: `**options` of a method is written out as the keywords of a function."""
-
-    def of_method(method: F) -> F:
-        own = inspect.signature(method)
-        kept = [p for p in own.parameters.values() if p.kind is not p.VAR_KEYWORD]
-        names = {p.name for p in kept}
-        more = [p for n, p in _keywords(of, without).items() if n not in names and (only is None or n in only)]
-        method.__signature__ = own.replace(parameters=[*kept, *more])  # type: ignore[attr-defined]
-        return method
-
-    return of_method
+    """`**options` of a method is written out as the keywords of a function."""
+    more = {name: p for name, p in keywords(of, without).items() if only is None or name in only}
+    return lambda method: written_out(method, more)
 
 
 def _known(where: str, options: Mapping[str, Any], function: Callable[..., Any], per_call: tuple[str, ...]) -> None:
-    allowed = _keywords(function, per_call)
+    allowed = keywords(function, per_call)
     batch = [name for name in options if name in per_call]
     if batch:
         raise TypeError(f"{where}: {', '.join(batch)} belongs to a batch; give it to forward()")
     for name in options:
         if name not in allowed:
-            near = difflib.get_close_matches(name, allowed, n=1)
-            hint = f"; did you mean {near[0]}?" if near else ""
             raise TypeError(
-                f"{where}: {name} is no option of {function.__name__}{hint} (options: {', '.join(allowed)})"
+                f"{where}: {name} is no option of {function.__name__}{nearest(name, allowed)} "
+                f"(options: {', '.join(allowed)})"
             )
 
 

@@ -38,15 +38,8 @@ def statistics(call: Call, backend: str, with_state: bool) -> Tensor:
     return values
 
 
-def loss(call: Call, backend: str, coefficients: Tensor, student: bool, teacher: bool) -> Tensor:
-    """Σ coefficients · values, a scalar, differentiable."""
-    return loss_and_values(call, backend, coefficients, student, teacher)[0]
-
-
-def loss_and_values(
-    call: Call, backend: str, coefficients: Tensor, student: bool, teacher: bool
-) -> tuple[Tensor, Tensor]:
-    """`loss`, and the values [value_rows, N], without a gradient of their own."""
+def loss(call: Call, backend: str, coefficients: Tensor, student: bool, teacher: bool) -> tuple[Tensor, Tensor]:
+    """Σ coefficients · values, a scalar, differentiable; and the values [value_rows, N], without gradient."""
     prefix, arguments = _operators(call, backend)
     operator = getattr(torch.ops.kldiv_kernels, f"{prefix}loss")
     reduced, values = operator(*arguments, coefficients, student, teacher)[:2]

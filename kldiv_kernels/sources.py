@@ -131,7 +131,7 @@ class Logits:
     def loss(self, call: Call, backend: str, coefficients: Tensor) -> tuple[Tensor, Tensor]:
         student, reference = self.wanted()
         if not (self.in_place and student):
-            return ops.loss_and_values(call, backend, coefficients, student, reference)
+            return ops.loss(call, backend, coefficients, student, reference)
 
         def write() -> tuple[Tensor, list[Tensor]]:
             values, _, dreference = get(backend).one_read(_detached(call), coefficients, True, reference, True)

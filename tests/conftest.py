@@ -134,6 +134,6 @@ def passes(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     def noted(name: str, form: Any) -> Any:
         return lambda *arguments: (seen.append(name), form(*arguments))[1]
 
-    for name in ("statistics", "loss_and_values", "policy_loss", "topk_loss"):
-        monkeypatch.setattr(ops, name, noted(name.removesuffix("_and_values"), getattr(ops, name)))
+    for name in ("statistics", "loss", "policy_loss", "topk_loss"):
+        monkeypatch.setattr(ops, name, noted(name, getattr(ops, name)))
     return seen

@@ -174,7 +174,7 @@ def known_loss(logits: Tensor, labels: Tensor, backend: Backend) -> Tensor:
     )  # fmt: skip
     coefficients = torch.full((2, call.rows), -1 / call.rows, device=logits.device)
     coefficients[1] *= ENTROPY_COEFFICIENT
-    return ops.loss(call, backend, coefficients, True, False)
+    return ops.loss(call, backend, coefficients, True, False)[0]
 
 
 def _trl(case: GpuCase) -> Function:

@@ -36,7 +36,7 @@ def chunk_shape(
     of them have one, `given` is what the caller wants."""
     # Logits, and where factors are narrower their gradient rounded to those; with a softcap that gradient by itself.
     rounded = sum(dtype.itemsize for dtype in factors if dtype != logits)
-    bytes_per_logit = logits.itemsize * (len(factors) + softcaps) + rounded
+    bytes_per_logit = logits.itemsize * max(1, len(factors) + softcaps) + rounded
     size = given or _rows_per_chunk(rows, columns, bytes_per_logit, device)
     size = max(1, min(size, rows))
     return ChunkShape(size, -(-rows // size), size * columns * bytes_per_logit)

@@ -111,9 +111,9 @@ def _taken(where: str, name: str, head: Any) -> Head:
 def _plain(where: str, name: str, module: nn.Module) -> nn.Linear:
     """The module, if hidden @ weightᵀ + bias is all that it does: what else it did would be lost without a word."""
     # What `fully_shard` makes of an nn.Linear is a class of its own that has both as bases.
-    kinds = [kind for kind in type(module).__mro__ if kind is not type(module) or kind is nn.Linear]
-    sharded = any(kind.__name__ == "FSDPModule" for kind in kinds)
-    if type(module) is not nn.Linear and not (sharded and nn.Linear in kinds[:2]):
+    bases = type(module).__bases__
+    sharded = nn.Linear in bases and any(base.__name__ == "FSDPModule" for base in bases)
+    if type(module) is not nn.Linear and not sharded:
         raise TypeError(f"{where}: {name} is {type(module).__name__}; expected torch.nn.Linear itself: {_MEND}")
     hooks = [hooks for hooks in _HOOKS if getattr(module, hooks, None)]
     if (hooks and not sharded) or "forward" in module.__dict__:

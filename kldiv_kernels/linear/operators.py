@@ -30,6 +30,7 @@ _GRADIENTS = ", ".join(["Tensor"] * _SIDES)
 
 def arguments(task: Task) -> tuple[Any, ...]:
     student, reference, call = task.student, task.reference, task.call
+    assert isinstance(student, Side)
     numbers = [student.scale, student.softcap, 1.0, 0.0]
     of_reference: tuple[Tensor | None, ...] = (None, None, None)
     if isinstance(reference, Side):
@@ -84,7 +85,7 @@ def _one_read(*given: Any) -> tuple[Tensor, ...]:
         return get(task.backend).one_read(call, of_rows, student, reference, in_place and student)
 
     values, gradients = run(task, wanted, turn)
-    return values, *_out(gradients, task.student.hidden)
+    return values, *_out(gradients, task.rows_given)
 
 
 def _policy(*given: Any) -> tuple[Tensor, ...]:
@@ -96,7 +97,7 @@ def _policy(*given: Any) -> tuple[Tensor, ...]:
         return *ops.one_read_policy(task.backend).policy(call, *tables, term, kl, bounds, in_place), None
 
     values, gradients = run(task, wanted, turn)
-    return values, *_out(gradients, task.student.hidden)
+    return values, *_out(gradients, task.rows_given)
 
 
 def _topk(*given: Any) -> tuple[Tensor, ...]:
@@ -111,14 +112,14 @@ def _topk(*given: Any) -> tuple[Tensor, ...]:
         return values, dlogits, None
 
     _, gradients = run(task, wanted, turn)
-    return divergences, *_out(gradients, task.student.hidden)
+    return divergences, *_out(gradients, task.rows_given)
 
 
 def _fake_values(given: tuple[Any, ...]) -> Tensor:
     task = _task(given[:_ARGUMENTS])
     rows = value_rows(task.call.stats, task.call.labels_per_row)
     dtype = torch.float64 if task.logits == torch.float64 else torch.float32
-    return task.student.hidden.new_empty((rows, task.count), dtype=dtype)
+    return task.rows_given.new_empty((rows, task.count), dtype=dtype)
 
 
 def _fake_gradients(given: tuple[Any, ...]) -> tuple[Tensor, ...]:

@@ -6,22 +6,21 @@ and H(p) do not change while W and b do not: they are all that forward KL wants 
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from kldiv_kernels import inputs, registry
+from kldiv_kernels import autograd, inputs, registry
 from kldiv_kernels.backends import Call, get
 from kldiv_kernels.choices import Backend
 from kldiv_kernels.inputs import Parameter
-from kldiv_kernels.linear.chunks import chunks, kept_rows, take_logits
+from kldiv_kernels.linear.chunks import Rows
 from kldiv_kernels.linear.gemm import Gemm
 from kldiv_kernels.linear.head import Side
 from kldiv_kernels.linear.source import AnyHead, HiddenStates, hidden_states
-from kldiv_kernels.linear.work import Made, Task
-from kldiv_kernels.losses import gradient_waits, reduced, reduction_checked, token_scale
+from kldiv_kernels.linear.work import Task, run
 
 
 @dataclass(frozen=True)
@@ -83,106 +82,87 @@ def teacher_projection(
         where, nobody, head, reference_hidden, reference_head, reference_logits, rows_per_chunk=rows_per_chunk
     )  # fmt: skip
     _linear_checked(where, source.student)
+    theirs, columns = source.reference, inputs.shared_columns(where, source.logits, source.reference, vocab_size)
+    assert theirs is not None
     call = inputs.prepare(
-        where, source.logits, source.reference, None,
-        stats=[registry.STATISTICS["reference_entropy"]], temperature=1.0, reference_temperature=temperature, alpha=0.5,
-        beta=0.5, mask=mask, ignore_index=-100, vocab_size=vocab_size, exclude=None,
+        where, theirs, None, None, stats=[registry.STATISTICS[name] for name in ("entropy", "logsumexp")],
+        temperature=temperature, reference_temperature=None, alpha=0.5, beta=0.5, mask=mask, ignore_index=-100,
+        vocab_size=columns, exclude=None,
     )  # fmt: skip
     return _projected(source, call, inputs.select(call, backend, where), leading)
 
 
 def _projected(source: HiddenStates, call: Call, backend: str, leading: torch.Size) -> TeacherProjection:
-    task = Task(source.student, source.other, call, backend, torch.float32, source.rows)
-    size, index, columns = task.chunk_rows(), kept_rows(call.mask), call.vocab_size
-    count = task.count if index is None else index.shape[0]
-    student, other = source.student, source.other
-    made = Made(other, task, min(size, count), (False, False, False)) if isinstance(other, Side) else None
+    """Of a call of the teacher's statistics: the gradient of a logsumexp is its softmax over the temperature."""
+    student, teacher, columns = source.student, source.other, call.vocab_size
+    assert teacher is not None
+    task = Task(teacher, None, call, backend, torch.float32, source.rows)
     gemm = Gemm(student.weight.detach()[:columns])
-    float32: dict[str, Any] = {"dtype": torch.float32, "device": student.weight.device}
-    projection = torch.zeros((task.count, student.weight.shape[1]), **float32)
-    offset, entropy = torch.zeros(task.count, **float32), torch.zeros(task.count, **float32)
-    for rows in chunks(count, size, index):
-        if made is not None:
-            logits = made.logits(rows)
+    bias = None if student.bias is None else student.bias.detach()[:columns].to(torch.float32)
+    projection = student.weight.new_zeros((task.count, student.weight.shape[1]), dtype=torch.float32)
+    offset = projection.new_zeros(task.count)
+
+    def turn(of_rows: Call, rows: Rows, in_place: bool) -> tuple[Tensor, None, None]:
+        if isinstance(teacher, Tensor):
+            # A copy, in which the softmax is not rounded.
+            of_rows = replace(of_rows, logits=of_rows.logits[:, :columns].to(torch.float32))
+        if of_rows.token_parameters is None:
+            temperatures = offset.new_full((of_rows.rows,), of_rows.parameters[0])
         else:
-            assert isinstance(other, Tensor)
-            # A copy: it is written over.
-            logits = take_logits(other, rows)[:, :columns].to(torch.float32, copy=True)
-        scale = 1.0 if made is None or made.side.softcap else made.side.scale
-        temperatures = torch.full((task.count,), call.parameters[1], **float32)[rows] / scale
-        if call.token_parameters is not None:
-            temperatures = call.token_parameters[1][rows] / scale
-        parameters = torch.stack([temperatures, *torch.full((3, len(temperatures)), 0.5, **float32)])
-        own = Call(
-            logits, None, None, None, None, parameters.contiguous(), (1.0, 1.0, 0.5, 0.5), ("entropy", "logsumexp"),
-            columns,
-        )  # fmt: skip
-        # The gradient of a logsumexp is its softmax over the temperature.
+            temperatures = of_rows.token_parameters[0]
         wanted = torch.stack([torch.zeros_like(temperatures), temperatures])
-        one, in_place = get(backend), get(backend).refuses_in_place(own, False) is None
-        values, softmax, _ = one.one_read(own, wanted, True, False, in_place)
+        values, softmax, _ = get(backend).one_read(of_rows, wanted, True, False, in_place)
         assert softmax is not None
-        entropy[rows] = values[0]
         projection[rows] = gemm.times_weight_exactly(softmax)
-        if student.bias is not None:
-            offset[rows] = softmax @ student.bias.detach()[:columns].to(torch.float32)
+        if bias is not None:
+            offset[rows] = softmax @ bias
+        return values, None, None
+
+    (entropy, _), _ = run(task, [False] * 6, turn)
     shaped = projection.reshape(*leading, -1), offset.reshape(leading), entropy.reshape(leading)
     return TeacherProjection(*shaped, columns)
 
 
-def divergence_from_projection(
-    where: str,
-    source: HiddenStates,
-    hidden: Tensor,
-    known: TeacherProjection,
-    kind: str,
-    *,
-    weight: Tensor | None,
-    labels: Tensor | None,
-    mask: Tensor | None,
-    normalizer: float | Tensor | None,
-    reduction: Any,
-    temperature: Parameter,
-    reference_temperature: Parameter | None,
-    temperature_squared: bool,
-    ignore_index: int,
-    shift: bool,
-    vocab_size: int | None,
-    exclude: Tensor | None,
-    backend: str,
-    **_: Any,
-) -> Tensor:
-    """`linear_divergence_loss` of a teacher that is known by its projection."""
-    logits, side = source.logits, source.student
-    _checked(where, source, known, kind, logits.shape[:-1], vocab_size)
-    for name, given in (("reference_temperature", reference_temperature), ("exclude", exclude)):
-        if given is not None:
+@dataclass(frozen=True)
+class Projected(HiddenStates):
+    """A `Source` of forward KL: the student's logsumexp is made of logits, the rest is a sum over H."""
+
+    given: Tensor
+    known: TeacherProjection
+
+    def statistics(self, call: Call, backend: str) -> Tensor:
+        return super().statistics(_logsumexp_of(call), backend) + self._rest(call)
+
+    def loss(self, call: Call, backend: str, coefficients: Tensor) -> tuple[Tensor, Tensor]:
+        total, values = super().loss(_logsumexp_of(call), backend, coefficients)
+        rest = self._rest(call)
+        return total + autograd.weighted_sum(coefficients, rest), values + rest.detach()
+
+    def _rest(self, call: Call) -> Tensor:
+        """[1, N]: − ⟨P, h⟩ s/τ − Σ p b s/τ − H(p)."""
+        mean = (self.given.to(torch.float32) * self.known.projection).sum(-1) + self.known.offset
+        temperature = call.parameters[0] if call.token_parameters is None else call.token_parameters[0]
+        rest = -(self.student.scale * mean.reshape(-1) / temperature + self.known.entropy.reshape(-1))
+        return (rest if call.mask is None else torch.where(call.mask, rest, 0.0))[None]
+
+
+def _logsumexp_of(call: Call) -> Call:
+    return replace(call, reference=None, stats=("logsumexp",))
+
+
+def projected(
+    where: str, source: HiddenStates, hidden: Tensor, known: TeacherProjection, kind: str, options: dict[str, Any]
+) -> Projected:
+    """The source for a teacher that is known by its projection; `options` of the loss get its vocabulary."""
+    _checked(where, source, known, kind, source.logits.shape[:-1], options["vocab_size"])
+    for name in ("reference_temperature", "exclude"):
+        if options[name] is not None:
             raise ValueError(
                 f"{where}: {name} is given beside reference_projection, which is made already; leave it out"
             )
-    reduction_checked(where, reduction)
-    labels, mask, weight = inputs.shifted(where, shift, logits, labels, mask, ignore_index, weight=(weight, 0))
-    inputs.label_mask_checked(where, labels, logits)
-    inputs.weight_checked(where, weight, logits)
-    leading = logits.shape[:-1]
-    valid = inputs.valid_tokens(inputs.mask_checked(where, mask, logits, leading), labels, ignore_index)
-    call = inputs.prepare(
-        where, logits, None, None, stats=[registry.STATISTICS["logsumexp"]], temperature=temperature,
-        reference_temperature=None, alpha=0.5, beta=0.5, mask=None if valid is None else valid.reshape(leading),
-        ignore_index=ignore_index, vocab_size=known.vocab_size, exclude=None,
-    )  # fmt: skip
-    chosen = inputs.select(call, backend, where)
-    scale = token_scale(
-        where, logits, weight, call.mask, normalizer, reduction, temperature if temperature_squared else None
-    )  # fmt: skip
-    mean = (hidden.to(torch.float32) * known.projection).sum(-1) + known.offset
-    taken = temperature.to(torch.float32) if isinstance(temperature, Tensor) else temperature
-    rest = -(side.scale * mean / taken + known.entropy).reshape(-1)
-    if call.mask is not None:
-        rest = torch.where(call.mask, rest, 0.0)
-    if source.known_beforehand(where, gradient_waits(reduction, scale), call, chosen):
-        return source.loss(call, chosen, scale[None])[0] + reduced(rest, scale, reduction, leading)
-    return reduced(source.statistics(call, chosen)[0] + rest, scale, reduction, leading)
+    options["vocab_size"] = known.vocab_size
+    # A reference of the same shape: the divergence is of two.
+    return Projected(source.student, None, source.logits, source.logits, source.rows, hidden, known)
 
 
 def _checked(

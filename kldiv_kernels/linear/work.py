@@ -26,12 +26,12 @@ Turn = Callable[[Call, Rows, bool], tuple[Tensor, Tensor | None, Tensor | None]]
 
 @dataclass(frozen=True)
 class Task:
-    """A `Call` whose logits, and perhaps reference, are still to be made. `call` has neither.
+    """A `Call` whose logits and reference are still to be made, or are there, [*, V]. `call` has neither.
 
-    logits: the dtype of the logits; rows: at a time, 0 for a number that fits.
+    logits: the dtype of those that are made; rows: at a time, 0 for a number that fits.
     """
 
-    student: Side
+    student: Side | Tensor
     reference: Side | Tensor | None
     call: Call
     backend: str
@@ -39,21 +39,46 @@ class Task:
     rows: int
 
     @property
+    def rows_given(self) -> Tensor:
+        """The student's, [*, H] or [*, V]."""
+        return self.student.hidden if isinstance(self.student, Side) else self.student
+
+    @property
     def count(self) -> int:
-        return self.student.hidden.shape[0]
+        return self.rows_given.shape[:-1].numel()
 
     def chunk_rows(self) -> int:
         sides = [side for side in (self.student, self.reference) if isinstance(side, Side)]
         softcaps = sum(side.softcap > 0 for side in sides)
-        device = self.student.hidden.device.type
+        device = self.rows_given.device.type
         dtypes = [side.compute for side in sides]
         return chunk_shape(self.count, self.call.vocab_size, dtypes, self.logits, device, self.rows, softcaps).rows
 
 
-class Made:
-    """One side at work: its logits' buffer, and the sums of its gradients."""
+class _Given:
+    """One side whose logits are there, and their gradient."""
 
-    def __init__(self, side: Side, task: Task, rows: int, wanted: tuple[bool, bool, bool]) -> None:
+    def __init__(self, logits: Tensor, task: Task, wanted: bool) -> None:
+        self.given, self.columns = logits.detach(), task.call.vocab_size
+        self.gradient = torch.zeros_like(logits, memory_format=torch.contiguous_format) if wanted else None
+
+    def logits(self, rows: Rows) -> Tensor:
+        return take_logits(self.given, rows)
+
+    def add(self, rows: Rows, logits: Tensor, dlogits: Tensor | None) -> None:
+        if self.gradient is None:
+            return
+        assert dlogits is not None
+        self.gradient.view(-1, self.gradient.shape[-1])[rows, : self.columns] = dlogits[:, : self.columns]
+
+    def gradients(self) -> Gradients:
+        return [self.gradient, None, None]
+
+
+class _Made:
+    """One side whose logits are made: their buffer, and the sums of its gradients."""
+
+    def __init__(self, side: Side, task: Task, rows: int, wanted: list[bool]) -> None:
         columns = task.call.vocab_size
         weight = side.weight.detach()[:columns]
         self.side, self.task = side, task
@@ -67,11 +92,7 @@ class Made:
         self.dhidden = (torch.empty_like if whole else torch.zeros_like)(side.hidden) if hidden else None
         self.dweight = weight.new_empty(side.weight.shape, dtype=self.sums_dtype) if of_weight else None
         self.dbias = weight.new_zeros(side.columns, dtype=self.sums_dtype) if of_bias else None
-        self.first = True
-
-    @property
-    def wanted(self) -> bool:
-        return any(x is not None for x in (self.dhidden, self.dweight, self.dbias))
+        self.first, self.wanted, self.softcap = True, any(wanted), side.softcap
 
     def hidden(self, rows: Rows) -> Tensor:
         return take(self.side.hidden.detach(), rows).to(self.side.compute)
@@ -82,17 +103,17 @@ class Made:
         self.gemm.logits(hidden, out)
         if self.bias is not None:
             out.add_(self.bias)
-        if self.side.softcap:
-            out.mul_(self.side.scale / self.side.softcap).tanh_().mul_(self.side.softcap)
+        if self.softcap:
+            out.mul_(self.side.scale / self.softcap).tanh_().mul_(self.softcap)
         return out
 
-    def add(self, rows: Rows, logits: Tensor | None, dlogits: Tensor | None) -> None:
+    def add(self, rows: Rows, logits: Tensor, dlogits: Tensor | None) -> None:
         """The gradients that these of the logits make. A softcap's slope takes the place of the logits."""
-        assert logits is not None
+        if not self.wanted:
+            return
         assert dlogits is not None
-        softcap = self.side.softcap
-        if softcap:
-            dlogits.mul_(logits.div_(softcap).square_().neg_().add_(1).mul_(self.side.scale))
+        if self.softcap:
+            dlogits.mul_(logits.div_(self.softcap).square_().neg_().add_(1).mul_(self.side.scale))
         hidden = self.hidden(rows)
         if self.dhidden is not None:
             of_rows = self.dhidden[rows] if isinstance(rows, slice) else torch.empty_like(hidden)
@@ -117,9 +138,12 @@ class Made:
 
 
 def run(task: Task, wanted: list[bool], turn: Turn) -> tuple[Tensor, Gradients]:
-    """Values [value rows, N], and the gradients that are wanted of: student's hidden, weight, bias, the reference's."""
+    """Values [value rows, N], and the gradients that are wanted of: student's hidden, weight, bias, the reference's.
+
+    Of logits that are there the first of three stands for them, and they are not written to.
+    """
     # The factors' dtypes are chosen already.
-    with torch.autocast(task.student.hidden.device.type, enabled=False):
+    with torch.autocast(task.rows_given.device.type, enabled=False):
         return _run(task, wanted, turn)
 
 
@@ -127,30 +151,25 @@ def _run(task: Task, wanted: list[bool], turn: Turn) -> tuple[Tensor, Gradients]
     size, call = task.chunk_rows(), task.call
     index = kept_rows(call.mask)
     count = task.count if index is None else index.shape[0]
-    rows = min(size, count)
-    student = Made(task.student, task, rows, (wanted[0], wanted[1], wanted[2]))
-    made, given, dgiven = None, None, None
-    if isinstance(task.reference, Side):
-        made = Made(task.reference, task, rows, (wanted[3], wanted[4], wanted[5]))
-    elif task.reference is not None:
-        given = task.reference.detach()
-        dgiven = torch.zeros_like(given, memory_format=torch.contiguous_format) if wanted[3] else None
+
+    def at_work(side: Side | Tensor, of: list[bool]) -> _Made | _Given:
+        return _Made(side, task, min(size, count), of) if isinstance(side, Side) else _Given(side, task, of[0])
+
+    student = at_work(task.student, wanted[:3])
+    reference = None if task.reference is None else at_work(task.reference, wanted[3:])
     dtype = torch.float64 if task.logits == torch.float64 else torch.float32
-    values = student.buffer.new_zeros((value_rows(call.stats, call.labels_per_row), task.count), dtype=dtype)
+    values = task.rows_given.new_zeros((value_rows(call.stats, call.labels_per_row), task.count), dtype=dtype)
     for part in chunks(count, size, index):
         logits = student.logits(part)
-        reference = made.logits(part) if made is not None else None if given is None else take_logits(given, part)
-        of_part = _call_of(task, logits, reference, part, masked=index is None)
-        in_place = not task.student.softcap and get(task.backend).refuses_in_place(of_part, any(wanted[3:])) is None
-        values[:, part], dlogits, dreference = turn(of_part, part, in_place)
-        if made is not None and made.wanted:
-            made.add(part, reference, dreference)
-        if dgiven is not None:
-            assert dreference is not None
-            dgiven.view(-1, dgiven.shape[-1])[part, : call.vocab_size] = dreference[:, : call.vocab_size]
-        if student.wanted:
-            student.add(part, logits, dlogits)
-    of_reference = [dgiven, None, None] if made is None else made.gradients()
+        theirs = None if reference is None else reference.logits(part)
+        of_part = _call_of(task, logits, theirs, part, masked=index is None)
+        free = isinstance(student, _Made) and not student.softcap
+        in_place = free and get(task.backend).refuses_in_place(of_part, any(wanted[3:])) is None
+        values[:, part], dlogits, dtheirs = turn(of_part, part, in_place)
+        if reference is not None and theirs is not None:
+            reference.add(part, theirs, dtheirs)
+        student.add(part, logits, dlogits)
+    of_reference: Gradients = [None, None, None] if reference is None else reference.gradients()
     return values, [*student.gradients(), *of_reference]
 
 

@@ -170,23 +170,24 @@ def topk_divergence_of(
         )
     theirs = teacher if tail in ("renormalize", "none") else _with_rest(teacher, tail_logprob)
     theirs = theirs.to(scale.dtype)
-    call = inputs.prepare(
-        where, logits, None, ids, stats=[registry.STATISTICS[name] for name in _statistics(tail)],
-        temperature=temperature, reference_temperature=None, alpha=alpha, beta=beta, mask=valid, ignore_index=-1,
-        vocab_size=vocab_size, exclude=None,
-    )  # fmt: skip
-    chosen = inputs.select(call, backend, where)
-    numbers = None if isinstance(alpha, Tensor) or isinstance(beta, Tensor) else (float(alpha), float(beta))
-    waits = gradient_waits(reduction, scale)
-    if waits is None and not (tail == "none" and kind in _LINEAR):
-        waits = _waits(kind, tail, numbers, statistic, chosen)
-    if source.known_beforehand(where, waits, call, chosen):
-        table = theirs.reshape(call.rows, theirs.shape[-1])
-        if tail == "none":
-            return _linear(kind, source, call, chosen, table, scale)
-        assert numbers is not None
-        divergences, attach = source.topk(call, chosen, TopKTeacher(table, scale, kind, *numbers))
-        return attach(reduced(divergences, scale, reduction, leading))
+    if any(source.wanted()):
+        call = inputs.prepare(
+            where, logits, None, ids, stats=[registry.STATISTICS[name] for name in _statistics(tail)],
+            temperature=temperature, reference_temperature=None, alpha=alpha, beta=beta, mask=valid, ignore_index=-1,
+            vocab_size=vocab_size, exclude=None,
+        )  # fmt: skip
+        chosen = inputs.select(call, backend, where)
+        numbers = None if isinstance(alpha, Tensor) or isinstance(beta, Tensor) else (float(alpha), float(beta))
+        waits = gradient_waits(reduction, scale)
+        if waits is None and not (tail == "none" and kind in _LINEAR):
+            waits = _waits(kind, tail, numbers, statistic, chosen)
+        if source.known_beforehand(where, waits, call, chosen):
+            table = theirs.reshape(call.rows, theirs.shape[-1])
+            if tail == "none":
+                return _linear(kind, source, call, chosen, table, scale)
+            assert numbers is not None
+            divergences, attach = source.topk(call, chosen, TopKTeacher(table, scale, kind, *numbers))
+            return attach(reduced(divergences, scale, reduction, leading))
 
     stats = tuple("topk_logprobs" if name == "logprob" else name for name in _statistics(tail))
     student = topk_statistics_of(

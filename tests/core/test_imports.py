@@ -24,7 +24,7 @@ ORDER = (
     (FACE,),
     ("nn", "distillation", "planning", "signatures"),
     ("fixed_options",),
-    ("linear",),
+    ("linear", "kernel_plans"),
     ("policy", "top_k", "weighted"),
     ("losses",),
     ("stats",),
@@ -35,7 +35,7 @@ ORDER = (
     ("registry",),
     ("divergences",),
     ("autograd", "dtensors", "machine"),
-    ("choices", "extras", "tracing", "version"),
+    ("choices", "extras", "keywords", "tracing", "version"),
 )
 LEVEL = {name: level for level, names in enumerate(ORDER) for name in names}
 # Folders that show others nothing but their face, of which these modules are a part.

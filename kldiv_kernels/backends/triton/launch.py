@@ -112,7 +112,7 @@ class Launch:
         }  # fmt: skip
         self.many = call.labels_per_row > 1
         # Whether a kernel of their own writes the gradient's columns of labels.
-        self.apart = self.bound.tail or self.many
+        self.apart = call.reads_labels_again
 
     @property
     def fills_the_device(self) -> bool:
