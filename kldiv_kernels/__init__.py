@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 from kldiv_kernels.version import __version__
 
 if TYPE_CHECKING:
-    from kldiv_kernels import nn
+    from kldiv_kernels import nn, recipes
     from kldiv_kernels.backends import backends
     from kldiv_kernels.kernel_plans import Plan
     from kldiv_kernels.linear import (
@@ -85,6 +85,7 @@ __all__ = [
     "nn",
     "plan",
     "policy_loss",
+    "recipes",
     "register_statistic",
     "renyi",
     "reverse_chi2",
@@ -112,8 +113,8 @@ class _Package(ModuleType):
     def __getattr__(self, name: str) -> Any:
         if name not in __all__:
             raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-        if name == "nn":
-            return import_module(f"{__name__}.nn")
+        if name in ("nn", "recipes"):
+            return import_module(f"{__name__}.{name}")
         for home in _HOMES:
             module = import_module(f"{__name__}.{home}")
             if name in getattr(module, "__all__", vars(module)):

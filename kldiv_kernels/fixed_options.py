@@ -18,8 +18,8 @@ from kldiv_kernels.policy import OPTION_NAMES, PolicyLoss, resolve
 _REFERENCE = ("reference_hidden", "reference_head", "reference_logits")
 PER_CALL = ("weight", "labels", "mask", "normalizer", "exclude", "tail_logprob", *_REFERENCE, "reference_projection")
 POLICY_PER_CALL = (
-    "old_logprobs", "reference_logprobs", *_REFERENCE, "sampling_logprobs", "anchor_logprobs", "token_weights", "mask",
-    "normalizer",
+    "old_logprobs", "reference_logprobs", *_REFERENCE, "sampling_logprobs", "anchor_logprobs", "token_weights",
+    "kl_weights", "mask", "normalizer",
 )  # fmt: skip
 
 

@@ -174,6 +174,7 @@ class _PolicyOptions(TypedDict, total=False):
     count_empty_sequences: bool | None
     per_token_gradient: bool
     temperature: Parameter
+    reference_temperature: Parameter | None
     ignore_index: int
     vocab_size: int | None
     backend: Backend
@@ -191,6 +192,7 @@ class _PolicyTensors(TypedDict, total=False):
     sampling_logprobs: Tensor | None
     anchor_logprobs: Tensor | None
     token_weights: Tensor | None
+    kl_weights: Tensor | None
     mask: Tensor | None
     normalizer: float | Tensor | None
 

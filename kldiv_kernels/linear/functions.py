@@ -208,7 +208,7 @@ def linear_policy_loss(
     given |= {"token_ids": token_ids, "advantages": advantages, "reference_logits": source.reference}
     tensors = Tensors(**{name: given[name] for name in _TENSORS})
     chosen = resolve(where, given["preset"], {name: given[name] for name in OPTION_NAMES})
-    rest = ("per_token_gradient", "temperature", "ignore_index", "vocab_size", "backend")
+    rest = ("per_token_gradient", "temperature", "reference_temperature", "ignore_index", "vocab_size", "backend")
     return policy_loss_of(
         where, source, tensors, chosen, corrects=off_policy_given(given), **{name: given[name] for name in rest}
     )

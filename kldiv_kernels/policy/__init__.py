@@ -23,8 +23,8 @@ from kldiv_kernels.policy.options import (
     resolve,
 )
 from kldiv_kernels.policy.per_token import TokenLosses, token_losses
-from kldiv_kernels.policy.terms import level_log_ratio, ratio_bounds
-from kldiv_kernels.policy.weights import aggregate, highest_entropy
+from kldiv_kernels.policy.terms import PolicyTerm, level_log_ratio, ratio_bounds, surrogate
+from kldiv_kernels.policy.weights import aggregate, highest_entropy, importance, kl_estimate
 
 __all__ = [
     "CHOICES",
@@ -35,16 +35,20 @@ __all__ = [
     "OPTION_NAMES",
     "PolicyLoss",
     "PolicyOptions",
+    "PolicyTerm",
     "Tensors",
     "TokenLosses",
     "advantages",
     "aggregate",
     "highest_entropy",
+    "importance",
+    "kl_estimate",
     "level_log_ratio",
     "off_policy_given",
     "policy_loss",
     "policy_loss_of",
     "ratio_bounds",
     "resolve",
+    "surrogate",
     "token_losses",
 ]

@@ -10,6 +10,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from kldiv_kernels.groups import centre, extreme, numbered, sums, unbiased_variance
+
 
 def group_relative(rewards: Tensor, groups: Tensor, *, scale: bool = True, eps: float = 1e-4) -> Tensor:
     """GRPO: (reward − mean of its group) / (standard deviation of its group + eps).
@@ -26,10 +28,10 @@ def group_relative(rewards: Tensor, groups: Tensor, *, scale: bool = True, eps: 
     tensor([ 0.7100, -0.7100,  0.0000,  0.0000])
     """
     _check("group_relative", rewards, groups)
-    index = _index(groups)
-    centred, count = _centred(rewards, index)
+    index = numbered(groups)
+    centred, count = centre(rewards, index)
     if scale:
-        centred = centred / (_unbiased_variance(centred, count, index).sqrt() + eps)
+        centred = centred / (unbiased_variance(centred, count, index).sqrt() + eps)
     return centred.to(rewards.dtype)
 
 
@@ -43,7 +45,7 @@ def rloo(rewards: Tensor, groups: Tensor) -> Tensor:
     tensor([-1.5000, -3.0000,  4.5000])
     """
     _check("rloo", rewards, groups)
-    centred, count = _centred(rewards, _index(groups))
+    centred, count = centre(rewards, numbered(groups))
     return (centred * count / (count - 1).clamp_min(1)).to(rewards.dtype)
 
 
@@ -58,17 +60,17 @@ def leave_one_out(rewards: Tensor, groups: Tensor, *, eps: float = 1e-6) -> Tens
     tensor([ 0.0000, -2.1200,  2.1200])
     """
     _check("leave_one_out", rewards, groups)
-    index = _index(groups)
-    centred, count = _centred(rewards, index)
+    index = numbered(groups)
+    centred, count = centre(rewards, index)
     others = (count - 1).clamp_min(1)
     # With c the centred rewards, Σ c = 0: the others' mean is −c/(n − 1), their squares sum to Σ c² − c² − c²/(n − 1).
     mean = -centred / others
-    squares = _sum(centred.square(), index)[index] - centred.square() - others * mean.square()
+    squares = sums(centred.square(), index)[index] - centred.square() - others * mean.square()
     variance = squares / (others - 1).clamp_min(1)
     # That is at least a quarter of the largest c², but where the sample with that c² is left out: there it may be
     # rounding, and the others are summed by themselves.
     farthest = _farthest(centred, index)
-    of_rest = _unbiased_variance(*_centred(rewards, index, ~farthest), index)
+    of_rest = unbiased_variance(*centre(rewards, index, ~farthest), index)
     variance = torch.where(farthest, of_rest, variance)
     advantage = centred - mean
     scaled = advantage / (variance.sqrt() + eps)
@@ -93,7 +95,7 @@ def reinforce_plus_plus(
     tensor([ 0.5477, -0.5477,  1.0954, -1.0954])
     """
     _check("reinforce_plus_plus", rewards, groups)
-    returns = rewards.detach().double() if groups is None else _centred(rewards, _index(groups))[0]
+    returns = rewards.detach().double() if groups is None else centre(rewards, numbered(groups))[0]
     kept = torch.ones_like(returns, dtype=torch.bool)
     if mask is not None:
         if mask.dim() != 2 or mask.shape[0] != rewards.shape[0] or mask.is_floating_point():
@@ -104,8 +106,8 @@ def reinforce_plus_plus(
         kept = mask != 0
         returns = returns[:, None].expand(mask.shape)
     all_one = torch.zeros(kept.numel(), dtype=torch.int64, device=kept.device)
-    centred, count = _centred(returns.reshape(-1), all_one, kept.reshape(-1))
-    variance = _unbiased_variance(centred, count, all_one)
+    centred, count = centre(returns.reshape(-1), all_one, kept.reshape(-1))
+    variance = unbiased_variance(centred, count, all_one)
     if groups is not None and mask is None:
         # Their mean is 0 but for rounding.
         centred = returns
@@ -130,38 +132,8 @@ def _check(where: str, rewards: Tensor, groups: Tensor | None) -> None:
         )
 
 
-def _sum(values: Tensor, index: Tensor) -> Tensor:
-    """[groups (at most B)], the sum of each."""
-    return values.new_zeros(max(values.numel(), 1)).index_add_(0, index, values)
-
-
-def _index(groups: Tensor) -> Tensor:
-    """The groups' numbers, from 0."""
-    index: Tensor = torch.unique(groups, return_inverse=True)[1]
-    return index
-
-
-def _extreme(values: Tensor, index: Tensor, which: str) -> Tensor:
-    """[B], the "amin" or "amax" of its group."""
-    return torch.zeros_like(values).scatter_reduce_(0, index, values, which, include_self=False)[index]
-
-
-def _centred(rewards: Tensor, index: Tensor, kept: Tensor | None = None) -> tuple[Tensor, Tensor]:
-    """reward − mean of the group [B], size of the group [B], float64; of the kept alone, and 0 for the others."""
-    rewards = rewards.detach().double()
-    kept = torch.ones_like(rewards, dtype=torch.bool) if kept is None else kept
-    lowest = _extreme(torch.where(kept, rewards, torch.inf), index, "amin")
-    above = torch.where(kept, rewards - lowest, 0.0)
-    count = _sum(kept.double(), index)[index]
-    return torch.where(kept, above - _sum(above, index)[index] / count, 0.0), count
-
-
-def _unbiased_variance(centred: Tensor, count: Tensor, index: Tensor) -> Tensor:
-    return _sum(centred.square(), index)[index] / (count - 1).clamp_min(1)
-
-
 def _farthest(centred: Tensor, index: Tensor) -> Tensor:
     """[B] bool: in each group, the first of those with the largest |centred|."""
     size, place = centred.abs(), torch.arange(centred.numel(), device=centred.device)
-    candidates = size == _extreme(size, index, "amax")
-    return place == _extreme(torch.where(candidates, place, centred.numel()), index, "amin")
+    candidates = size == extreme(size, index, "amax")
+    return place == extreme(torch.where(candidates, place, centred.numel()), index, "amin")

@@ -46,7 +46,9 @@ def assemble(batch: Batch, options: PolicyOptions, shape: torch.Size) -> PolicyL
         kept = highest_entropy(batch.entropy, batch.valid, options.entropy_quantile)
     per_token = torch.where(_selected(batch, kept, options), term, 0.0)
     if kl is not None and options.kl_coef != 0:
-        per_token = per_token + torch.where(batch.valid, options.kl_coef * kl, 0.0)
+        penalty = options.kl_coef * kl
+        penalty = penalty if batch.kl_weights is None else times(penalty, batch.kl_weights)
+        per_token = per_token + torch.where(batch.valid, penalty, 0.0)
 
     count_empty = options.count_empty_sequences
     loss = aggregate(per_token, batch.valid, options.aggregation, batch.normalizer, count_empty)

@@ -11,7 +11,14 @@ from torch import Tensor
 from kldiv_kernels import inputs
 from kldiv_kernels.policy.options import DPPO, EXACT_KL, INF, PolicyOptions
 
-_PER_TOKEN = ("old_logprobs", "reference_logprobs", "sampling_logprobs", "anchor_logprobs", "token_weights")
+_PER_TOKEN = (
+    "old_logprobs",
+    "reference_logprobs",
+    "sampling_logprobs",
+    "anchor_logprobs",
+    "token_weights",
+    "kl_weights",
+)
 
 
 @dataclass(frozen=True)
@@ -27,6 +34,7 @@ class Tensors:
     sampling_logprobs: Tensor | None
     anchor_logprobs: Tensor | None
     token_weights: Tensor | None
+    kl_weights: Tensor | None
     normalizer: float | Tensor | None
 
 
@@ -47,6 +55,7 @@ class Batch:
     reference: Tensor | None
     sampling: Tensor | None
     weights: Tensor | None
+    kl_weights: Tensor | None
     normalizer: float | Tensor | None
 
 
@@ -85,6 +94,7 @@ def prepare(tensors: Tensors, valid: Tensor, values: Mapping[str, Tensor]) -> Ba
         # The engine could not score a token that is NaN: it is taken to be on-policy (TRL).
         sampling=None if sampling is None else torch.where(sampling.isnan(), old, sampling),
         weights=given(tensors.token_weights, zero),
+        kl_weights=given(tensors.kl_weights, zero),
         normalizer=_one(tensors.normalizer),
     )
 
@@ -146,6 +156,8 @@ def _check_presence(
             f"{where}: reference_logprobs is None; kl_coef = {options.kl_coef} needs them, shape {leading}, "
             f"or reference_logits"
         )
+    if tensors.kl_weights is not None and options.kl_coef == 0:
+        raise ValueError(f"{where}: kl_weights is given, but kl_coef is 0; it multiplies the KL, pass a kl_coef")
     if off_policy_given and tensors.sampling_logprobs is None:
         raise ValueError(f"{where}: sampling_logprobs is None; off_policy corrects for them, pass {leading}")
     if options.aggregation == "token-sum" and options.loss_type == "dr_grpo" and tensors.normalizer is None:

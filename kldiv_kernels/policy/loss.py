@@ -46,6 +46,7 @@ def policy_loss(
     sampling_logprobs: Tensor | None = None,
     anchor_logprobs: Tensor | None = None,
     token_weights: Tensor | None = None,
+    kl_weights: Tensor | None = None,
     mask: Tensor | None = None,
     importance_level: ImportanceLevel | None = None,
     clip_low: float | None = None,
@@ -78,6 +79,7 @@ def policy_loss(
     count_empty_sequences: bool | None = None,
     per_token_gradient: bool = False,
     temperature: Parameter = 1.0,
+    reference_temperature: Parameter | None = None,
     ignore_index: int = -100,
     vocab_size: int | None = None,
     in_place: bool = False,
@@ -85,8 +87,8 @@ def policy_loss(
 ) -> PolicyLoss:
     r"""Loss of a policy π = softmax(logits/τ) on sampled tokens, with its KL penalty and entropy bonus.
 
-    loss = aggregate(term·selection·weights + kl_coef·KL) − entropy_coef·aggregate(entropy); `policy/terms.py` has the
-    formula of each term. Log-probabilities are in nats at temperature τ.
+    loss = aggregate(term·selection·token_weights + kl_coef·kl_weights·KL) − entropy_coef·aggregate(entropy);
+    `policy/terms.py` has the formula of each term. Log-probabilities are in nats at temperature τ.
     Values and the gradient of the logits come out of one pass over them where a token's gradient depends on that token
     alone (grpo, bnpo, dr_grpo, dapo, luspo, cispo, sapo, reinforce and dppo without options that look at sequences or
     the batch; bfloat16 and float32 on the `cpu` and `cuda` backends); else they are read again for the gradient.
@@ -104,8 +106,10 @@ def policy_loss(
             what is given beside it counts. Their default loss_type is dapo, the token mean.
         old_logprobs: [B, T], the policy that the advantages belong to. Default: this one, so that the ratio is 1; topr
             and dppo need them.
-        reference_logprobs, reference_logits: [B, T] or [B, T, V] (at the same temperature), for the KL: one of them.
-            With kl_coef 0 the KL is a metric only.
+        reference_logprobs, reference_logits: [B, T] or [B, T, V], for the KL: one of them. With kl_coef 0 the KL is a
+            metric only.
+        kl_weights: [B, T], multiplies the KL of each token, without gradient; the metric is without it.
+        reference_temperature: of reference_logits, a float or [B, T]. Default: temperature.
         sampling_logprobs: [B, T], from the engine that sampled the tokens; a NaN there counts as old_logprobs.
         anchor_logprobs: [B, T], the denominator of the ratio in place of old_logprobs (a mixture with a teacher, say).
         token_weights: [B, T], multiplies the policy term, without gradient.
@@ -190,7 +194,7 @@ def policy_loss(
     )  # fmt: skip
     tensors = policy_inputs.Tensors(
         token_ids, advantages, mask, old_logprobs, reference_logprobs, reference_logits, sampling_logprobs,
-        anchor_logprobs, token_weights, normalizer,
+        anchor_logprobs, token_weights, kl_weights, normalizer,
     )  # fmt: skip
     corrects = any(option is not None for option in (off_policy, off_policy_min, off_policy_max))
     source = Logits(
@@ -198,7 +202,8 @@ def policy_loss(
     )
     return policy_loss_of(
         where, source, tensors, options, corrects=corrects, per_token_gradient=per_token_gradient,
-        temperature=temperature, ignore_index=ignore_index, vocab_size=vocab_size, backend=backend,
+        temperature=temperature, reference_temperature=reference_temperature, ignore_index=ignore_index,
+        vocab_size=vocab_size, backend=backend,
     )  # fmt: skip
 
 
@@ -211,6 +216,7 @@ def policy_loss_of(
     corrects: bool,
     per_token_gradient: bool,
     temperature: Parameter,
+    reference_temperature: Parameter | None,
     ignore_index: int,
     vocab_size: int | None,
     backend: str,
@@ -219,14 +225,16 @@ def policy_loss_of(
     logits, token_ids = source.logits, tensors.token_ids
     policy_inputs.check(where, logits, tensors, options, corrects)
     valid = policy_inputs.valid_tokens(tensors, ignore_index)
+    if reference_temperature is not None and source.reference is None:
+        raise ValueError(f"{where}: reference_temperature is given; it divides reference_logits, which are None")
     stats = ["logprob", "entropy"]
     if source.reference is not None:
         stats.append(options.kl_estimator if options.kl_estimator in EXACT_KL else "reference_logprob")
     try:
         call = inputs.prepare(
             where, logits, source.reference, torch.where(valid, token_ids, 0),
-            stats=inputs.statistics(stats, where), temperature=temperature, reference_temperature=None, alpha=0.5,
-            beta=0.5, mask=valid, ignore_index=_NO_TOKEN, vocab_size=vocab_size, exclude=None,
+            stats=inputs.statistics(stats, where), temperature=temperature, reference_temperature=reference_temperature,
+            alpha=0.5, beta=0.5, mask=valid, ignore_index=_NO_TOKEN, vocab_size=vocab_size, exclude=None,
         )  # fmt: skip
     except IndexError as error:
         # A token outside the vocabulary: it is called a label there, and IndexError is for labels.

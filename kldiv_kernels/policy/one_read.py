@@ -49,19 +49,22 @@ def known(tensors: Tensors, valid: Tensor, options: PolicyOptions, stats: tuple[
         # A NaN that was given is none of those, and is to be seen.
         policy_weight = torch.where(batch.anchor.isnan(), torch.nan, policy_weight)
     exact = options.kl_estimator in EXACT_KL
+    kl_weight = options.kl_coef * scale
+    if batch.kl_weights is not None:
+        kl_weight = times(kl_weight, batch.kl_weights)
     tokens = [
         policy_weight,
         batch.advantages,
         batch.anchor,
         nothing if batch.reference is None else batch.reference,
-        nothing if exact or batch.reference is None else options.kl_coef * scale,
+        nothing if exact or batch.reference is None else kl_weight,
     ]
     coefficients = dict.fromkeys(stats, nothing)
     if options.entropy_coef != 0:
         how = scale if options.entropy_aggregation == "loss" else aggregation_weights(batch.valid, scale.dtype)
         coefficients["entropy"] = -options.entropy_coef * how
     if exact and options.kl_coef != 0:
-        coefficients[options.kl_estimator] = options.kl_coef * scale
+        coefficients[options.kl_estimator] = kl_weight
     low, high = (options.clip_low, options.clip_high) if options.loss_type.startswith("dppo") else ratio_bounds(options)
     return PolicyTokens(
         _rows([coefficients[name] for name in stats]),

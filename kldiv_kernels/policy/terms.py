@@ -90,16 +90,44 @@ def policy_term(tokens: Tokens, options: PolicyOptions, log_weight: Tensor | Non
     }[options.loss_type](tokens, options)  # fmt: skip
 
 
-def clipped_surrogate(tokens: Tokens, options: PolicyOptions) -> PolicyTerm:
-    advantages, ratio = tokens.advantages, exp(tokens.level_log_ratio)
-    low, high = ratio_bounds(options)
-    unclipped = ratio.clamp(max=options.delta) if options.delta < math.inf else ratio
+def surrogate(
+    log_ratio: Tensor,
+    advantages: Tensor,
+    *,
+    clip_low: float = 0.2,
+    clip_high: float = 0.2,
+    dual_clip: float = math.inf,
+    delta: float = math.inf,
+) -> PolicyTerm:
+    """PPO's surrogate −min(min(r, delta)·A, clip(r, 1 − clip_low, 1 + clip_high)·A) per token, r = exp(log_ratio).
+
+    Where A < 0 it is at most −dual_clip·A. log_ratio carries the gradient, the advantages get none; of one shape.
+
+    >>> surrogate(torch.tensor([0.0, 1.0]), torch.tensor([1.0, 1.0])).per_token
+    tensor([-1.0000, -1.2000])
+    """
+    return _surrogate(log_ratio, advantages, (1 - clip_low, 1 + clip_high), dual_clip, delta)
+
+
+def _surrogate(
+    log_ratio: Tensor, advantages: Tensor, bounds: tuple[float, float], dual_clip: float, delta: float
+) -> PolicyTerm:
+    ratio, (low, high) = exp(log_ratio), bounds
+    unclipped = ratio.clamp(max=delta) if delta < math.inf else ratio
     loss = -torch.min(times(unclipped, advantages), times(ratio.clamp(low, high), advantages))
     clipped = {"low": (ratio < low) & (advantages < 0), "high": (ratio > high) & (advantages > 0)}
-    if options.dual_clip < math.inf:
-        most = -options.dual_clip * advantages
+    if dual_clip < math.inf:
+        most = -dual_clip * advantages
         clipped["dual"] = (advantages < 0) & (loss > most)
         loss = torch.where(advantages < 0, torch.min(loss, most), loss)
+    return PolicyTerm(loss, clipped)
+
+
+def clipped_surrogate(tokens: Tokens, options: PolicyOptions) -> PolicyTerm:
+    of_ratio = _surrogate(
+        tokens.level_log_ratio, tokens.advantages, ratio_bounds(options), options.dual_clip, options.delta
+    )
+    loss, clipped = of_ratio.per_token, of_ratio.clipped
     if options.cov_selection == "clip":
         chosen = clip_cov(tokens, options, clipped["low"] | clipped["high"])
         loss = torch.where(chosen, 0.0, loss)

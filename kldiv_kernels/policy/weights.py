@@ -36,7 +36,10 @@ def sampled_kl(tokens: Tokens, reference: Tensor, options: PolicyOptions) -> Ten
     k − k' is −x, whose digits a difference of two products would lose; the first part is 0 where w moves with this
     token's log π alone, and then k' may be infinite.
     """
-    k, slope, rest, shift = _estimate(reference - tokens.logprob.detach(), options)
+    k, slope, rest, shift = _estimate(
+        reference - tokens.logprob.detach(), options.kl_estimator, options.kl_log_ratio_clamp, options.kl_clamp,
+        options.kl_bias_correction,
+    )  # fmt: skip
     if options.kl_estimator == "k3_plus":
         return with_slope(k, tokens.logprob, rest)
     if not options.kl_bias_correction:
@@ -52,29 +55,75 @@ def sampled_kl(tokens: Tokens, reference: Tensor, options: PolicyOptions) -> Ten
     return with_slope(with_slope(value, apart, product(slope, scale)), tokens.level_log_ratio, by_level)
 
 
-def _estimate(apart: Tensor, options: PolicyOptions) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def kl_estimate(
+    logprob: Tensor,
+    reference: Tensor,
+    estimator: str = "k3",
+    *,
+    log_ratio_clamp: float = math.inf,
+    clamp: float = math.inf,
+) -> Tensor:
+    """The estimator of a KL from sampled tokens, by the table above, with its gradient by `logprob`; nats.
+
+    One more: f3, e^x·x − e^x + 1, whose mean over y ~ π is KL(π_ref‖π). Its gradient has that of KL(π_ref‖π) as mean
+    where it is multiplied by the ratio (`importance`).
+
+    Args:
+        logprob, reference: log π and log π_ref of the tokens, of one shape; reference gets no gradient.
+        estimator: k1, k2, k3, abs, k3_plus or f3. log_ratio_clamp, clamp: bounds of |x| and of the estimate; beyond
+            them it has no gradient.
+
+    >>> kl_estimate(torch.tensor([-1.0]), torch.tensor([-2.0]), "k3").item()
+    0.3678794503211975
+    """
+    apart = (reference - logprob).detach()
+    if estimator == "f3":
+        x = apart.clamp(-log_ratio_clamp, log_ratio_clamp)
+        # Near 0 the difference of two small numbers, beyond 1 of none that are infinite; e^x·x is 0 at x = −∞.
+        small = product(x, x.exp()) - torch.expm1(x)
+        value = torch.where(x > 1, product(x - 1, x.exp()) + 1, small)
+        held = (apart.abs() > log_ratio_clamp) | (value.abs() > clamp)
+        return with_slope(value.clamp(max=clamp), logprob, torch.where(held, 0.0, -product(x, x.exp())))
+    k, slope, rest, _ = _estimate(apart, estimator, log_ratio_clamp, clamp, False)
+    return with_slope(k, logprob, rest if estimator == "k3_plus" else -slope)
+
+
+def importance(values: Tensor, logprob: Tensor, old: Tensor) -> Tensor:
+    """e^(log π − log π_old)·values, with the gradients of both factors; `old` gets none. Of one shape.
+
+    >>> importance(torch.tensor([2.0]), torch.tensor([0.0]), torch.tensor([0.0])).item()
+    2.0
+    """
+    ratio = (logprob - old).detach().exp()
+    weighted_values = product(values.detach(), ratio)
+    return with_slope(with_slope(weighted_values, values, ratio), logprob, weighted_values)
+
+
+def _estimate(
+    apart: Tensor, estimator: str, log_ratio_clamp: float, clamp: float, corrected: bool
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """k, k' by x, k − k' and the exponent by whose power k and k' are to be multiplied, of x = `apart` before clamps.
 
     k' is 0 where a clamp holds. The exponent is above 0 where e^x, but not necessarily e^x times the ratio, overflows.
     """
-    x = apart.clamp(-options.kl_log_ratio_clamp, options.kl_log_ratio_clamp)
+    x = apart.clamp(-log_ratio_clamp, log_ratio_clamp)
     shift = torch.zeros_like(x)
-    if options.kl_estimator == "k1":
+    if estimator == "k1":
         k, slope = -x, torch.full_like(x, -1)
-    elif options.kl_estimator == "k2":
+    elif estimator == "k2":
         k, slope = x.square() / 2, x
-    elif options.kl_estimator == "abs":
+    elif estimator == "abs":
         k, slope = x.abs(), x.sign()
     else:
         base = x.clamp(max=_LARGE)
-        if options.kl_bias_correction and options.kl_clamp == math.inf:
+        if corrected and clamp == math.inf:
             slope, shift = torch.expm1(base), x - base
         else:
             slope = torch.expm1(x)
         k = slope - base
-    rest = -x if options.kl_estimator in ("k3", "k3_plus") else k - slope
-    held = (apart.abs() > options.kl_log_ratio_clamp) | (k.abs() > options.kl_clamp)
-    k = k.clamp(-options.kl_clamp, options.kl_clamp)
+    rest = -x if estimator in ("k3", "k3_plus") else k - slope
+    held = (apart.abs() > log_ratio_clamp) | (k.abs() > clamp)
+    k = k.clamp(-clamp, clamp)
     return k, torch.where(held, 0.0, slope), torch.where(held, k, rest), shift
 
 

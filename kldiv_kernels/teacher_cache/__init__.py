@@ -14,6 +14,10 @@ row p of a causal model's logits. A shard holds, one sequence after another:
     topk_logprobs  [rows, K] float32/16      raw, not renormalised over the K; -inf where padded or impossible
     token_offsets, row_offsets  [sequences + 1] int64
 
+    where `CacheInfo.hidden_size` is H, what `kk.teacher_projection` says of the same rows:
+    projection     [rows, H] float32
+    projection_offset, projection_entropy  [rows] float32
+
 and in its header what `cache.json` says, its number, its counts and a CRC-32 of all of that. Shards are plain
 safetensors: random access by memory map, and any language reads them. (Parquet would pack ids smaller but be decoded
 page by page; a loss needs rows as they are.)

@@ -32,6 +32,9 @@ class CacheInfo:
         weights: a checksum of the teacher's weights, or another mark of its version; "" where nobody knows.
         shard_rows: rows of a shard, at least 1; default 65,536, which is 34 MB at K = 64 in float32. A kill loses at
             most what one shard holds.
+        hidden_size: width H of `kk.teacher_projection`'s numbers beside each row, 4·(H + 2) bytes in float32 whatever
+            `dtype` is; 0 (default): none are stored.
+        head: a checksum, or another mark, of the student's frozen head that they were made with.
 
     Raises ValueError naming the field.
 
@@ -46,18 +49,27 @@ class CacheInfo:
     dtype: str = "float32"
     weights: str = ""
     shard_rows: int = 65_536
+    hidden_size: int = 0
+    head: str = ""
 
     def __post_init__(self) -> None:
         # Of one type each: the JSON of equal descriptions, which checksums cover, is then equal too.
-        for name, kind in (("teacher", str), ("temperature", float), ("weights", str)):
+        for name, kind in (("teacher", str), ("temperature", float), ("weights", str), ("head", str)):
             object.__setattr__(self, name, kind(getattr(self, name)))
-        for name in ("vocab_size", "k", "shard_rows"):
+        for name in ("vocab_size", "k", "shard_rows", "hidden_size"):
             object.__setattr__(self, name, index(getattr(self, name)))
         _require(1 <= self.vocab_size <= _MOST_COLUMNS, "vocab_size", self.vocab_size, f"1 to {_MOST_COLUMNS}")
         _require(1 <= self.k <= self.vocab_size, "k", self.k, f"1 to vocab_size = {self.vocab_size}")
         _require(0 < self.temperature < math.inf, "temperature", self.temperature, "above 0 and finite")
         _require(self.dtype in DTYPES, "dtype", repr(self.dtype), " or ".join(DTYPES))
         _require(self.shard_rows >= 1, "shard_rows", self.shard_rows, "at least 1")
+        _require(self.hidden_size >= 0, "hidden_size", self.hidden_size, "at least 0")
+        _require(not self.head or self.hidden_size > 0, "head", repr(self.head), "'' where hidden_size is 0")
+
+    def described(self) -> dict[str, Any]:
+        """As it stands in JSON. Without a projection there is no word of one: checksums of such shards cover this."""
+        fields = dataclasses.asdict(self)
+        return fields if self.hidden_size else {k: v for k, v in fields.items() if k not in ("hidden_size", "head")}
 
 
 @dataclass(frozen=True)
@@ -93,7 +105,7 @@ def info_from(value: Any, where: str) -> CacheInfo:
 def write_record(folder: Path, info: CacheInfo, totals: Totals | None) -> None:
     record = {
         "format": FORMAT,
-        "info": dataclasses.asdict(info),
+        "info": info.described(),
         "finished": None if totals is None else dataclasses.asdict(totals),
     }
     content = (json.dumps(record, indent=2, ensure_ascii=False) + "\n").encode()

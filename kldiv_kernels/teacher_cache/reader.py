@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 
 from torch import Tensor
 
+from kldiv_kernels.linear import TeacherProjection
 from kldiv_kernels.teacher_cache import shard
 from kldiv_kernels.teacher_cache.info import Totals, read_record
 
@@ -25,12 +26,14 @@ class CachedSequence:
     positions: [rows] int32, increasing; row r is the distribution of token positions[r] + 1.
     topk_ids: [rows, K] int32, -1 pads.
     topk_logprobs: [rows, K] float32 or float16, raw (not renormalised over the K), -inf at pads.
+    projection: of the same rows, for `linear_divergence_loss(reference_projection=)`; None where none is stored.
     """
 
     token_ids: Tensor
     positions: Tensor
     topk_ids: Tensor
     topk_logprobs: Tensor
+    projection: TeacherProjection | None = None
 
 
 class CapturedMass(NamedTuple):
@@ -48,7 +51,7 @@ class TeacherCache:
 
     Args:
         folder: of the cache.
-        teacher, vocab_size, k, temperature: what the caller needs the cache to have; None (default) takes any.
+        teacher, vocab_size, k, temperature, head: what the caller needs the cache to have; None (default) takes any.
         partial: accept a cache whose writer has not finished, and read the shards that are there.
         check: compare each shard's checksum when it is first read, which reads all of it (1.4 GB/s here). False
             leaves that to `verify`.
@@ -79,12 +82,13 @@ class TeacherCache:
         vocab_size: int | None = None,
         k: int | None = None,
         temperature: float | None = None,
+        head: str | None = None,
         partial: bool = False,
         check: bool = True,
     ) -> None:
         self.folder, self._check = Path(folder), check
         self.info, finished = read_record(self.folder)
-        wanted = {"teacher": teacher, "vocab_size": vocab_size, "k": k, "temperature": temperature}
+        wanted = {"teacher": teacher, "vocab_size": vocab_size, "k": k, "temperature": temperature, "head": head}
         for name, value in wanted.items():
             found = getattr(self.info, name)
             if value is not None and found != value:
@@ -120,9 +124,13 @@ class TeacherCache:
         where = bisect_right(self._starts, sequence) - 1
         tensors, local = self._shard(where), sequence - self._starts[where]
         tokens, rows = (slice(*tensors[name][local : local + 2].tolist()) for name in ("token_offsets", "row_offsets"))
+        projection = None
+        if self.info.hidden_size:
+            parts = [tensors[name][rows] for name in ("projection", "projection_offset", "projection_entropy")]
+            projection = TeacherProjection(parts[0], parts[1], parts[2], self.info.vocab_size)
         return CachedSequence(
             tensors["token_ids"][tokens], tensors["positions"][rows],
-            tensors["topk_ids"][rows], tensors["topk_logprobs"][rows],
+            tensors["topk_ids"][rows], tensors["topk_logprobs"][rows], projection,
         )  # fmt: skip
 
     def __iter__(self) -> Iterator[CachedSequence]:

@@ -11,6 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from kldiv_kernels.linear import TeacherProjection
 from kldiv_kernels.teacher_cache.info import CacheInfo
 
 Array = np.ndarray[Any, Any]
@@ -27,11 +28,13 @@ class SequenceRows(NamedTuple):
     topk_ids: Array
     topk_logprobs: Array
     mass: Array
+    projected: dict[str, Array]
 
 
 def checked(
-    info: CacheInfo, sequence: int, token_ids: Tensor, positions: Tensor | None, ids: Tensor, logprobs: Tensor
-) -> SequenceRows:
+    info: CacheInfo, sequence: int, token_ids: Tensor, positions: Tensor | None, ids: Tensor, logprobs: Tensor,
+    projection: TeacherProjection | None,
+) -> SequenceRows:  # fmt: skip
     """Raises TypeError or ValueError naming the argument, the place in it and, by number, the sequence."""
     tokens = _integers("token_ids", token_ids, sequence)
     rows = _integers("topk_ids", ids, sequence)
@@ -55,7 +58,8 @@ def checked(
     mass = _mass(values, _unit(logprobs.dtype), sequence)
     np.minimum(values, 0.0, out=values)
     stored: Array = torch.from_numpy(values).to(_STORED[info.dtype]).numpy()
-    return SequenceRows(tokens.astype(np.int32), where, rows.astype(np.int32, copy=False), stored, mass)
+    projected = {} if projection is None else _projected(projection, rows.shape[0], info, sequence)
+    return SequenceRows(tokens.astype(np.int32), where, rows.astype(np.int32, copy=False), stored, mass, projected)
 
 
 def _positions(positions: Tensor | None, tokens: int, rows: int, sequence: int) -> Array:
@@ -98,6 +102,26 @@ def _mass(values: Array, unit: float, sequence: int) -> Array:
             _wrong(f"topk_logprobs{at} sums to a probability of {mass[tuple(at)]:.7g}", sequence,
                    "at most 1 (log-probs of one softmax over the vocabulary, not logits)")  # fmt: skip
     return mass
+
+
+def _projected(projection: TeacherProjection, rows: int, info: CacheInfo, sequence: int) -> dict[str, Array]:
+    if projection.vocab_size != info.vocab_size:
+        _wrong(f"projection is over {projection.vocab_size} columns", sequence, f"vocab_size = {info.vocab_size}")
+    shapes = {
+        "projection": (projection.projection, [rows, info.hidden_size]),
+        "projection_offset": (projection.offset, [rows]),
+        "projection_entropy": (projection.entropy, [rows]),
+    }
+    arrays = {}
+    for name, (value, shape) in shapes.items():
+        if list(value.shape) != shape:
+            _wrong(f"{name} has shape {list(value.shape)}", sequence, f"{shape}: [rows, hidden_size]" if len(shape) > 1
+                   else f"{shape}, one a row")  # fmt: skip
+        arrays[name] = value.detach().to(dtype=torch.float32, device="cpu").contiguous().numpy()
+        if not np.isfinite(arrays[name]).all():
+            at = _first(~np.isfinite(arrays[name]))
+            _wrong(f"{name}{at} is {arrays[name][tuple(at)]}", sequence, "finite numbers")
+    return arrays
 
 
 def _unit(dtype: torch.dtype) -> float:

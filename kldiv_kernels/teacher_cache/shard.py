@@ -146,7 +146,7 @@ def _opened(path: Path) -> Iterator[Any]:
 
 
 def _description(info: CacheInfo, header: Header) -> str:
-    parts = {"format": FORMAT, "info": dataclasses.asdict(info), "shard": dataclasses.asdict(header)}
+    parts = {"format": FORMAT, "info": info.described(), "shard": dataclasses.asdict(header)}
     return json.dumps(parts, sort_keys=True)
 
 
@@ -162,7 +162,7 @@ def _form(tensor: Any) -> tuple[str, list[int]]:
 
 
 def _forms(info: CacheInfo, header: Header) -> dict[str, tuple[str, list[int]]]:
-    return {
+    forms = {
         "token_ids": ("I32", [header.tokens]),
         "positions": ("I32", [header.rows]),
         "topk_ids": ("I32", [header.rows, info.k]),
@@ -170,3 +170,10 @@ def _forms(info: CacheInfo, header: Header) -> dict[str, tuple[str, list[int]]]:
         "token_offsets": ("I64", [header.sequences + 1]),
         "row_offsets": ("I64", [header.sequences + 1]),
     }
+    if info.hidden_size:
+        forms |= {
+            "projection": ("F32", [header.rows, info.hidden_size]),
+            "projection_offset": ("F32", [header.rows]),
+            "projection_entropy": ("F32", [header.rows]),
+        }
+    return forms

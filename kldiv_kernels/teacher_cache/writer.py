@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from kldiv_kernels.linear import TeacherProjection
 from kldiv_kernels.teacher_cache import shard
 from kldiv_kernels.teacher_cache.info import (
     RECORD,
@@ -76,7 +77,10 @@ class TeacherCacheWriter:
         """Sequences safely on disk: a reopened writer wants the ones after these."""
         return self._on_disk.sequences
 
-    def append(self, token_ids: Any, topk_ids: Any, topk_logprobs: Any, *, positions: Any = None) -> None:
+    def append(
+        self, token_ids: Any, topk_ids: Any, topk_logprobs: Any, *, positions: Any = None,
+        projection: TeacherProjection | None = None,
+    ) -> None:  # fmt: skip
         """One sequence, or a batch of sequences of one length. They are on disk once their shard is full.
 
         Args:
@@ -87,6 +91,8 @@ class TeacherCacheWriter:
                 may then sum to as much above 1 as it rounds.
             positions: [rows] integers, increasing: row r is the distribution of token positions[r] + 1. Default:
                 0, 1, …, where there are as many rows as tokens, or one fewer.
+            projection: of the same rows, [rows] or [batch, rows], where `info.hidden_size` is not 0: the teacher as
+                forward KL sees it through a frozen head (`kk.teacher_projection`).
 
         Raises:
             TypeError, ValueError: naming the argument, the place and the sequence; nothing of the call is then kept.
@@ -96,15 +102,23 @@ class TeacherCacheWriter:
         ids, rows, logprobs = (torch.as_tensor(value) for value in (token_ids, topk_ids, topk_logprobs))
         where = None if positions is None else torch.as_tensor(positions)
         first = self._on_disk.sequences + len(self._pending)
+        if (projection is None) != (self.info.hidden_size == 0):
+            raise ValueError(
+                f"append: projection is {'None' if projection is None else 'given'}, with hidden_size = "
+                f"{self.info.hidden_size} in info; expected {'one' if projection is None else 'none'}"
+            )
         if ids.dim() == 2:
             if rows.shape[:1] != ids.shape[:1] or logprobs.shape[:1] != ids.shape[:1]:
                 raise ValueError(
                     f"append: token_ids, topk_ids and topk_logprobs have shapes {list(ids.shape)}, {list(rows.shape)} "
                     f"and {list(logprobs.shape)}; expected the same number of sequences in each"
                 )
-            batch = [checked(self.info, first + i, ids[i], where, rows[i], logprobs[i]) for i in range(ids.shape[0])]
+            batch = [
+                checked(self.info, first + i, ids[i], where, rows[i], logprobs[i], _of_sequence(projection, i))
+                for i in range(ids.shape[0])
+            ]
         else:
-            batch = [checked(self.info, first, ids, where, rows, logprobs)]
+            batch = [checked(self.info, first, ids, where, rows, logprobs, projection)]
         try:
             for sequence in batch:
                 self._add(sequence)
@@ -185,6 +199,8 @@ class TeacherCacheWriter:
             name: np.concatenate([getattr(sequence, name) for sequence in self._pending])
             for name in ("token_ids", "positions", "topk_ids", "topk_logprobs")
         }
+        for name in self._pending[0].projected:
+            arrays[name] = np.concatenate([sequence.projected[name] for sequence in self._pending])
         arrays["token_offsets"] = _offsets([len(sequence.token_ids) for sequence in self._pending])
         arrays["row_offsets"] = _offsets([len(sequence.positions) for sequence in self._pending])
         header = Header(
@@ -203,6 +219,13 @@ class TeacherCacheWriter:
             tokens=before.tokens + header.tokens,
             rows=before.rows + header.rows,
         )
+
+
+def _of_sequence(batch: TeacherProjection | None, number: int) -> TeacherProjection | None:
+    if batch is None:
+        return None
+    projection, offset, entropy = batch.projection[number], batch.offset[number], batch.entropy[number]
+    return TeacherProjection(projection, offset, entropy, batch.vocab_size)
 
 
 def _locked(folder: Path) -> int:

@@ -67,6 +67,12 @@ POLICY: dict[str, tuple[Callable[[], object], type[Exception], str]] = {
     "token_weights": (
         _policy(token_weights=torch.zeros(2, 1)), ValueError, "token_weights has shape [2, 1]; expected [2, 3]",
     ),
+    "kl_weights": (
+        _policy(kl_weights=torch.zeros(2), kl_coef=0.1), ValueError, "kl_weights has shape [2]; expected [2, 3]",
+    ),
+    "kl_weights alone": (
+        _policy(kl_weights=torch.ones(2, 3)), ValueError, "kl_weights is given, but kl_coef is 0; it multiplies the KL",
+    ),
     "reference_logits": (
         _policy(reference_logits=ROWS[:, :2]), ValueError, "reference_logits has shape [2, 2, 8]; expected [2, 3, 8]",
     ),

@@ -22,6 +22,7 @@ ORDER = (
     ("benchmarking",),
     ("adapters", "teacher_cache"),
     (FACE,),
+    ("recipes",),
     ("nn", "distillation", "planning", "signatures"),
     ("fixed_options",),
     ("linear", "kernel_plans"),
@@ -34,12 +35,12 @@ ORDER = (
     ("backends",),
     ("registry",),
     ("divergences",),
-    ("autograd", "dtensors", "machine"),
+    ("autograd", "dtensors", "groups", "machine"),
     ("choices", "extras", "keywords", "tracing", "version"),
 )
 LEVEL = {name: level for level, names in enumerate(ORDER) for name in names}
 # Folders that show others nothing but their face, of which these modules are a part.
-FAMILIES = ("inputs", "policy", "top_k", "linear")
+FAMILIES = ("inputs", "policy", "top_k", "linear", "recipes")
 SHOWN = {"kldiv_kernels.policy.advantages"}
 
 

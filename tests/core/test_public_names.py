@@ -43,7 +43,7 @@ def test_dir_is_the_public_names() -> None:
 
 def test_no_public_name_is_a_module_by_accident() -> None:
     """`kldiv_kernels.backends` is a folder, and `kk.backends` a function, whichever was imported first."""
-    assert [name for name in kk.__all__ if isinstance(getattr(kk, name), ModuleType)] == ["advantages", "nn"]
+    assert [name for name in kk.__all__ if isinstance(getattr(kk, name), ModuleType)] == ["advantages", "nn", "recipes"]
     program = "import kldiv_kernels.backends.native, kldiv_kernels.top_k, kldiv_kernels as kk\n"
     program += "print(kk.backends()['reference'], kk.topk.__name__)"
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)

@@ -36,7 +36,7 @@ def forge(path: Path, tensors: dict[str, Tensor] | None = None, **header: Any) -
     old = shard.read_header(path, info)
     held = {name: x.numpy() for name, x in {**load_file(path), **(tensors or {})}.items()}
     parts = {
-        "format": 1, "info": dataclasses.asdict(info), "shard": {**dataclasses.asdict(old), **header, "checksum": ""}
+        "format": 1, "info": info.described(), "shard": {**dataclasses.asdict(old), **header, "checksum": ""}
     }  # fmt: skip
     crc = zlib.crc32(json.dumps(parts, sort_keys=True).encode())
     for name in sorted(held):

@@ -1,0 +1,58 @@
+"""Losses of ordered lists and of pairs."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import torch
+from torch import Tensor
+from torch.nn.functional import logsigmoid
+
+Link = Literal["logistic", "ipo", "hinge"]
+
+
+def plackett_luce(logprobs: Tensor, weights: Tensor | None = None, *, tail_logprob: Tensor | None = None) -> Tensor:
+    r"""−Σ_k w_k [s_k − log(e^{s_k} + … + e^{s_K} + e^{tail})]: the negative log-likelihood of an order, in nats.
+
+    Plackett–Luce (1975): first, second, … of a list drawn one after the other, each in proportion to e^s.
+
+    Args:
+        logprobs: [*, K], the best first; logits do as well, a number added to all of a row changes nothing.
+        weights: [*, K], of the places, without gradient; default 1.
+        tail_logprob: [*], log Σ e^s of what stands behind the list. With K log-probabilities of a row and this, from
+            `kk.topk_token_stats`, the first K terms are exact over any vocabulary.
+
+    Returns [*].
+
+    >>> plackett_luce(torch.zeros(3)).exp().round()
+    tensor(6.)
+    """
+    behind = logprobs if tail_logprob is None else torch.cat([logprobs, tail_logprob[..., None]], dim=-1)
+    suffix = behind.flip(-1).logcumsumexp(-1).flip(-1)[..., : logprobs.shape[-1]]
+    terms = suffix - logprobs
+    return (terms if weights is None else weights.detach() * terms).sum(-1)
+
+
+def preference_loss(
+    margin: Tensor, *, link: Link = "logistic", beta: float = 0.1, label_smoothing: float = 0.0
+) -> Tensor:
+    """The loss of a pair from the margin of the chosen over the rejected one, element by element.
+
+    logistic: −(1 − ε) log σ(βm) − ε log σ(−βm) (DPO, arXiv 2305.18290, with ε its label smoothing); ipo: (m − 1/(2β))²
+    (arXiv 2310.12036); hinge: max(0, 1 − βm) (SLiC).
+
+    Raises ValueError for another link, and for a label smoothing with one that has none.
+
+    >>> round(preference_loss(torch.tensor(0.0)).item(), 4)
+    0.6931
+    """
+    if link == "logistic":
+        scaled = beta * margin
+        return -(1 - label_smoothing) * logsigmoid(scaled) - label_smoothing * logsigmoid(-scaled)
+    if label_smoothing:
+        raise ValueError(f"preference_loss: label_smoothing is {label_smoothing}; link {link!r} has none, expected 0")
+    if link == "ipo":
+        return (margin - 1 / (2 * beta)).square()
+    if link == "hinge":
+        return (1 - beta * margin).clamp_min(0)
+    raise ValueError(f"preference_loss: link is {link!r}; expected logistic, ipo or hinge")

@@ -1,0 +1,382 @@
+"""The student samples, the teacher scores: log-ratios of the sampled tokens as advantages.
+
+A weight without gradient is an advantage: −sg[w]·log q is `policy_loss(loss_type="reinforce", advantages=w)`, and
+−ρ·sg[w] with the ratio ρ its `loss_type="grpo", clip_low=1, clip_high=inf`. Value and gradient then come out of one
+read of the logits. ℓ, ℓ_old, ℓ_T, ℓ_b: log-probabilities of the sampled token under the student, the policy that
+sampled, the teacher and a base model; q and p the student's and the teacher's softmax.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from kldiv_kernels.choices import Backend
+from kldiv_kernels.groups import numbered
+from kldiv_kernels.losses import reverse_kl
+from kldiv_kernels.policy import PolicyLoss, policy_loss
+from kldiv_kernels.recipes.lists import plackett_luce
+from kldiv_kernels.recipes.recipe import Recipe
+from kldiv_kernels.recipes.reductions import (
+    batch_mean,
+    defaults,
+    group_softmax,
+    group_sum,
+    masked,
+    sequence_mean,
+    valid_tokens,
+)
+from kldiv_kernels.recipes.selection import highest, prefix_share, turn_window
+from kldiv_kernels.stats import token_stats
+from kldiv_kernels.top_k import topk, topk_divergence_from_logits
+
+PAPERS = (
+    Recipe(
+        3, "vOPD", "KL for a KL: On-Policy Distillation with Control Variate Baseline", 2024,
+        ("vopd_advantages", "vopd_loss"), "R0+f", "code", link="github.com/holi-lab/vOPD",
+        differs="Rewards are clipped only without a baseline. The temperature of the advantage is one of its own "
+        "(kd_temperature); the loss has its own, as in the code. The code's gkd_rkl is kk.reverse_kl, its opd_top_k is "
+        "kk.topk_divergence_from_logits(…, 'reverse_kl', k=…, support='student', tail='renormalize').",
+    ),
+    Recipe(
+        14, "TCOD", "TCOD: Exploring Temporal Curriculum in On-Policy Distillation for Multi-turn Autonomous Agents",
+        2026, ("tcod_loss",), "R0", "code", link="github.com/kokolerk/TCOD",
+        differs="The text writes KL(teacher‖student); the code, and this function, pull with the gradient of "
+        "KL(student‖teacher) on the student's samples. For the text's direction use kk.forward_kl with the window as "
+        "its mask.",
+    ),
+    Recipe(
+        34, "SCOPE", "SCOPE: Signal-Calibrated On-Policy Distillation Enhancement with Dual-Path Adaptive Weighting",
+        2026, ("scope_advantages", "scope_loss"), "R0", "code", link="arXiv 2604.10688",
+        differs="The code turns the sign of the student's perplexity (sign=1), multiplies the weights by the number of "
+        "answers (scale_by_count=True), and has no ratio on correct answers. The log-ratio of wrong answers is to "
+        "ℓ_old, where the paper writes ℓ.",
+    ),
+    Recipe(
+        46, "G-OPD / ExOPD", "Learning beyond Teacher: Generalized On-Policy Distillation with Reward Extrapolation",
+        2025, ("gopd_advantages", "gopd_loss"), "R0", "code", link="arXiv 2602.12125",
+        differs="Equation 14 prints the advantage as a cost, without its minus.",
+    ),
+    Recipe(
+        49, "TSD-KD", "Explain in Your Own Words: Improving Reasoning via Token-Selective Dual Knowledge Distillation",
+        2026, ("tsd_kd_loss",), "R1", "code", link="github.com/kmswin1/TSD-KD",
+        differs="The code ranks with the logsumexp of a prefix, which is the likelihood of the reversed order "
+        "(prefix=True), and its 'top 10 %' of uncertain tokens are 90 % (entropy_fraction=0.9).",
+    ),
+)  # fmt: skip
+
+
+@torch.no_grad()
+def vopd_advantages(
+    logits: Tensor,
+    teacher_logits: Tensor,
+    token_ids: Tensor,
+    *,
+    baseline: Literal["full", "top_k", "none"] = "full",
+    k: int = 100,
+    reward_clip: float | None = None,
+    temperature: float = 1.0,
+    mask: Tensor | None = None,
+    ignore_index: int = -100,
+    vocab_size: int | None = None,
+    backend: Backend = "auto",
+) -> Tensor:
+    r"""A = ℓ_T − ℓ + b, the advantage of on-policy distillation with a control variate; [B, T], without gradient.
+
+    With the baseline "full", b = KL(q‖p), whose mean over the student's samples makes A's mean 0; "top_k": KL(q‖p) on
+    the student's k likeliest tokens, both renormalised on them; "none": b = 0, plain on-policy distillation. Every
+    baseline leaves the gradient's mean as it is, that of KL(q‖p). Source: paper 3 (vOPD) and its code.
+
+    Args:
+        logits, teacher_logits: [B, T, V]. token_ids: [B, T], sampled from the student; one equal to `ignore_index` is
+            masked, and its advantage 0.
+        baseline, k: see above. reward_clip: λ between 0 and 1 raises ℓ_T − ℓ to at least log(λ)/(1 − λ); only without a
+            baseline. Default off.
+        temperature: of both softmaxes. mask, vocab_size, backend: see `kk.token_stats`.
+
+    >>> import torch, kldiv_kernels as kk
+    >>> s, t = torch.tensor([[[2.0, 0.5, -1.0, 0.0]]]), torch.tensor([[[1.0, 1.5, -0.5, 0.0]]])
+    >>> round(kk.recipes.vopd_advantages(s, t, torch.tensor([[1]])).item(), 4)
+    1.534
+    """
+    if baseline not in ("full", "top_k", "none"):
+        raise ValueError(f"vopd_advantages: baseline is {baseline!r}; expected full, top_k or none")
+    if reward_clip is not None and (baseline != "none" or not 0 < reward_clip < 1):
+        raise ValueError(
+            f"vopd_advantages: reward_clip is {reward_clip} with baseline {baseline!r}; expected a number between 0 "
+            "and 1, with baseline 'none'"
+        )
+    valid = valid_tokens(token_ids, mask, ignore_index)
+    shared: dict[str, Any] = {"temperature": temperature, "mask": valid, "vocab_size": vocab_size, "backend": backend}
+    names = ("logprob", "reference_logprob") + (("reverse_kl",) if baseline == "full" else ())
+    stats = token_stats(logits, teacher_logits, torch.where(valid, token_ids, 0), stats=names, **shared)
+    advantages = stats.reference_logprob - stats.logprob
+    if reward_clip is not None:
+        advantages = advantages.clamp_min(math.log(reward_clip) / (1 - reward_clip))
+    if baseline == "full":
+        advantages = advantages + stats.reverse_kl
+    if baseline == "top_k":
+        advantages = advantages + topk_divergence_from_logits(
+            logits, teacher_logits, "reverse_kl", k=k, support="student", tail="renormalize", reduction="none", **shared
+        )
+    return masked(advantages, valid)
+
+
+def vopd_loss(
+    logits: Tensor,
+    teacher_logits: Tensor,
+    token_ids: Tensor,
+    *,
+    baseline: Literal["full", "top_k", "none"] = "full",
+    k: int = 100,
+    reward_clip: float | None = None,
+    kd_temperature: float = 1.0,
+    mask: Tensor | None = None,
+    ignore_index: int = -100,
+    vocab_size: int | None = None,
+    backend: Backend = "auto",
+    **options: Any,
+) -> PolicyLoss:
+    r"""−mean A·ℓ over the tokens, A from `vopd_advantages` at `kd_temperature`.
+
+    A read without gradient for the advantages, then value and gradient in one. Source: paper 3 (vOPD) and its code.
+
+    Args:
+        logits, …, reward_clip, mask: see `vopd_advantages`. kd_temperature: of the advantage's softmaxes. options: of
+            `kk.policy_loss`; `loss_type="grpo"` with old_logprobs clips the ratio, as the code does.
+
+    Returns: `kk.PolicyLoss`, in nats.
+
+    >>> import torch, kldiv_kernels as kk
+    >>> s, t = torch.tensor([[[2.0, 0.5, -1.0, 0.0]]]), torch.tensor([[[1.0, 1.5, -0.5, 0.0]]])
+    >>> round(kk.recipes.vopd_loss(s, t, torch.tensor([[1]])).loss.item(), 4)
+    2.8261
+    """
+    shared: dict[str, Any] = {
+        "mask": mask, "ignore_index": ignore_index, "vocab_size": vocab_size, "backend": backend
+    }  # fmt: skip
+    advantages = vopd_advantages(
+        logits, teacher_logits, token_ids, baseline=baseline, k=k, reward_clip=reward_clip, temperature=kd_temperature,
+        **shared,
+    )  # fmt: skip
+    return policy_loss(logits, token_ids, advantages, **shared, **defaults(options, loss_type="reinforce"))
+
+
+def tcod_loss(
+    logits: Tensor,
+    token_ids: Tensor,
+    *,
+    old_logprobs: Tensor,
+    teacher_logprobs: Tensor,
+    turns: Tensor,
+    window: int,
+    dual_clip: float = 3.0,
+    mask: Tensor | None = None,
+    **options: Any,
+) -> PolicyLoss:
+    r"""On-policy distillation on the first `window` turns: dual-clip PPO with A = (ℓ_T − ℓ_old)·1[turn < window].
+
+    Source: paper 14 (TCOD) and its code. `schedules.growing_window` gives the window of a step.
+
+    Args:
+        logits: [B, T, V]. token_ids, old_logprobs, teacher_logprobs: [B, T]. turns: [B, T] integers, the turn of each
+            token from 0; −1 where the student did not write it, which masks it. window: the number of turns that count;
+            the other turns' tokens stay in the denominator.
+        dual_clip: 3. mask, options: see `kk.policy_loss`.
+
+    Returns: `kk.PolicyLoss`, the mean over tokens; 0 for an empty window.
+
+    >>> import torch, kldiv_kernels as kk
+    >>> out = kk.recipes.tcod_loss(
+    ...     torch.zeros(1, 2, 4), torch.tensor([[0, 1]]), old_logprobs=torch.full((1, 2), -1.5),
+    ...     teacher_logprobs=torch.full((1, 2), -1.0), turns=torch.tensor([[0, 1]]), window=1)
+    >>> round(out.loss.item(), 4)
+    -0.2801
+    """
+    written = turns >= 0
+    inside = turn_window(turns, window)
+    advantages = masked(teacher_logprobs - old_logprobs, inside)
+    chosen = defaults(options, loss_type="grpo", aggregation="token-mean", dual_clip=dual_clip)
+    valid = written if mask is None else written & (mask != 0)
+    return policy_loss(logits, token_ids, advantages, old_logprobs=old_logprobs, mask=valid, **chosen)
+
+
+@torch.no_grad()
+def scope_advantages(
+    old_logprobs: Tensor,
+    teacher_logprobs: Tensor,
+    correct: Tensor,
+    groups: Tensor,
+    mask: Tensor,
+    *,
+    temperature: float = 1.0,
+    scale_by_count: bool = False,
+    sign: float = -1.0,
+) -> Tensor:
+    r"""Weights of correct answers, and weighted log-ratios of wrong ones, as advantages; [B, T], without gradient.
+
+    With PPL = exp(−mean ℓ) of an answer: a correct one has A = PPL_S^{1/τ} over its sum in the group's correct ones; a
+    wrong one A_t = PPL_T^{−1/τ} over its sum in the wrong ones, times ℓ_T − ℓ_old. Source: paper 34 (SCOPE), eqs. 2–6.
+
+    Args:
+        old_logprobs, teacher_logprobs: [B, T]. correct: [B] bool. groups: [B] integers, the prompt of each answer.
+        mask: [B, T] bool. temperature: τ. scale_by_count: multiplies the weights by the number of answers that they are
+            shared out to. sign: 1 makes it PPL_S^{−1/τ}; both as in the code.
+
+    >>> import torch, kldiv_kernels as kk
+    >>> ppl = torch.tensor([[1.2], [2.6], [3.8]])
+    >>> a = kk.recipes.scope_advantages(
+    ...     -ppl.log(), -ppl.log(), torch.ones(3, dtype=torch.bool), torch.zeros(3, dtype=torch.int64),
+    ...     torch.ones(3, 1, dtype=torch.bool))
+    >>> a.flatten().round(decimals=3)
+    tensor([0.1580, 0.3420, 0.5000])
+    """
+    old_logprobs, teacher_logprobs = masked(old_logprobs, mask), masked(teacher_logprobs, mask)
+    # An answer without a token would take a share of the weight.
+    written = (mask != 0).any(-1)
+    student = group_softmax(sign * sequence_mean(old_logprobs, mask) / temperature, groups, correct & written)
+    teacher = group_softmax(sequence_mean(teacher_logprobs, mask) / temperature, groups, ~correct & written)
+    if scale_by_count:
+        student = student * group_sum((correct & written).to(student.dtype), groups)
+        teacher = teacher * group_sum((~correct & written).to(teacher.dtype), groups)
+    wrong = teacher[:, None] * (teacher_logprobs - old_logprobs)
+    return masked(torch.where(correct[:, None], student[:, None], wrong), mask)
+
+
+def scope_loss(
+    logits: Tensor,
+    token_ids: Tensor,
+    correct: Tensor,
+    groups: Tensor,
+    *,
+    old_logprobs: Tensor,
+    teacher_logprobs: Tensor,
+    weight_temperature: float = 1.0,
+    scale_by_count: bool = False,
+    sign: float = -1.0,
+    mask: Tensor | None = None,
+    ignore_index: int = -100,
+    **options: Any,
+) -> PolicyLoss:
+    r"""Σ_{correct} −w·ρ + Σ_{wrong} w·ρ·sg[ℓ_old − ℓ_T], over the number of prompts; paper 34 (SCOPE), eq. 6.
+
+    Args:
+        logits: [B, T, V]. token_ids, old_logprobs, teacher_logprobs: [B, T]. weight_temperature: τ. correct, groups, …:
+            see `scope_advantages`. mask, options: see `kk.policy_loss`.
+
+    Returns: `kk.PolicyLoss`.
+
+    >>> import torch, kldiv_kernels as kk
+    >>> out = kk.recipes.scope_loss(
+    ...     torch.zeros(2, 1, 4), torch.tensor([[0], [1]]), torch.tensor([True, False]), torch.tensor([0, 0]),
+    ...     old_logprobs=torch.full((2, 1), 0.25).log(), teacher_logprobs=torch.full((2, 1), 0.5).log())
+    >>> round(out.loss.item(), 4)
+    -1.6931
+    """
+    valid = valid_tokens(token_ids, mask, ignore_index)
+    advantages = scope_advantages(
+        old_logprobs, teacher_logprobs, correct, groups, valid, temperature=weight_temperature,
+        scale_by_count=scale_by_count, sign=sign,
+    )  # fmt: skip
+    prompts = (numbered(groups).amax() + 1).to(torch.float32) if groups.numel() else 1.0
+    chosen = defaults(
+        options, loss_type="grpo", clip_low=1.0, clip_high=math.inf, aggregation="token-sum", normalizer=prompts
+    )
+    return policy_loss(logits, token_ids, advantages, old_logprobs=old_logprobs, mask=valid, **chosen)
+
+
+def gopd_advantages(
+    old_logprobs: Tensor, teacher_logprobs: Tensor, base_logprobs: Tensor, *, extrapolation: float = 1.25
+) -> Tensor:
+    r"""A = λ(ℓ_T − ℓ_b) − (ℓ_old − ℓ_b), without gradient; paper 46 (G-OPD, ExOPD for λ > 1), eqs. 11–14.
+
+    With λ = 1 it is on-policy distillation for any base; the optimum is softmax(λ·t + (1 − λ)·b). For
+    `kk.policy_loss(preset="verl", …)`, with off_policy_max=5 where sampling_logprobs are given.
+
+    Args: all three of one shape; base: the student before training, or the teacher before its own. extrapolation: λ.
+
+    >>> import torch, kldiv_kernels as kk
+    >>> kk.recipes.gopd_advantages(torch.tensor([-2.0]), torch.tensor([-1.0]), torch.tensor([-3.0]))
+    tensor([1.5000])
+    """
+    return (extrapolation * (teacher_logprobs - base_logprobs) - (old_logprobs - base_logprobs)).detach()
+
+
+def gopd_loss(
+    logits: Tensor, teacher_logits: Tensor, base_logits: Tensor, *, extrapolation: float = 1.25, **options: Any
+) -> Tensor:
+    r"""λ·KL(q‖p) + (1 − λ)·KL(q‖b) over the vocabulary: G-OPD (paper 46) without sampling a token.
+
+    Its gradient is that of KL(q ‖ softmax(λt + (1 − λ)b)), of which no logits are made; its value differs by log Z. Two
+    reads, each with its gradient.
+
+    Args: logits, teacher_logits, base_logits: [*, V]. extrapolation: λ. options: of `kk.divergence_loss` (mask, labels,
+        normalizer, reduction, temperature, …) but `weight`.
+
+    >>> import torch, kldiv_kernels as kk
+    >>> s, t, b = [2.0, 0.5, -1.0, 0.0], [1.0, 1.5, -0.5, 0.0], [0.5, 0.0, 0.0, -0.5]
+    >>> round(kk.recipes.gopd_loss(*(torch.tensor([x]) for x in (s, t, b))).item(), 4)
+    0.3932
+    """
+    shape, total = logits.shape[:-1], None
+    for reference, share in ((teacher_logits, extrapolation), (base_logits, 1 - extrapolation)):
+        if share != 0 or total is None:
+            weight = torch.full(shape, share, dtype=torch.float32, device=logits.device)
+            part = reverse_kl(logits, reference, weight=weight, **options)
+            total = part if total is None else total + part
+    assert total is not None
+    return total
+
+
+def tsd_kd_loss(
+    logits: Tensor,
+    teacher_logits: Tensor,
+    mask: Tensor,
+    *,
+    k: int = 10,
+    opener: float = 0.1,
+    beta: float = 0.9,
+    gate_temperature: float = 1.0,
+    indirect_coef: float = 0.1,
+    entropy_fraction: float = 0.1,
+    prefix: bool = False,
+    temperature: float = 1.0,
+    vocab_size: int | None = None,
+    backend: Backend = "auto",
+) -> Tensor:
+    r"""α·PL + mean sg[σ((H(q) − H(p))/τ_g)]·JS_β + mean H(q) of the most uncertain tokens; paper 49 (TSD-KD), nats.
+
+    PL: the Plackett–Luce loss of the teacher's order of the student's k likeliest tokens, over the opener: the first
+    tokens of each answer, until `opener` of its entropy is spent.
+
+    Args:
+        logits, teacher_logits: [B, T, V], of answers of the student; the teacher gets no gradient. mask: [B, T] bool.
+        k, opener: see above. beta: the teacher's weight in JS. gate_temperature: τ_g. indirect_coef: α.
+        entropy_fraction: of the batch's tokens, those with the highest entropy. prefix: True ranks by the logsumexp of
+            the prefix, as the released code does (the reversed order).
+        temperature, vocab_size, backend: see `kk.token_stats`.
+
+    Returns: a scalar. One read without gradient for the ids, one for the values, one for the gradient.
+
+    >>> import torch, kldiv_kernels as kk
+    >>> s, t = torch.tensor([[[2.0, 0.5, -1.0, 0.0]]]), torch.tensor([[[1.0, 1.5, -0.5, 0.0]]])
+    >>> round(kk.recipes.tsd_kd_loss(s, t, torch.tensor([[True]]), k=3).item(), 4)
+    1.0859
+    """
+    shared: dict[str, Any] = {"temperature": temperature, "mask": mask, "vocab_size": vocab_size, "backend": backend}
+    ids = topk(logits.detach(), k, **shared).ids
+    stats = token_stats(
+        logits, teacher_logits.detach(), ids,
+        stats=("logprob", "reference_logprob", "entropy", "reference_entropy", "js"), beta=beta, **shared,
+    )  # fmt: skip
+    order = stats.reference_logprob.argsort(dim=-1, descending=True, stable=True)
+    ranked = stats.logprob.gather(-1, order)
+    indirect = batch_mean(
+        plackett_luce(ranked.flip(-1) if prefix else ranked), prefix_share(stats.entropy, mask, opener)
+    )
+    gate = torch.sigmoid((stats.entropy - stats.reference_entropy).detach() / gate_temperature)
+    uncertain = highest(stats.entropy, mask, entropy_fraction)
+    return indirect_coef * indirect + batch_mean(gate * stats.js, mask) + batch_mean(stats.entropy, uncertain)

@@ -1,0 +1,180 @@
+"""From tokens to sequences, groups and losses: what the recipes add up.
+
+x is [B, T], mask [B, T] bool, groups [B]. What stands where the mask is False is not looked at, NaN or not, and gets no
+gradient. An empty sum is 0.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from kldiv_kernels.groups import extreme, numbered, sums
+from kldiv_kernels.policy import PolicyLoss, aggregate
+
+
+def defaults(options: Mapping[str, Any], **values: Any) -> dict[str, Any]:
+    """What a method gives to `policy_loss` where its caller has said nothing else.
+
+    >>> defaults({"clip_low": 0.1}, clip_low=0.2, clip_high=0.28)
+    {'clip_low': 0.1, 'clip_high': 0.28}
+    """
+    return {**values, **options}
+
+
+def masked(x: Tensor, mask: Tensor | None) -> Tensor:
+    """x, and 0 where the mask is False.
+
+    >>> masked(torch.tensor([1.0, torch.nan]), torch.tensor([True, False]))
+    tensor([1., 0.])
+    """
+    return x if mask is None else torch.where(mask != 0, x, 0.0)
+
+
+def valid_labels(labels: Tensor, mask: Tensor | None = None, ignore_index: int = -100) -> tuple[Tensor, Tensor]:
+    """(labels with −1 where there is none, bool where there is one), both like `labels`.
+
+    What `exclude=` wants of labels: −1 excludes no column.
+
+    >>> valid_labels(torch.tensor([3, -100, 2]), torch.tensor([True, True, False]))
+    (tensor([ 3, -1, -1]), tensor([ True, False, False]))
+    """
+    valid = labels != ignore_index
+    valid = valid if mask is None else valid & (mask != 0)
+    return torch.where(valid, labels, -1), valid
+
+
+def valid_tokens(token_ids: Tensor, mask: Tensor | None, ignore_index: int = -100) -> Tensor:
+    """Bool [B, T]: the tokens that count, as `policy_loss` has it."""
+    return valid_labels(token_ids, mask, ignore_index)[1]
+
+
+def sequence_sum(x: Tensor, mask: Tensor | None = None) -> Tensor:
+    """Σ_t of each sequence: [B, T] -> [B].
+
+    >>> sequence_sum(torch.tensor([[1.0, 2.0]]), torch.tensor([[True, False]]))
+    tensor([1.])
+    """
+    return masked(x, mask).sum(-1)
+
+
+def sequence_mean(x: Tensor, mask: Tensor | None = None) -> Tensor:
+    """The mean over each sequence's tokens: [B, T] -> [B]; 0 for a sequence without tokens.
+
+    >>> sequence_mean(torch.tensor([[1.0, 2.0]]), torch.tensor([[True, True]]))
+    tensor([1.5000])
+    """
+    count = x.new_full(x.shape[:-1], x.shape[-1]) if mask is None else (mask != 0).sum(-1).to(x.dtype)
+    return sequence_sum(x, mask) / count.clamp_min(1)
+
+
+def batch_mean(x: Tensor, mask: Tensor | None = None) -> Tensor:
+    """The mean over all tokens that the mask has, a scalar; 0 without one.
+
+    >>> batch_mean(torch.tensor([[1.0, 2.0]]), torch.tensor([[False, True]])).item()
+    2.0
+    """
+    count = x.numel() if mask is None else (mask != 0).sum().to(x.dtype).clamp_min(1)
+    return masked(x, mask).sum() / (max(count, 1) if isinstance(count, int) else count)
+
+
+def segment_sum(x: Tensor, segments: Tensor, count: int) -> Tensor:
+    """Sums of the tokens of a segment: [B, T] -> [B, count]; a token of segment −1 is left out.
+
+    >>> segment_sum(torch.tensor([[1.0, 2.0, 4.0, 8.0]]), torch.tensor([[0, 0, 1, -1]]), 2)
+    tensor([[3., 4.]])
+    """
+    inside = segments >= 0
+    zeros = x.new_zeros(x.shape[0], count)
+    return zeros.scatter_add(1, segments.clamp_min(0), torch.where(inside, x, 0.0))
+
+
+def segment_mean(x: Tensor, segments: Tensor, count: int) -> Tensor:
+    """Means of the tokens of a segment: [B, T] -> [B, count]; 0 for an empty one.
+
+    >>> segment_mean(torch.tensor([[1.0, 2.0, 4.0]]), torch.tensor([[0, 0, -1]]), 2)
+    tensor([[1.5000, 0.0000]])
+    """
+    size = segment_sum(torch.ones_like(x), segments, count)
+    return segment_sum(x, segments, count) / size.clamp_min(1)
+
+
+def reverse_cumsum(x: Tensor, mask: Tensor | None = None) -> Tensor:
+    """Σ_{j ≥ t} x_j of each sequence: [B, T] -> [B, T].
+
+    >>> reverse_cumsum(torch.tensor([[1.0, 2.0, 4.0]]))
+    tensor([[7., 6., 4.]])
+    """
+    return masked(x, mask).flip(-1).cumsum(-1).flip(-1)
+
+
+def group_sum(x: Tensor, groups: Tensor, mask: Tensor | None = None) -> Tensor:
+    """Σ over the sample's group, at each sample: [B] -> [B].
+
+    >>> group_sum(torch.tensor([1.0, 2.0, 4.0]), torch.tensor([5, 5, 0]))
+    tensor([3., 3., 4.])
+    """
+    index = numbered(groups)
+    return sums(masked(x, mask), index)[index]
+
+
+def group_mean(x: Tensor, groups: Tensor, mask: Tensor | None = None) -> Tensor:
+    """The mean over the sample's group, at each sample: [B] -> [B]; of the masked in; 0 in a group without one.
+
+    >>> group_mean(torch.tensor([1.0, 2.0, 4.0]), torch.tensor([5, 5, 0]))
+    tensor([1.5000, 1.5000, 4.0000])
+    """
+    count = group_sum(torch.ones_like(x), groups, mask)
+    return group_sum(x, groups, mask) / count.clamp_min(1)
+
+
+def group_logsumexp(x: Tensor, groups: Tensor, mask: Tensor | None = None) -> Tensor:
+    """log Σ exp over the sample's group, at each sample: [B] -> [B]; −inf in a group without one.
+
+    >>> group_logsumexp(torch.zeros(3), torch.tensor([5, 5, 0])).exp()
+    tensor([2., 2., 1.])
+    """
+    index = numbered(groups)
+    kept = x if mask is None else torch.where(mask != 0, x, -torch.inf)
+    top = extreme(kept.detach(), index, "amax")
+    top = torch.where(top.isfinite(), top, 0.0)
+    return sums((kept - top).exp(), index)[index].log() + top
+
+
+def group_softmax(x: Tensor, groups: Tensor, mask: Tensor | None = None) -> Tensor:
+    """exp(x) / Σ exp over the sample's group: [B] -> [B]; 0 where the mask is False.
+
+    >>> group_softmax(torch.zeros(3), torch.tensor([5, 5, 0]))
+    tensor([0.5000, 0.5000, 1.0000])
+    """
+    total = group_logsumexp(x, groups, mask)
+    kept = torch.ones_like(x, dtype=torch.bool) if mask is None else mask != 0
+    return torch.where(kept, x - torch.where(kept, total, 0.0), -torch.inf).exp()
+
+
+def policy_result(
+    per_token: Tensor,
+    logprob: Tensor,
+    mask: Tensor,
+    *,
+    aggregation: str = "token-mean",
+    normalizer: float | Tensor | None = None,
+    count_empty_sequences: bool = True,
+    entropy: Tensor | None = None,
+    metrics: Mapping[str, Tensor] | None = None,
+) -> PolicyLoss:
+    """A `kk.PolicyLoss` of a loss that a recipe made itself.
+
+    Args:
+        per_token: [B, T], the loss of each token, with gradient. logprob: [B, T] of the policy. mask: [B, T] bool.
+        aggregation, normalizer, count_empty_sequences: as for `policy_loss`.
+        entropy: [B, T]; 0 where the recipe has none. metrics: [B, T] each, by name; their means over the tokens.
+    """
+    per_token, logprob = masked(per_token, mask), masked(logprob.detach(), mask)
+    loss = aggregate(per_token, mask, aggregation, normalizer, count_empty_sequences)
+    means = {name: batch_mean(x.detach().to(per_token.dtype), mask) for name, x in (metrics or {}).items()}
+    entropy = torch.zeros_like(logprob) if entropy is None else masked(entropy.detach(), mask)
+    return PolicyLoss(loss, per_token.detach(), {"tokens": mask.sum(), **means}, logprob, entropy)

@@ -1,0 +1,109 @@
+"""Which tokens a recipe looks at. Masks are bool; no count leaves the device, so nothing waits for it."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+def highest(scores: Tensor, mask: Tensor, fraction: float | Tensor, *, per_sequence: bool = False) -> Tensor:
+    """Bool like `scores`: the tokens with the highest scores, ⌊fraction · tokens⌋ of them, and at least one.
+
+    Args:
+        scores: [B, T]. mask: [B, T] bool; no other token is chosen. fraction: of the mask's tokens, 0 to 1.
+        per_sequence: the fraction of each sequence, not of the batch.
+
+    Among equal scores the first are chosen.
+
+    >>> highest(torch.tensor([[3.0, 9.0, 5.0, 7.0]]), torch.tensor([[True, False, True, True]]), 0.67)
+    tensor([[False, False,  True,  True]])
+    """
+    shape = scores.shape
+    if not per_sequence:
+        scores, mask = scores.reshape(1, -1), mask.reshape(1, -1)
+    keys = torch.where(mask, scores.detach(), -torch.inf)
+    # NaN is larger than every number: a score that is none is seen.
+    order = keys.argsort(dim=-1, descending=True, stable=True)
+    rank = torch.empty_like(order).scatter_(
+        -1, order, torch.arange(keys.shape[-1], device=keys.device).expand_as(order)
+    )
+    wanted = (mask.sum(-1, keepdim=True).double() * fraction).floor().clamp_min(1)
+    return ((rank < wanted) & mask).reshape(shape)
+
+
+def lowest(scores: Tensor, mask: Tensor, fraction: float | Tensor, *, per_sequence: bool = False) -> Tensor:
+    """As `highest`, of the lowest scores.
+
+    >>> lowest(torch.tensor([[3.0, 9.0]]), torch.tensor([[True, True]]), 0.5)
+    tensor([[ True, False]])
+    """
+    return highest(-scores, mask, fraction, per_sequence=per_sequence)
+
+
+def prefix_share(x: Tensor, mask: Tensor, fraction: float) -> Tensor:
+    """Bool [B, T]: the first tokens of each sequence, until their x ≥ 0 has summed to `fraction` of the sequence's.
+
+    The token that reaches the share is one of them.
+
+    >>> prefix_share(torch.tensor([[1.0, 1.0, 8.0]]), torch.tensor([[True, True, True]]), 0.2)
+    tensor([[ True,  True, False]])
+    """
+    held = torch.where(mask, x.detach(), 0.0)
+    before = held.cumsum(-1) - held
+    total = held.sum(-1, keepdim=True)
+    # Where all x are 0 the first token has the share.
+    first = mask & (mask.cumsum(-1) == 1)
+    return mask & ((before < fraction * total) | first)
+
+
+def turn_window(turns: Tensor, count: int) -> Tensor:
+    """Bool like `turns`: tokens of turns 0 to count − 1; a token of turn −1 is in none.
+
+    >>> turn_window(torch.tensor([[-1, 0, 1, 2]]), 2)
+    tensor([[False,  True,  True, False]])
+    """
+    return (turns >= 0) & (turns < count)
+
+
+def first_tokens(mask: Tensor, count: int) -> Tensor:
+    """Bool [B, T]: the first `count` tokens of each sequence that the mask has.
+
+    >>> first_tokens(torch.tensor([[False, True, True, True]]), 2)
+    tensor([[False,  True,  True, False]])
+    """
+    return mask & (mask.cumsum(-1) <= count)
+
+
+def quantile_band(x: Tensor, mask: Tensor, low: float, high: float) -> tuple[Tensor, Tensor]:
+    """The quantiles `low` and `high` of each sequence's x over its mask, [B] each, without gradient.
+
+    Linear interpolation, as `torch.nanquantile`; NaN for a sequence without tokens.
+
+    >>> quantile_band(torch.tensor([[1.0, 2.0, 3.0, 9.0]]), torch.tensor([[True, True, True, False]]), 0.0, 0.5)
+    (tensor([1.]), tensor([2.]))
+    """
+    kept = torch.where(mask, x.detach(), torch.nan)
+    return torch.nanquantile(kept, low, dim=-1), torch.nanquantile(kept, high, dim=-1)
+
+
+def otsu_threshold(x: Tensor, mask: Tensor, bins: int = 100) -> Tensor:
+    """Otsu's threshold (1979) of x over the mask, a scalar: where the variance between the two sides is largest.
+
+    >>> 0.2 < otsu_threshold(torch.tensor([0.0, 0.1, 1.0, 1.1]), torch.ones(4, dtype=torch.bool)).item() < 1.0
+    True
+    """
+    low = torch.where(mask, x.detach(), torch.inf).amin()
+    high = torch.where(mask, x.detach(), -torch.inf).amax()
+    width = torch.where(high > low, (high - low) / bins, torch.ones_like(low))
+    place = ((x.detach() - low) / width).nan_to_num(0.0).clamp(0, bins - 1).long()
+    counts = x.new_zeros(bins).scatter_add(0, place.reshape(-1), mask.reshape(-1).to(x.dtype))
+    centres = low + width * (torch.arange(bins, device=x.device) + 0.5)
+    below, total = counts.cumsum(0), counts.sum()
+    sums = (counts * centres).cumsum(0)
+    above = total - below
+    means_apart = sums / below.clamp_min(1) - (sums[-1] - sums) / above.clamp_min(1)
+    between = below * above * means_apart.square()
+    # Empty bins between two heaps are equally good: the middle of them.
+    best = (between >= between.amax() * (1 - 1e-6)).to(x.dtype)
+    at = (best * torch.arange(bins, device=x.device)).sum() / best.sum()
+    return low + width * (at + 1)

@@ -1,0 +1,133 @@
+"""Every recipe beside its paper's numbers or its definition: values, gradients, masks, and reads of the logits."""
+
+from __future__ import annotations
+
+import inspect
+from importlib import import_module
+from typing import Any
+
+import pytest
+import torch
+from checks import BACKENDS
+from recipe_case import Case, definition, evaluate, with_masked
+from torch import Tensor
+
+import kldiv_kernels as kk
+from kldiv_kernels.recipes.registry import FAMILIES
+
+CASES: list[Case] = [case for family in FAMILIES for case in import_module(f"recipe_cases.{family}").CASES]
+IDS = [case.id for case in CASES]
+MASKED = [case for case in CASES if "mask" in case.tensors and not case.tensors["mask"].all()]
+FUNCTIONS = [name for recipe in kk.recipes.listing() for name in recipe.functions]
+RECIPE_OF = {name: recipe for recipe in kk.recipes.listing() for name in recipe.functions}
+
+
+def reads(case: Case) -> str:
+    return case.reads or RECIPE_OF[case.recipe].logit_part
+
+
+LOSSES = [case for case in CASES if case.trained and reads(case) != "torch"]
+LOGITS = ("teacher_logits", "reference_logits")
+
+
+def parameters(name: str) -> Any:
+    return inspect.signature(getattr(kk.recipes, name)).parameters
+
+
+def close(got: Tensor, expected: Tensor, relative: float) -> None:
+    """Within `relative` of the largest, or of 1."""
+    assert got.shape == expected.shape
+    if expected.numel():
+        bound = relative * max(1.0, expected.abs().max().item())
+        assert (got.double() - expected).abs().max().item() <= bound, f"got {got}, expected {expected}"
+
+
+def wanted(case: Case) -> tuple[Tensor, dict[str, Tensor]]:
+    if case.expected is not None:
+        return definition(case)
+    gradients = {
+        name: torch.tensor(x, dtype=torch.float64).reshape(case.tensors[name].shape)
+        for name, x in case.gradients.items()
+    }
+    value = torch.tensor(case.value, dtype=torch.float64)
+    return value, gradients
+
+
+@pytest.mark.parametrize("case", CASES, ids=IDS)
+def test_in_float64(case: Case) -> None:
+    value, gradients = wanted(case)
+    got, found = evaluate(case, torch.float64, "reference")
+    close(got.reshape(value.shape), value, 1e-9)
+    for name, gradient in gradients.items():
+        expected = gradient.abs().max()
+        assert (found[name] - gradient).abs().max() <= 1e-9 * max(1.0, expected.item()), name
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("case", CASES, ids=IDS)
+def test_on_every_backend(case: Case, backend: str) -> None:
+    """float32: the values' 1e-5, and 2e-5 of the tensor's largest gradient."""
+    value, gradients = wanted(case)
+    got, found = evaluate(case, torch.float32, backend)
+    close(got.reshape(value.shape), value, 2e-5)
+    for name, gradient in gradients.items():
+        assert (found[name].double() - gradient).abs().max() <= 2e-5 * gradient.abs().max() + 1e-7, name
+
+
+@pytest.mark.parametrize("case", MASKED, ids=[case.id for case in MASKED])
+def test_masked_tokens(case: Case) -> None:
+    """NaN there changes nothing and has no gradient; without the mask the result is another; of no token it is 0."""
+    value, gradients = evaluate(case, torch.float64, "reference")
+    again, found = evaluate(case, torch.float64, "reference", with_masked(case.tensors, torch.nan))
+    close(again, value, 1e-12)
+    for name, gradient in gradients.items():
+        close(found[name], gradient, 1e-12)
+    kept = case.tensors["mask"]
+    everything, _ = evaluate(case, torch.float64, "reference", case.tensors | {"mask": torch.ones_like(kept)})
+    assert (everything - value).abs().max() > 1e-4
+    none, found = evaluate(case, torch.float64, "reference", case.tensors | {"mask": torch.zeros_like(kept)})
+    assert (none == 0).all()
+    for gradient in found.values():
+        assert (gradient == 0).all()
+
+
+@pytest.mark.parametrize("name", FUNCTIONS)
+def test_a_function_has_cases_that_can_fail(name: str) -> None:
+    cases = [case for case in CASES if case.recipe == name]
+    assert cases, "no case"
+    trained = [case for case in cases if case.trained]
+    assert not trained or any(
+        all(gradient.abs().max() > 1e-3 for gradient in wanted(case)[1].values()) and wanted(case)[1]
+        for case in trained
+    ), "all of its gradients are 0"
+    if "mask" in parameters(name):
+        assert any(case in MASKED for case in cases), "no case with a mask"
+    roles = [case for case in cases if case.roles is not None]
+    if any(other in parameters(name) for other in LOGITS):
+        assert roles, "no case says which tensors must not be swapped"
+    for case in roles:
+        first, second = case.roles  # type: ignore[misc]
+        swapped = case.tensors | {first: case.tensors[second], second: case.tensors[first]}
+        got, _ = evaluate(case, torch.float64, "reference", swapped)
+        assert (got - wanted(case)[0].reshape(got.shape)).abs().max() > 1e-3, "swapped, it is the same"
+
+
+@pytest.mark.parametrize("case", LOSSES, ids=[case.id for case in LOSSES])
+def test_reads_of_the_logits(case: Case, passes: list[str]) -> None:
+    """As the registry claims: of a loss, values and gradient in one read, after a read without gradient, or two."""
+    claimed = reads(case)
+    evaluate(case, torch.float32, "cpu")
+    one_read, statistics = [x for x in passes if x != "statistics"], passes.count("statistics")
+    found = {(False, 0): "none", (True, 0): "R0"}.get((bool(one_read), statistics), "R0+f" if one_read else "R1")
+    assert found == claimed, passes
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_under_torch_compile(family: str) -> None:
+    """The first loss of each family gives the same number where PyTorch's compiler has traced it."""
+    case = next(case for case in CASES if RECIPE_OF[case.recipe].family == family and case.trained and MASKED)
+    value, _ = evaluate(case, torch.float32, "cpu", grad=False)
+    function = torch.compile(getattr(kk.recipes, case.recipe), backend="aot_eager")
+    given = {name: x.float() if x.is_floating_point() else x for name, x in case.tensors.items()}
+    out = function(**given, **case.options)
+    close(out.loss if isinstance(out, kk.PolicyLoss) else out, value.double(), 1e-6)
