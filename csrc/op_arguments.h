@@ -13,6 +13,7 @@
 #include <vector>
 
 #include "plan.h"
+#include "policy_outcome.h"
 #include "tokens.h"
 
 // The arguments of every operator, and what follows them. With `in_place` the gradient of the logits takes their place,
@@ -32,6 +33,14 @@
     "policy(" KLDIV_CALL                                                            \
     ", Tensor coefficients, Tensor policy_tokens, str policy_term, str policy_kl, " \
     "float[] policy_bounds, bool in_place) -> (Tensor, Tensor)"
+
+// After `policy`, of its values [rows, N] for logprob, entropy and, with `exact`, an exact KL: per_token [N], sums
+// [kPolicySums] and the number of tokens (policy_outcome.h).
+#define KLDIV_POLICY_OUTCOME                                                                                \
+    "policy_outcome(Tensor values, Tensor coefficients, Tensor policy_tokens, Tensor valid, Tensor scale, " \
+    "Tensor? old, Tensor? sampling, Tensor? off_policy_weight, Tensor? token_weights, Tensor? kl_weights, " \
+    "bool anchored, bool reference, bool exact, float kl_coef, str policy_term, str policy_kl, "            \
+    "float[] policy_bounds) -> (Tensor, Tensor, Tensor)"
 
 // Values, the divergences of the outcomes from `teacher`, and dlogits of Σ scale · divergence (cpu/rows.h, TopK).
 #define KLDIV_TOPK                                                                      \
@@ -123,20 +132,61 @@ int position(const std::string& name, const char* const (&names)[count], const c
     STD_TORCH_CHECK(false, argument, " must not be ", name);
 }
 
+inline Policy policy_of(int64_t rows, const Tensor& like, const Tensor& tokens, const std::string& term,
+                        const std::string& kl, const std::vector<double>& bounds) {
+    STD_TORCH_CHECK(bounds.size() == kPolicyBounds, "policy_bounds must be ", kPolicyBounds, " numbers");
+    Policy policy;
+    policy.tokens = per_token<float>(tokens, like, kPolicyTokens * rows, ScalarType::Float, "policy_tokens");
+    policy.term = position(term, kPolicyTermNames, "policy_term");
+    policy.kl = position(kl, kSampledKlNames, "policy_kl");
+    float in_order[kPolicyBounds];
+    std::copy(bounds.begin(), bounds.end(), in_order);
+    std::memcpy(&policy.bounds, in_order, sizeof in_order);
+    return policy;
+}
+
 inline void take_policy(Tokens& job, const Tensor& logits, const Tensor& tokens, const std::string& term,
                         const std::string& kl, const std::vector<double>& bounds) {
     STD_TORCH_CHECK(job.labels && job.labels_per_row == 1, "a policy loss needs one label a row");
-    STD_TORCH_CHECK(bounds.size() == kPolicyBounds, "policy_bounds must be ", kPolicyBounds, " numbers");
-    job.policy.tokens = per_token<float>(tokens, logits, kPolicyTokens * job.rows, ScalarType::Float, "policy_tokens");
-    job.policy.term = position(term, kPolicyTermNames, "policy_term");
-    job.policy.kl = position(kl, kSampledKlNames, "policy_kl");
-    float in_order[kPolicyBounds];
-    std::copy(bounds.begin(), bounds.end(), in_order);
-    std::memcpy(&job.policy.bounds, in_order, sizeof in_order);
+    job.policy = policy_of(job.rows, logits, tokens, term, kl, bounds);
 }
 
 inline Tensor new_floats(const Tensor& like, int64_t rows, int64_t columns) {
     return torch::stable::new_empty(like, {rows, columns}, ScalarType::Float);
+}
+
+// The arguments of `policy_outcome`, and where its first result goes.
+inline PolicyOutcomes policy_outcomes_of(const Tensor& values, const Tensor& coefficients, const Tensor& tokens,
+                                         const Tensor& valid, const Tensor& scale, const std::optional<Tensor>& old,
+                                         const std::optional<Tensor>& sampling,
+                                         const std::optional<Tensor>& off_policy_weight,
+                                         const std::optional<Tensor>& token_weights,
+                                         const std::optional<Tensor>& kl_weights, bool anchored, bool reference,
+                                         bool exact, double kl_coef, const std::string& term, const std::string& kl,
+                                         const std::vector<double>& bounds, const Tensor& per_token_loss) {
+    STD_TORCH_CHECK(values.dim() == 2 && values.size(0) >= 2 + exact, "values must be [2 or more, N]");
+    PolicyOutcomes o;
+    const int64_t n = o.rows = values.size(1), all = values.numel();
+    const auto given = [&](const std::optional<Tensor>& tensor, int64_t count, const char* name) {
+        return per_token<float>(tensor, values, count, ScalarType::Float, name);
+    };
+    o.policy = policy_of(n, values, tokens, term, kl, bounds);
+    o.logprob = given(values, all, "values");
+    o.entropy = o.logprob + n;
+    o.entropy_coefficient = given(coefficients, all, "coefficients") + n;
+    if (exact) o.exact = o.logprob + 2 * n;
+    o.scale = given(scale, n, "scale");
+    o.old = given(old, n, "old");
+    o.sampling = given(sampling, n, "sampling");
+    o.off_policy_weight = given(off_policy_weight, n, "off_policy_weight");
+    o.token_weights = given(token_weights, n, "token_weights");
+    o.kl_weights = given(kl_weights, n, "kl_weights");
+    o.valid = per_token<bool>(valid, values, n, ScalarType::Bool, "valid");
+    o.anchored = anchored;
+    o.reference = reference;
+    o.kl_coef = static_cast<float>(kl_coef);
+    o.per_token = static_cast<float*>(per_token_loss.data_ptr());
+    return o;
 }
 
 // What is told of a top-k loss, but for its kind; the tensor of its divergences.

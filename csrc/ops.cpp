@@ -143,6 +143,28 @@ std::tuple<Tensor, Tensor> policy(const Tensor& logits, std::optional<Tensor> re
     return {std::get<0>(out), std::get<2>(out)};
 }
 
+std::tuple<Tensor, Tensor, Tensor> policy_outcome(const Tensor& values, const Tensor& coefficients,
+                                                  const Tensor& policy_tokens, const Tensor& valid, const Tensor& scale,
+                                                  std::optional<Tensor> old, std::optional<Tensor> sampling,
+                                                  std::optional<Tensor> off_policy_weight,
+                                                  std::optional<Tensor> token_weights, std::optional<Tensor> kl_weights,
+                                                  bool anchored, bool reference, bool exact, double kl_coef,
+                                                  std::string policy_term, std::string policy_kl,
+                                                  std::vector<double> policy_bounds) {
+    const Tensor per_token = torch::stable::new_empty(values, {values.size(1)});
+    const Tensor sums = torch::stable::new_empty(values, {kldiv::kPolicySums});
+    const Tensor tokens = torch::stable::new_empty(values, {}, kldiv::ScalarType::Long);
+    const kldiv::PolicyOutcomes outcomes = kldiv::policy_outcomes_of(
+        values, coefficients, policy_tokens, valid, scale, old, sampling, off_policy_weight, token_weights, kl_weights,
+        anchored, reference, exact, kl_coef, policy_term, policy_kl, policy_bounds, per_token);
+    double found[kldiv::kPolicySums] = {};
+    for (int64_t i = 0; i < outcomes.rows; ++i) kldiv::add_outcome(outcomes, i, found);
+    for (int i = 0; i < kldiv::kPolicySums; ++i)
+        static_cast<float*>(sums.data_ptr())[i] = kldiv::finish_sum(i, found[i], found[kldiv::kTokens]);
+    *static_cast<int64_t*>(tokens.data_ptr()) = static_cast<int64_t>(found[kldiv::kTokens]);
+    return {per_token, sums, tokens};
+}
+
 std::tuple<Tensor, Tensor> backward(const Tensor& logits, std::optional<Tensor> reference, std::optional<Tensor> labels,
                                     std::optional<Tensor> mask, std::optional<Tensor> exclude,
                                     std::optional<Tensor> token_parameters, std::vector<double> parameters,
@@ -213,6 +235,7 @@ STABLE_TORCH_LIBRARY(kldiv_kernels_native, m) {
     m.def(KLDIV_FORWARD);
     m.def(KLDIV_BACKWARD);
     m.def(KLDIV_POLICY);
+    m.def(KLDIV_POLICY_OUTCOME);
     m.def(KLDIV_TOPK);
     m.def("largest(Tensor logits, Tensor? mask, int k, int columns) -> Tensor");
     m.def("scale_(Tensor(a!) gradient, Tensor factor) -> ()");
@@ -224,6 +247,7 @@ STABLE_TORCH_LIBRARY_IMPL(kldiv_kernels_native, CPU, m) {
     m.impl("forward", TORCH_BOX(&forward));
     m.impl("backward", TORCH_BOX(&backward));
     m.impl("policy", TORCH_BOX(&policy));
+    m.impl("policy_outcome", TORCH_BOX(&policy_outcome));
     m.impl("topk", TORCH_BOX(&topk));
     m.impl("largest", TORCH_BOX(&largest));
     m.impl("scale_", TORCH_BOX(&scale_));

@@ -253,7 +253,8 @@ CudaPlan two_sweep(const CudaShape& shape, const std::string& why) {
 }  // namespace
 
 CudaPlan plan_cuda(const CudaShape& shape, const CudaTarget& target) {
-    const Request request = requested();
+    // What the device has refused is not asked for again.
+    const Request request = target.refused_clusters ? Request{} : requested();
     const std::string obstacle = must_be_two_sweep(shape, target);
     if (!obstacle.empty()) return two_sweep(shape, obstacle);
     if (request.two_sweep) return two_sweep(shape, "KLDIV_CUDA_PLAN says so");

@@ -85,6 +85,7 @@ struct CudaTarget {
     int capability;
     int64_t shared_bytes;
     int largest_cluster;
+    bool refused_clusters = false;  // the device has refused larger ones, which KLDIV_CUDA_PLAN may have asked for
 };
 // The target of an "sm_90"; throws std::invalid_argument for what the backend does not serve.
 CudaTarget cuda_target(int capability);

@@ -116,18 +116,19 @@ KLDIV_HOST_DEVICE float term_slope(const Policy& policy, float l, const PolicyTo
     }
 }
 
-// With k(x) the estimate: by l, and of k * e^w where the ratio e^w corrects it (w: `log_ratio`).
-KLDIV_HOST_DEVICE float kl_slope(const Policy& policy, float l, const PolicyToken& token, Slope log_ratio) {
+// The estimate k(x), k' by x, and k - k', which for k3 is -x to all its digits. The power of e by whose factor k and k'
+// are still to be multiplied is above 0 where e^x, but not necessarily e^x times the ratio, overflows.
+struct Estimate {
+    float k, slope, rest, shift;
+};
+KLDIV_HOST_DEVICE Estimate kl_estimate(const Policy& policy, float l, const PolicyToken& token) {
     // Above it e^x - x - 1 is e^x.
     constexpr float large = 80;
     const float infinity = std::numeric_limits<float>::infinity();
     const PolicyBounds& b = policy.bounds;
     const float apart = token.reference - l;
     float x = apart < -b.kl_log_ratio ? -b.kl_log_ratio : (apart > b.kl_log_ratio ? b.kl_log_ratio : apart);
-    // k, k' by x, and k - k', which for k3 is -x to all its digits.
-    float k, slope, rest;
-    // e^x in two factors, where the ratio may take back what overflows.
-    float shift = 0;
+    float k, slope, rest, shift = 0;
     switch (policy.kl) {
         case kK1:
             k = -x, slope = -1, rest = k - slope;
@@ -148,12 +149,18 @@ KLDIV_HOST_DEVICE float kl_slope(const Policy& policy, float l, const PolicyToke
     const bool above = k > b.kl_high;
     if (below || above) k = below ? -b.kl_high : b.kl_high;
     if (below || above || ::fabsf(apart) > b.kl_log_ratio) slope = 0, rest = k;
-    if (policy.kl == kK3Plus) return rest;
-    if (b.bias_correction == 0) return -slope;
+    return {k, slope, rest, shift};
+}
+
+// By l, of k and of k * e^w where the ratio e^w corrects it (w: `log_ratio`).
+KLDIV_HOST_DEVICE float kl_slope(const Policy& policy, float l, const PolicyToken& token, Slope log_ratio) {
+    const Estimate e = kl_estimate(policy, l, token);
+    if (policy.kl == kK3Plus) return e.rest;
+    if (policy.bounds.bias_correction == 0) return -e.slope;
     // d(k e^w) = k' e^w d(w - l) + (k - k') e^w dw, and w moves with l or not at all.
-    const float scale = ::expf(log_ratio.value + shift);
-    if (log_ratio.slope == 0) return -times(slope, scale);
-    return slope == 0 ? times(k, scale) : times(rest, ::expf(log_ratio.value));
+    const float scale = ::expf(log_ratio.value + e.shift);
+    if (log_ratio.slope == 0) return -times(e.slope, scale);
+    return e.slope == 0 ? times(e.k, scale) : times(e.rest, ::expf(log_ratio.value));
 }
 
 KLDIV_HOST_DEVICE float policy_coefficient(const Policy& policy, float l, const PolicyToken& token) {

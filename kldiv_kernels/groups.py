@@ -11,13 +11,16 @@ from torch import Tensor
 
 
 def numbered(groups: Tensor) -> Tensor:
-    """The groups' numbers [B], from 0 to their number − 1.
+    """The groups' numbers, from 0 to their number − 1, in the shape of `groups`.
 
     >>> numbered(torch.tensor([7, 7, -2]))
     tensor([1, 1, 0])
     """
-    index: Tensor = torch.unique(groups, return_inverse=True)[1]
-    return index
+    # torch.unique would wait for the device, to know how many there are.
+    ordered, order = groups.reshape(-1).sort(stable=True)
+    begins = torch.zeros_like(ordered, dtype=torch.int64)
+    begins[1:] = ordered[1:] != ordered[:-1]
+    return torch.empty_like(begins).scatter_(0, order, begins.cumsum(0)).reshape(groups.shape)
 
 
 def sums(values: Tensor, index: Tensor) -> Tensor:

@@ -24,6 +24,11 @@ _CALL_SCHEMA = (
     "float[] parameters, str[] stats, SymInt vocab_size, str backend"
 )
 _CALL_ARGUMENTS = 10
+# What `policy_outcome` adds up, in order (csrc/policy_outcome.h).
+POLICY_SUMS = (
+    "loss", "tokens", "entropy", "ratio_mean", "approx_kl", "clip_fraction_low", "clip_fraction_high",
+    "clip_fraction_dual", "kl", "exact_kl", "sampling_kl", "off_policy_weight", "ratio_max",
+)  # fmt: skip
 
 
 def statistics(call: Call, backend: str, with_state: bool) -> Tensor:
@@ -57,6 +62,12 @@ def policy_loss(
         logits.detach(), *arguments, coefficients, tokens, term, kl, bounds
     )  # fmt: skip
     return values, dlogits
+
+
+def policy_outcome(backend: str, *arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
+    """The loss of each token [N], the sums of a batch, the number of its tokens (`backends.OneReadPolicy`)."""
+    found: tuple[Tensor, Tensor, Tensor] = torch.ops.kldiv_kernels.policy_outcome(*arguments, backend)
+    return found
 
 
 def topk_loss(
@@ -137,6 +148,11 @@ _library.define(
     f"policy({_CALL_SCHEMA}, Tensor coefficients, Tensor tokens, str term, str kl, float[] bounds) -> (Tensor, Tensor)"
 )
 _library.define(
+    "policy_outcome(Tensor values, Tensor coefficients, Tensor tokens, Tensor valid, Tensor scale, Tensor? old, "
+    "Tensor? sampling, Tensor? off_policy_weight, Tensor? token_weights, Tensor? kl_weights, bool anchored, "
+    "bool reference, bool exact, float kl_coef, str term, str kl, float[] bounds, str backend) -> (Tensor, Tensor, Tensor)"
+)
+_library.define(
     f"topk({_CALL_SCHEMA}, Tensor teacher, Tensor scale, str kind, float alpha, float beta) -> (Tensor, Tensor, Tensor)"
 )
 _library.define("largest(Tensor logits, Tensor? mask, int k, SymInt columns) -> Tensor")
@@ -174,6 +190,10 @@ def _policy(*arguments: Any) -> tuple[Tensor, Tensor]:
     return one_read_policy(backend.name).policy(call, *arguments[_CALL_ARGUMENTS:])
 
 
+def _policy_outcome(*arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
+    return one_read_policy(arguments[-1]).policy_outcome(*arguments[:-1])
+
+
 def _topk(*arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
     call, backend = _call(arguments[:_CALL_ARGUMENTS])
     return one_read_topk(backend.name).topk(call, *arguments[_CALL_ARGUMENTS:])
@@ -193,6 +213,7 @@ for _name, _function in (
     ("statistics_backward", _statistics_backward),
     ("loss", _loss),
     ("policy", _policy),
+    ("policy_outcome", _policy_outcome),
     ("topk", _topk),
     ("largest", _largest),
     ("with_gradients", _with_gradients),
@@ -243,6 +264,11 @@ def _fake_policy(*arguments: Any) -> tuple[Tensor, Tensor]:
     return _fake_values(call), _fake_gradients(call, True, False)[0]
 
 
+def _fake_outcome(values: Tensor, *arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
+    count = values.new_empty((), dtype=torch.int64)
+    return values.new_empty(values.shape[1]), values.new_empty(len(POLICY_SUMS)), count
+
+
 def _fake_topk(*arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
     values, dlogits = _fake_policy(*arguments)
     return values, values.new_empty(values.shape[1:]), dlogits
@@ -256,6 +282,7 @@ torch.library.register_fake("kldiv_kernels::statistics", _fake_statistics)
 torch.library.register_fake("kldiv_kernels::statistics_backward", _fake_backward)
 torch.library.register_fake("kldiv_kernels::loss", _fake_loss)
 torch.library.register_fake("kldiv_kernels::policy", _fake_policy)
+torch.library.register_fake("kldiv_kernels::policy_outcome", _fake_outcome)
 torch.library.register_fake("kldiv_kernels::topk", _fake_topk)
 torch.library.register_fake("kldiv_kernels::largest", _fake_largest)
 torch.library.register_fake("kldiv_kernels::with_gradients", _with_gradients)

@@ -6,6 +6,7 @@
 #include <vector>
 
 #include "../plan.h"
+#include "../policy_outcome.h"
 #include "../tokens.h"
 
 namespace kldiv::gpu {
@@ -84,5 +85,9 @@ CudaPlan plan(const Job& job);
 void run_forward(const Job& job, const CudaPlan& plan);
 // Gradients from a saved state.
 void run_backward(const Job& job);
+
+// The losses of tokens and the sums of a batch, [kPolicySums]; `partial` has `policy_outcome_warps` times as many.
+int64_t policy_outcome_warps(int64_t rows);
+void run_policy_outcome(const PolicyOutcomes& outcomes, float* partial, float* sums, int64_t* tokens, void* stream);
 
 }  // namespace kldiv::gpu

@@ -254,6 +254,7 @@ CudaPlan plan(const Job& job) {
     while (plan.one_read() && clusters_of(job, shape_of(plan)) == 0) {
         refused = "this device refuses clusters of " + std::to_string(plan.cluster) + " CTAs; ";
         target.largest_cluster = plan.cluster / 2;
+        target.refused_clusters = true;
         if (target.largest_cluster == 0) target.capability = std::min(target.capability, 89);
         plan = plan_cuda(shape, target);
         plan.reason = refused + (plan.one_read() ? plan.reason : "two-sweep");

@@ -178,6 +178,29 @@ std::tuple<Tensor, Tensor> policy(const Tensor& logits, std::optional<Tensor> re
     return {std::get<0>(out), std::get<2>(out)};
 }
 
+std::tuple<Tensor, Tensor, Tensor> policy_outcome(const Tensor& values, const Tensor& coefficients,
+                                                  const Tensor& policy_tokens, const Tensor& valid, const Tensor& scale,
+                                                  std::optional<Tensor> old, std::optional<Tensor> sampling,
+                                                  std::optional<Tensor> off_policy_weight,
+                                                  std::optional<Tensor> token_weights, std::optional<Tensor> kl_weights,
+                                                  bool anchored, bool reference, bool exact, double kl_coef,
+                                                  std::string policy_term, std::string policy_kl,
+                                                  std::vector<double> policy_bounds) {
+    const OnDevice device(values);
+    const Tensor per_token = torch::stable::new_empty(values, {values.size(1)});
+    const Tensor sums = torch::stable::new_empty(values, {kldiv::kPolicySums});
+    const Tensor tokens = torch::stable::new_empty(values, {}, ScalarType::Long);
+    const kldiv::PolicyOutcomes outcomes = kldiv::policy_outcomes_of(
+        values, coefficients, policy_tokens, valid, scale, old, sampling, off_policy_weight, token_weights, kl_weights,
+        anchored, reference, exact, kl_coef, policy_term, policy_kl, policy_bounds, per_token);
+    const Tensor partial =
+        kldiv::new_floats(values, kldiv::gpu::policy_outcome_warps(outcomes.rows), kldiv::kPolicySums);
+    kldiv::gpu::run_policy_outcome(outcomes, static_cast<float*>(partial.data_ptr()),
+                                   static_cast<float*>(sums.data_ptr()), static_cast<int64_t*>(tokens.data_ptr()),
+                                   device.stream());
+    return {per_token, sums, tokens};
+}
+
 std::tuple<Tensor, Tensor, Tensor> topk(const Tensor& logits, std::optional<Tensor> reference,
                                         std::optional<Tensor> labels, std::optional<Tensor> mask,
                                         std::optional<Tensor> exclude, std::optional<Tensor> token_parameters,
@@ -227,6 +250,7 @@ STABLE_TORCH_LIBRARY(kldiv_cuda_host, m) {
     m.def(KLDIV_FORWARD);
     m.def(KLDIV_BACKWARD);
     m.def(KLDIV_POLICY);
+    m.def(KLDIV_POLICY_OUTCOME);
     m.def(KLDIV_TOPK);
 #else
 STABLE_TORCH_LIBRARY_FRAGMENT(kldiv_kernels_native, m) {
@@ -240,6 +264,7 @@ STABLE_TORCH_LIBRARY_IMPL(KLDIV_LIBRARY, KLDIV_DEVICE_KEY, m) {
     m.impl("forward", TORCH_BOX(&forward));
     m.impl("backward", TORCH_BOX(&backward));
     m.impl("policy", TORCH_BOX(&policy));
+    m.impl("policy_outcome", TORCH_BOX(&policy_outcome));
     m.impl("topk", TORCH_BOX(&topk));
 }
 

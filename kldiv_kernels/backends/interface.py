@@ -104,6 +104,29 @@ class OneReadPolicy(Protocol):
     ) -> tuple[Tensor, Tensor]:
         """Values [value_rows, N] and dlogits; the arguments are those of `sources.PolicyTokens`."""
 
+    def policy_outcome(
+        self,
+        values: Tensor,
+        coefficients: Tensor,
+        tokens: Tensor,
+        valid: Tensor,
+        scale: Tensor,
+        old: Tensor | None,
+        sampling: Tensor | None,
+        off_policy_weight: Tensor | None,
+        token_weights: Tensor | None,
+        kl_weights: Tensor | None,
+        anchored: bool,
+        reference: bool,
+        exact: bool,
+        kl_coef: float,
+        term: str,
+        kl: str,
+        bounds: list[float],
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """After `policy`: the loss of each token [N], the sums of the batch as in csrc/policy_outcome.h, the number of
+        tokens. `values` are those for logprob, entropy and, with `exact`, an exact KL."""
+
 
 @runtime_checkable
 class OneReadTopK(Protocol):

@@ -112,6 +112,32 @@ class Compiled:
         )
         return values, call.logits if in_place else dlogits
 
+    def policy_outcome(
+        self,
+        values: Tensor,
+        coefficients: Tensor,
+        tokens: Tensor,
+        valid: Tensor,
+        scale: Tensor,
+        old: Tensor | None,
+        sampling: Tensor | None,
+        off_policy_weight: Tensor | None,
+        token_weights: Tensor | None,
+        kl_weights: Tensor | None,
+        anchored: bool,
+        reference: bool,
+        exact: bool,
+        kl_coef: float,
+        term: str,
+        kl: str,
+        bounds: list[float],
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        found: tuple[Tensor, Tensor, Tensor] = self._operators().policy_outcome(
+            values, coefficients, tokens, valid, scale, old, sampling, off_policy_weight, token_weights, kl_weights,
+            anchored, reference, exact, kl_coef, term, kl, bounds,
+        )  # fmt: skip
+        return found
+
     def topk(
         self, call: Call, teacher: Tensor, scale: Tensor, kind: str, alpha: float, beta: float, in_place: bool = False
     ) -> tuple[Tensor, Tensor, Tensor]:

@@ -7,8 +7,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from kldiv_kernels import ops
 from kldiv_kernels.policy.inputs import Batch
-from kldiv_kernels.policy.options import INF, PolicyOptions
+from kldiv_kernels.policy.one_read import Known
+from kldiv_kernels.policy.options import CLIPPED, DPPO, INF, PolicyOptions
 from kldiv_kernels.policy.per_token import TokenLosses, token_losses
 from kldiv_kernels.policy.slopes import times
 from kldiv_kernels.policy.weights import aggregate, highest_entropy, off_policy_weight, on_policy_sequences
@@ -61,6 +63,32 @@ def assemble(batch: Batch, options: PolicyOptions, shape: torch.Size) -> PolicyL
         metrics = _metrics(batch, losses, kl, weight)
     logprob, entropy = (x.detach().reshape(shape) for x in (batch.logprob, batch.entropy))
     return PolicyLoss(loss, per_token.reshape(shape), metrics, logprob, entropy)
+
+
+def outcome(
+    known: Known, values: Tensor, stats: tuple[str, ...], backend: str, options: PolicyOptions, shape: torch.Size
+) -> PolicyLoss:
+    """The same of a loss that is known but for the values [value_rows, N]: one operator, where `assemble` has many."""
+    tokens, exact = known.tokens, options.kl_estimator in stats
+    per_token, sums, count = ops.policy_outcome(
+        backend, values.detach(), tokens.coefficients, tokens.tokens, known.valid, known.scale, known.old,
+        known.sampling, known.off_policy_weight, known.token_weights, known.kl_weights, known.anchored,
+        known.reference, exact, options.kl_coef, tokens.term, tokens.kl, tokens.bounds,
+    )  # fmt: skip
+    by_name = dict(zip(ops.POLICY_SUMS, sums.unbind(), strict=True))
+    names = ["entropy", "ratio_mean", "approx_kl"]
+    if options.loss_type in (*CLIPPED, "cispo", *DPPO):
+        names += ["clip_fraction_low", "clip_fraction_high"]
+    if options.loss_type in CLIPPED and options.dual_clip < INF:
+        names.append("clip_fraction_dual")
+    there = {
+        "kl": known.reference, "exact_kl": exact, "sampling_kl": known.sampling is not None,
+        "off_policy_weight": known.off_policy_weight is not None,
+    }  # fmt: skip
+    names += [name for name, is_there in there.items() if is_there]
+    metrics = {"tokens": count, **{name: by_name[name] for name in names}, "ratio_max": by_name["ratio_max"]}
+    logprob, entropy = (x.detach().reshape(shape) for x in values.unbind()[:2])
+    return PolicyLoss(by_name["loss"], per_token.reshape(shape), metrics, logprob, entropy)
 
 
 def _selected(batch: Batch, kept: Tensor, options: PolicyOptions) -> Tensor:

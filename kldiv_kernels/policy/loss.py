@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import torch
 from torch import Tensor
 
@@ -23,7 +25,7 @@ from kldiv_kernels.inputs import Parameter
 from kldiv_kernels.losses import in_place_checked
 from kldiv_kernels.policy import inputs as policy_inputs
 from kldiv_kernels.policy import one_read
-from kldiv_kernels.policy.assembly import PolicyLoss, assemble
+from kldiv_kernels.policy.assembly import PolicyLoss, assemble, outcome
 from kldiv_kernels.policy.options import EXACT_KL, PolicyOptions, resolve
 from kldiv_kernels.sources import Attach, Logits, Source
 from kldiv_kernels.tracing import constant
@@ -246,7 +248,12 @@ def policy_loss_of(
         waits = f"the {chosen} backend has no policy loss of one read"
     attach: Attach | None = None
     if source.known_beforehand(where, waits, call, chosen):
-        values, attach = source.policy(call, chosen, one_read.known(tensors, valid, options, call.stats))
+        known = one_read.known(tensors, valid, options, call.stats)
+        values, attach = source.policy(call, chosen, known.tokens)
+        # Of a KL that is a metric only the reference's log-probabilities come with the values.
+        if "reference_logprob" not in call.stats:
+            out = outcome(known, values, call.stats, chosen, options, token_ids.shape)
+            return replace(out, loss=attach(out.loss))
     else:
         values = source.statistics(call, chosen)
     named = dict(zip(call.stats, values, strict=True))

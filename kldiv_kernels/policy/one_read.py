@@ -7,6 +7,8 @@ logits, one write of their gradient. `csrc/policy.h` has the formulas of the coe
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import torch
 from torch import Tensor
 
@@ -34,7 +36,27 @@ def waits(options: PolicyOptions, tensors: Tensors) -> str | None:
     return None
 
 
-def known(tensors: Tensors, valid: Tensor, options: PolicyOptions, stats: tuple[str, ...]) -> PolicyTokens:
+@dataclass(frozen=True)
+class Known:
+    """What a loss knows of its tokens before the pass, [N] each: what the pass is told, and what the metrics want.
+
+    valid: of bool. scale: what a token counts in the loss. anchored: whether anchors were given. reference: whether
+    there is one for a sampled KL.
+    """
+
+    tokens: PolicyTokens
+    valid: Tensor
+    scale: Tensor
+    old: Tensor | None
+    sampling: Tensor | None
+    off_policy_weight: Tensor | None
+    token_weights: Tensor | None
+    kl_weights: Tensor | None
+    anchored: bool
+    reference: bool
+
+
+def known(tensors: Tensors, valid: Tensor, options: PolicyOptions, stats: tuple[str, ...]) -> Known:
     # The policy's own log-probabilities are not there yet. NaN is what the operator takes for them, where they stand in
     # for the anchor's.
     unknown = torch.zeros(valid.shape, dtype=torch.float32, device=valid.device).masked_fill(valid, torch.nan)
@@ -45,7 +67,8 @@ def known(tensors: Tensors, valid: Tensor, options: PolicyOptions, stats: tuple[
     policy_weight = weighted(scale, weight, options)
     if batch.weights is not None:
         policy_weight = times(policy_weight, batch.weights)
-    if tensors.old_logprobs is not None or tensors.anchor_logprobs is not None:
+    anchored = tensors.old_logprobs is not None or tensors.anchor_logprobs is not None
+    if anchored:
         # A NaN that was given is none of those, and is to be seen.
         policy_weight = torch.where(batch.anchor.isnan(), torch.nan, policy_weight)
     exact = options.kl_estimator in EXACT_KL
@@ -66,7 +89,7 @@ def known(tensors: Tensors, valid: Tensor, options: PolicyOptions, stats: tuple[
     if exact and options.kl_coef != 0:
         coefficients[options.kl_estimator] = kl_weight
     low, high = (options.clip_low, options.clip_high) if options.loss_type.startswith("dppo") else ratio_bounds(options)
-    return PolicyTokens(
+    told = PolicyTokens(
         _rows([coefficients[name] for name in stats]),
         _rows(tokens),
         "clipped" if options.loss_type in CLIPPED else options.loss_type,
@@ -75,6 +98,15 @@ def known(tensors: Tensors, valid: Tensor, options: PolicyOptions, stats: tuple[
             low, high, options.delta, options.dual_clip, *bounds(options.log_ratio_clamp), *options.sapo_temperatures,
             options.kl_log_ratio_clamp, options.kl_clamp, float(options.kl_bias_correction),
         ],
+    )  # fmt: skip
+
+    def flat(x: Tensor | None) -> Tensor | None:
+        return None if x is None else x.reshape(-1).contiguous()
+
+    return Known(
+        told, valid.reshape(-1), scale.reshape(-1).contiguous(),
+        None if tensors.old_logprobs is None else flat(batch.old), flat(batch.sampling), flat(weight),
+        flat(batch.weights), flat(batch.kl_weights), anchored, batch.reference is not None and not exact,
     )  # fmt: skip
 
 

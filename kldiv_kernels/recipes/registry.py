@@ -9,7 +9,12 @@ from importlib import import_module
 
 from kldiv_kernels.recipes.recipe import Recipe
 
-FAMILIES = ("on_policy_distillation",)
+FAMILIES = (
+    "on_policy_distillation",
+    "teacher_and_reward",
+    "token_credit",
+    "reward_shaping",
+)
 
 
 def _collected() -> dict[int, Recipe]:

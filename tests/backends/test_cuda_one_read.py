@@ -206,8 +206,10 @@ def test_devices(device: str, machine: Machine) -> None:
     check(("forward_kl",), *wide, ran=lambda kernel: ("8 CTAs" if device == "sm_120" else "4 CTAs") in kernel)
 
 
-def test_a_refused_cluster_gives_way_to_a_smaller_one(machine: Machine) -> None:
-    machine(largest=8, plan="")
+@pytest.mark.parametrize("plan", ["", "cluster=16", "cluster=16,stages=1"])
+def test_a_refused_cluster_gives_way_to_a_smaller_one(plan: str, machine: Machine) -> None:
+    """Also where KLDIV_CUDA_PLAN asks for it: the planner then chooses."""
+    machine(largest=8, plan=plan)
     logits, reference = pair(1, 131_072, torch.float32)
     check(("forward_kl",), logits, reference, ran=lambda kernel: "refuses clusters of 16" in kernel)
 

@@ -16,7 +16,7 @@ import kldiv_kernels as kk
 S, T, B, Y = [2.0, 0.5, -1.0, 0.0], [1.0, 1.5, -0.5, 0.0], [0.5, 0.0, 0.0, -0.5], 1
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Case:
     """`recipe` is the function's name. `tensors` are its tensors by name: float64, int64 or bool.
 
@@ -122,7 +122,8 @@ def _with_gradients(out: Any, given: dict[str, Tensor], case: Case) -> tuple[Ten
     if isinstance(value, tuple):
         value = torch.cat([x.reshape(-1) for x in value])
     if not value.requires_grad:
-        return value, {}
+        # Of a mask: the difference of two bool tensors is an error.
+        return value.double() if value.dtype == torch.bool else value, {}
     ramp = torch.arange(1, value.numel() + 1, dtype=value.dtype).reshape(value.shape)
     names = [name for name in case.trained if name in given]
     found = torch.autograd.grad((value * ramp).sum(), [given[name] for name in names], allow_unused=True)

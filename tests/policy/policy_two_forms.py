@@ -66,6 +66,9 @@ def check(out: kk.PolicyLoss, logits: Tensor, want: kk.PolicyLoss, exact: Tensor
     assert out.metrics.keys() == want.metrics.keys()
     for name, value in out.metrics.items():
         assert value.item() == pytest.approx(want.metrics[name].item(), rel=1e-4, abs=1e-5), name
+    for name in ("per_token_loss", "logprob", "entropy"):
+        got, wanted = getattr(out, name), getattr(want, name)
+        torch.testing.assert_close(got.double(), wanted, rtol=1e-5, atol=2e-5)
     # An upstream factor, and rows as large as each other: the gradient is relative to the largest of all.
     (got,), (wanted,) = torch.autograd.grad(3 * out.loss, logits), torch.autograd.grad(3 * want.loss, exact)
     largest = wanted.abs().max()

@@ -13,6 +13,7 @@ import torch
 from policy_oracle import TERMS
 from policy_two_forms import ONE_READ_BACKENDS, VOCAB, arguments_for, both, check
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import kldiv_kernels as kk
 from kldiv_kernels.policy.options import CLIPPED
@@ -68,6 +69,54 @@ def test_terms(name: str, dtype: torch.dtype, backend: str, plan: None, passes: 
     needs = {"normalizer": 30.0} if loss_type == "dr_grpo" else {}
     check(*both(oracle.batch(vocab=VOCAB), backend, dtype, loss_type=loss_type, **options, **needs))
     assert passes == ["policy_loss", "statistics"]
+
+
+@pytest.mark.parametrize("backend", ONE_READ_BACKENDS)
+def test_a_tokens_loss_has_the_same_bits_in_any_batch(backend: str) -> None:
+    batch = oracle.batch(vocab=VOCAB)
+    arguments = arguments_for(batch, kl=True, weights=True, aggregation="token-mean")
+    whole = kk.policy_loss(
+        batch.logits.float().requires_grad_(), batch.token_ids, batch.advantages.float(), backend=backend, **arguments
+    )
+    rows = slice(1, 2)
+    alone = {name: x[rows] if isinstance(x, Tensor) else x for name, x in arguments.items()}
+    one = kk.policy_loss(
+        batch.logits[rows].float().requires_grad_(), batch.token_ids[rows], batch.advantages[rows].float(),
+        backend=backend, **alone,
+    )  # fmt: skip
+    assert torch.equal(one.per_token_loss, whole.per_token_loss[rows])
+    assert one.per_token_loss.abs().max() > 0.1
+
+
+_VIEWS = ("alias", "detach", "expand", "select", "slice", "squeeze", "unbind", "unsqueeze", "view", "_unsafe_view")
+
+
+class _Launches(TorchDispatchMode):
+    """Operators that are not views: on a GPU each of them is a launch."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.names: list[str] = []
+
+    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if function.overloadpacket.__name__ not in _VIEWS:
+            self.names.append(str(function))
+        return function(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("backend", ONE_READ_BACKENDS)
+def test_few_operations_stand_around_the_pass(backend: str) -> None:
+    """There were 98 and 217 of them before one operator had the losses and the metrics."""
+    batch = oracle.batch(vocab=VOCAB)
+    many = {"preset": "trl", "kl": True, "sampling": True, "entropy_coef": 0.1}
+    for options, most in (({"kl": True}, 45), (many, 72)):
+        logits = batch.logits.float().requires_grad_()
+        arguments = arguments_for(batch, **options)
+        with _Launches() as seen:
+            out = kk.policy_loss(logits, batch.token_ids, batch.advantages.float(), backend=backend, **arguments)
+        assert len(seen.names) <= most, seen.names
+        assert seen.names.count("kldiv_kernels.policy_outcome.default") == 1
+        assert out.loss.requires_grad
 
 
 @pytest.mark.parametrize("name", OPTIONS)

@@ -93,6 +93,33 @@ struct Configured {
     Configured(const Configured&) = delete;
 };
 
+// While it lives this thread may ask what a stream's capture would not allow: the first use of a kernel loads its code.
+class OutOfCapture {
+  public:
+    OutOfCapture() { exchange(); }
+    // The modes are exchanged back.
+    ~OutOfCapture() { (void)cudaThreadExchangeStreamCaptureMode(&mode_); }
+    OutOfCapture(const OutOfCapture&) = delete;
+
+  private:
+    cudaStreamCaptureMode mode_ = cudaStreamCaptureModeRelaxed;
+    void exchange() { check(cudaThreadExchangeStreamCaptureMode(&mode_), "cudaThreadExchangeStreamCaptureMode"); }
+};
+
+// What the runtime says of a kernel, whose code is then loaded; asked once a device and kernel.
+inline const cudaFuncAttributes& attributes_of(const void* function) {
+    static std::mutex lock;
+    static std::map<std::pair<int, const void*>, cudaFuncAttributes> known;
+    const auto key = std::make_pair(current_device(), function);
+    const std::lock_guard<std::mutex> guard(lock);
+    const auto found = known.find(key);
+    if (found != known.end()) return found->second;
+    const OutOfCapture out_of_capture;
+    cudaFuncAttributes attributes{};
+    check(cudaFuncGetAttributes(&attributes, function), "cudaFuncGetAttributes");
+    return known.emplace(key, attributes).first->second;
+}
+
 // Allows the shape, once a device, kernel and shape, and returns how many clusters of it the device holds at a time: 0
 // where it refuses it. Nothing of this happens again at the next launch, so that launches can be captured.
 template <class Arguments>
@@ -106,9 +133,7 @@ int active_clusters(Kernel<Arguments> kernel, const LaunchShape& shape) {
     const std::lock_guard<std::mutex> guard(lock);
     const auto found = known.find(key);
     if (found != known.end()) return found->second;
-    // The first use of a kernel loads its code, which a stream's capture would not allow.
-    cudaStreamCaptureMode mode = cudaStreamCaptureModeRelaxed;
-    check(cudaThreadExchangeStreamCaptureMode(&mode), "cudaThreadExchangeStreamCaptureMode");
+    const OutOfCapture out_of_capture;
     // The attribute holds for all shapes of a kernel: it must not shrink again.
     int64_t& most = allowed[{key.first, function}];
     most = std::max(most, shape.shared_bytes);
@@ -123,7 +148,6 @@ int active_clusters(Kernel<Arguments> kernel, const LaunchShape& shape) {
         Configured<Arguments> configured(one, nullptr);
         error = cudaOccupancyMaxActiveClusters(&clusters, function, &configured.config);
     }
-    check(cudaThreadExchangeStreamCaptureMode(&mode), "cudaThreadExchangeStreamCaptureMode");
     const bool refused = error == cudaErrorInvalidValue || error == cudaErrorInvalidClusterSize ||
                          error == cudaErrorInvalidConfiguration || error == cudaErrorLaunchOutOfResources;
     if (refused) {
@@ -139,25 +163,17 @@ int active_clusters(Kernel<Arguments> kernel, const LaunchShape& shape) {
 // `what` says what is launched; it is called where that fails.
 template <class Arguments, class What>
 void launch(Kernel<Arguments> kernel, const LaunchShape& shape, void* stream, const Arguments& arguments, What what) {
+    (void)attributes_of(reinterpret_cast<const void*>(kernel));
     Configured<Arguments> configured(shape, stream);
     const cudaError_t error = cudaLaunchKernelEx(&configured.config, kernel, arguments);
     if (error != cudaSuccess) check(error, what());
 }
 
 // The architecture that the code of a kernel which this device runs was compiled for: less than the device's where it
-// comes from older PTX. Asked once a device.
+// comes from older PTX.
 template <class Arguments>
 int compiled_for(Kernel<Arguments> kernel) {
-    static std::mutex lock;
-    static std::map<int, int> known;
-    const std::lock_guard<std::mutex> guard(lock);
-    int& capability = known[current_device()];
-    if (capability == 0) {
-        cudaFuncAttributes attributes{};
-        check(cudaFuncGetAttributes(&attributes, reinterpret_cast<const void*>(kernel)), "cudaFuncGetAttributes");
-        capability = attributes.ptxVersion;
-    }
-    return capability;
+    return attributes_of(reinterpret_cast<const void*>(kernel)).ptxVersion;
 }
 
 // Why this build's CUDA runtime cannot work with the driver that is here, "" where it can.
