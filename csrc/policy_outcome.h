@@ -114,7 +114,9 @@ KLDIV_HOST_DEVICE void add_outcome(const PolicyOutcomes& o, int64_t index, Sums&
         const float kl = o.exact ? o.exact[index] : (l != l ? nan : kl_value(o.policy, l, token, log_ratio));
         const float penalty = o.kl_coef * kl;
         if (o.kl_coef != 0) loss += o.kl_weights ? times(penalty, o.kl_weights[index]) : penalty;
-        sums[o.exact ? kExactKl : kSampledKlSum] += kl;
+        // Not one index of two: the sums stay in registers.
+        sums[kExactKl] += o.exact ? kl : 0;
+        sums[kSampledKlSum] += o.exact ? 0 : kl;
     }
     o.per_token[index] = loss;
     loss *= o.scale[index];

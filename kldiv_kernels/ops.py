@@ -150,7 +150,8 @@ _library.define(
 _library.define(
     "policy_outcome(Tensor values, Tensor coefficients, Tensor tokens, Tensor valid, Tensor scale, Tensor? old, "
     "Tensor? sampling, Tensor? off_policy_weight, Tensor? token_weights, Tensor? kl_weights, bool anchored, "
-    "bool reference, bool exact, float kl_coef, str term, str kl, float[] bounds, str backend) -> (Tensor, Tensor, Tensor)"
+    "bool reference, bool exact, float kl_coef, str term, str kl, float[] bounds, str backend)"
+    " -> (Tensor, Tensor, Tensor)"
 )
 _library.define(
     f"topk({_CALL_SCHEMA}, Tensor teacher, Tensor scale, str kind, float alpha, float beta) -> (Tensor, Tensor, Tensor)"

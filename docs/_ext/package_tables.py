@@ -4,6 +4,7 @@
     traffic-table         passes over the logits and sweeps of the kinds named, as `kk.plan` has them
     policy-table          the loss types of `policy_loss` with their defaults
     presets-table         the options in which the presets differ, for the loss type named
+    recipes-table         the methods of the family named, of `kk.recipes`: paper, functions, what was seen where
     options-table         the fields that a dataclass adds to its base, with their default and help
 
 A statistic links to the target `statistic-NAME`, which one page of `losses/` has: a statistic without one, and a name

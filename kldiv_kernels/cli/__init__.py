@@ -1,4 +1,4 @@
-"""The command line `kldiv`: doctor, plan, bench, train, demo, cache-teacher.
+"""The command line `kldiv`: doctor, plan, bench, recipes, train, demo, cache-teacher.
 
 `commands.py` has them. What a command needs beyond its options, PyTorch included, is imported when it runs.
 """

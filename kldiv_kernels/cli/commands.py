@@ -15,6 +15,7 @@ import typer
 import typer.core
 
 from kldiv_kernels.benchmarking.defaults import DEFAULT_HIDDEN, DEFAULT_KINDS, DEFAULT_ROWS, DEFAULT_VOCAB
+from kldiv_kernels.cli.recipes import recipes
 from kldiv_kernels.extras import missing
 from kldiv_kernels.trainer.cache_command import cache_teacher
 from kldiv_kernels.trainer.command import demo, distill
@@ -273,6 +274,8 @@ def bench(
         raise typer.Exit(1)
 
 
-for _group, _command in ((app, plan), (app, bench), (train, distill), (train, grpo), (app, demo), (app, cache_teacher)):
+for _group, _command in (
+    (app, plan), (app, bench), (app, recipes), (train, distill), (train, grpo), (app, demo), (app, cache_teacher),
+):  # fmt: skip
     _group.command()(_needs_extra(_command))
 app.add_typer(train, name="train")

@@ -23,6 +23,7 @@ from kldiv_kernels.policy.options import (
     resolve,
 )
 from kldiv_kernels.policy.per_token import TokenLosses, token_losses
+from kldiv_kernels.policy.slopes import with_slope
 from kldiv_kernels.policy.terms import PolicyTerm, level_log_ratio, ratio_bounds, surrogate
 from kldiv_kernels.policy.weights import aggregate, highest_entropy, importance, kl_estimate
 
@@ -51,4 +52,5 @@ __all__ = [
     "resolve",
     "surrogate",
     "token_losses",
+    "with_slope",
 ]

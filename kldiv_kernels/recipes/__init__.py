@@ -7,9 +7,31 @@ is a family. `schedules` has numbers that change with the step. `reductions`, `s
 
 from __future__ import annotations
 
-from kldiv_kernels.recipes import lists, reductions, schedules, selection
+from kldiv_kernels.recipes import f_divergences, lists, mixtures, reductions, schedules, selection
+from kldiv_kernels.recipes.action_policies import (
+    categorical_ppo_loss,
+    centred_log_ratio,
+    gaussian_grpo_loss,
+    grpo_guard_loss,
+    hinge_discriminator_loss,
+)
 from kldiv_kernels.recipes.clipped_kl import (
     clipped_divergence_rows,
+)
+from kldiv_kernels.recipes.distillation import (
+    activation_threshold_loss,
+    bidirectional_kl,
+    entropy_aware_kl,
+    gere_kd_loss,
+    kd_loss,
+    memorization_metrics,
+    paced_loss,
+)
+from kldiv_kernels.recipes.fine_tuning import (
+    asft_loss,
+    demonstration_regularized_loss,
+    dft_loss,
+    two_vocabulary_cross_entropy,
 )
 from kldiv_kernels.recipes.on_policy_distillation import (
     gopd_advantages,
@@ -20,6 +42,20 @@ from kldiv_kernels.recipes.on_policy_distillation import (
     tsd_kd_loss,
     vopd_advantages,
     vopd_loss,
+)
+from kldiv_kernels.recipes.policy_gradient import (
+    clip_cov_loss,
+    entropy_change,
+    kl_cov_loss,
+    oreal_loss,
+    token_reward_loss,
+    topr_loss,
+)
+from kldiv_kernels.recipes.prompt_groups import (
+    answer_entropy,
+    copo_global_advantages,
+    copo_loss,
+    drpo_loss,
 )
 from kldiv_kernels.recipes.recipe import (
     Recipe,
@@ -60,25 +96,50 @@ __all__ = [
     "FAMILIES",
     "RECIPES",
     "Recipe",
+    "activation_threshold_loss",
+    "answer_entropy",
+    "asft_loss",
+    "bidirectional_kl",
     "bundle_advantages",
     "calibrated_rewards",
     "calibrl_loss",
+    "categorical_ppo_loss",
+    "centred_log_ratio",
+    "clip_cov_loss",
     "clipped_divergence_rows",
     "conflict_weights",
+    "copo_global_advantages",
+    "copo_loss",
+    "demonstration_regularized_loss",
+    "dft_loss",
     "dgpo_weights",
     "difficulty_mask",
+    "drpo_loss",
     "ensemble_rewards",
+    "entropy_aware_kl",
+    "entropy_change",
+    "f_divergences",
     "find",
+    "gaussian_grpo_loss",
+    "gere_kd_loss",
     "gopd_advantages",
     "gopd_loss",
+    "grpo_guard_loss",
     "gtpo_loss",
+    "hinge_discriminator_loss",
+    "kd_loss",
     "kdrl_loss",
     "kdrl_mask",
+    "kl_cov_loss",
     "kl_shaped_rewards",
     "leaky_hinge",
     "listing",
     "lists",
+    "memorization_metrics",
+    "mixtures",
     "mvar_advantages",
+    "oreal_loss",
+    "paced_loss",
     "process_advantages",
     "reductions",
     "schedules",
@@ -88,9 +149,12 @@ __all__ = [
     "skill_sd_loss",
     "steer_weights",
     "tcod_loss",
+    "token_reward_loss",
+    "topr_loss",
     "trace_loss",
     "trrd_loss",
     "tsd_kd_loss",
+    "two_vocabulary_cross_entropy",
     "vopd_advantages",
     "vopd_loss",
     "win_transform",

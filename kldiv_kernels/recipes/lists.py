@@ -18,7 +18,8 @@ def plackett_luce(logprobs: Tensor, weights: Tensor | None = None, *, tail_logpr
 
     Args:
         logprobs: [*, K], the best first; logits do as well, a number added to all of a row changes nothing.
-        weights: [*, K], of the places, without gradient; default 1.
+        weights: [*, K], of the places, without gradient; default 1. A place of weight 0 counts nothing, and behind the
+            others with s = −inf it is as good as not there.
         tail_logprob: [*], log Σ e^s of what stands behind the list. With K log-probabilities of a row and this, from
             `kk.topk_token_stats`, the first K terms are exact over any vocabulary.
 
@@ -28,9 +29,13 @@ def plackett_luce(logprobs: Tensor, weights: Tensor | None = None, *, tail_logpr
     tensor(6.)
     """
     behind = logprobs if tail_logprob is None else torch.cat([logprobs, tail_logprob[..., None]], dim=-1)
+    # So that an item without probability gets the gradient 0, not NaN.
+    behind = torch.where(behind == -torch.inf, -torch.inf, behind)
     suffix = behind.flip(-1).logcumsumexp(-1).flip(-1)[..., : logprobs.shape[-1]]
     terms = suffix - logprobs
-    return (terms if weights is None else weights.detach() * terms).sum(-1)
+    if weights is not None:
+        terms = torch.where(weights == 0, 0.0, weights.detach() * terms)
+    return terms.sum(-1)
 
 
 def preference_loss(
@@ -49,10 +54,10 @@ def preference_loss(
     if link == "logistic":
         scaled = beta * margin
         return -(1 - label_smoothing) * logsigmoid(scaled) - label_smoothing * logsigmoid(-scaled)
+    if link not in ("ipo", "hinge"):
+        raise ValueError(f"preference_loss: link is {link!r}; expected logistic, ipo or hinge")
     if label_smoothing:
         raise ValueError(f"preference_loss: label_smoothing is {label_smoothing}; link {link!r} has none, expected 0")
     if link == "ipo":
         return (margin - 1 / (2 * beta)).square()
-    if link == "hinge":
-        return (1 - beta * margin).clamp_min(0)
-    raise ValueError(f"preference_loss: link is {link!r}; expected logistic, ipo or hinge")
+    return (1 - beta * margin).clamp_min(0)

@@ -25,6 +25,15 @@ def defaults(options: Mapping[str, Any], **values: Any) -> dict[str, Any]:
     return {**values, **options}
 
 
+def widened(x: Tensor) -> Tensor:
+    """float32 at least: bfloat16 counts to 256.
+
+    >>> widened(torch.zeros(1, dtype=torch.bfloat16)).dtype
+    torch.float32
+    """
+    return x.to(torch.promote_types(x.dtype, torch.float32))
+
+
 def masked(x: Tensor, mask: Tensor | None) -> Tensor:
     """x, and 0 where the mask is False.
 
@@ -52,13 +61,24 @@ def valid_tokens(token_ids: Tensor, mask: Tensor | None, ignore_index: int = -10
     return valid_labels(token_ids, mask, ignore_index)[1]
 
 
+def valid_rows(logits: Tensor, labels: Tensor | None, mask: Tensor | None, ignore_index: int = -100) -> Tensor:
+    """Bool [*], of logits [*, V]: the rows that count, with labels or without.
+
+    >>> valid_rows(torch.zeros(2, 3), torch.tensor([1, -100]), None)
+    tensor([ True, False])
+    """
+    if labels is not None:
+        return valid_tokens(labels, mask, ignore_index)
+    return torch.ones(logits.shape[:-1], dtype=torch.bool, device=logits.device) if mask is None else mask != 0
+
+
 def sequence_sum(x: Tensor, mask: Tensor | None = None) -> Tensor:
     """Σ_t of each sequence: [B, T] -> [B].
 
     >>> sequence_sum(torch.tensor([[1.0, 2.0]]), torch.tensor([[True, False]]))
     tensor([1.])
     """
-    return masked(x, mask).sum(-1)
+    return masked(widened(x), mask).sum(-1)
 
 
 def sequence_mean(x: Tensor, mask: Tensor | None = None) -> Tensor:
@@ -67,8 +87,8 @@ def sequence_mean(x: Tensor, mask: Tensor | None = None) -> Tensor:
     >>> sequence_mean(torch.tensor([[1.0, 2.0]]), torch.tensor([[True, True]]))
     tensor([1.5000])
     """
-    count = x.new_full(x.shape[:-1], x.shape[-1]) if mask is None else (mask != 0).sum(-1).to(x.dtype)
-    return sequence_sum(x, mask) / count.clamp_min(1)
+    count = max(x.shape[-1], 1) if mask is None else (mask != 0).sum(-1).clamp_min(1)
+    return sequence_sum(x, mask) / count
 
 
 def batch_mean(x: Tensor, mask: Tensor | None = None) -> Tensor:
@@ -77,8 +97,8 @@ def batch_mean(x: Tensor, mask: Tensor | None = None) -> Tensor:
     >>> batch_mean(torch.tensor([[1.0, 2.0]]), torch.tensor([[False, True]])).item()
     2.0
     """
-    count = x.numel() if mask is None else (mask != 0).sum().to(x.dtype).clamp_min(1)
-    return masked(x, mask).sum() / (max(count, 1) if isinstance(count, int) else count)
+    count = max(x.numel(), 1) if mask is None else (mask != 0).sum().clamp_min(1)
+    return masked(widened(x), mask).sum() / count
 
 
 def segment_sum(x: Tensor, segments: Tensor, count: int) -> Tensor:
@@ -87,7 +107,7 @@ def segment_sum(x: Tensor, segments: Tensor, count: int) -> Tensor:
     >>> segment_sum(torch.tensor([[1.0, 2.0, 4.0, 8.0]]), torch.tensor([[0, 0, 1, -1]]), 2)
     tensor([[3., 4.]])
     """
-    inside = segments >= 0
+    x, inside = widened(x), segments >= 0
     zeros = x.new_zeros(x.shape[0], count)
     return zeros.scatter_add(1, segments.clamp_min(0), torch.where(inside, x, 0.0))
 
@@ -137,11 +157,10 @@ def group_logsumexp(x: Tensor, groups: Tensor, mask: Tensor | None = None) -> Te
     >>> group_logsumexp(torch.zeros(3), torch.tensor([5, 5, 0])).exp()
     tensor([2., 2., 1.])
     """
-    index = numbered(groups)
-    kept = x if mask is None else torch.where(mask != 0, x, -torch.inf)
-    top = extreme(kept.detach(), index, "amax")
-    top = torch.where(top.isfinite(), top, 0.0)
-    return sums((kept - top).exp(), index)[index].log() + top
+    index, share, top = _shares(x, groups, mask)
+    total = sums(share, index)[index]
+    none = total == 0
+    return torch.where(none, -torch.inf, torch.where(none, 1.0, total).log() + top)
 
 
 def group_softmax(x: Tensor, groups: Tensor, mask: Tensor | None = None) -> Tensor:
@@ -150,9 +169,18 @@ def group_softmax(x: Tensor, groups: Tensor, mask: Tensor | None = None) -> Tens
     >>> group_softmax(torch.zeros(3), torch.tensor([5, 5, 0]))
     tensor([0.5000, 0.5000, 1.0000])
     """
-    total = group_logsumexp(x, groups, mask)
-    kept = torch.ones_like(x, dtype=torch.bool) if mask is None else mask != 0
-    return torch.where(kept, x - torch.where(kept, total, 0.0), -torch.inf).exp()
+    index, share, _ = _shares(x, groups, mask)
+    total = sums(share, index)[index]
+    return share / torch.where(total == 0, 1.0, total)
+
+
+def _shares(x: Tensor, groups: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
+    """The groups' numbers, exp(x − the group's largest), and that; 0 for what is not in the mask."""
+    index = numbered(groups)
+    kept = x if mask is None else torch.where(mask != 0, x, -torch.inf)
+    top = extreme(kept.detach(), index, "amax")
+    top = torch.where(top.isfinite(), top, 0.0)
+    return index, (kept - top).exp(), top
 
 
 def policy_result(

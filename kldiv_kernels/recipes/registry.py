@@ -10,8 +10,13 @@ from importlib import import_module
 from kldiv_kernels.recipes.recipe import Recipe
 
 FAMILIES = (
+    "distillation",
+    "fine_tuning",
     "on_policy_distillation",
     "teacher_and_reward",
+    "policy_gradient",
+    "prompt_groups",
+    "action_policies",
     "token_credit",
     "reward_shaping",
 )

@@ -22,7 +22,8 @@ def highest(scores: Tensor, mask: Tensor, fraction: float | Tensor, *, per_seque
     if not per_sequence:
         scores, mask = scores.reshape(1, -1), mask.reshape(1, -1)
     keys = torch.where(mask, scores.detach(), -torch.inf)
-    # NaN is larger than every number: a score that is none is seen.
+    # What is masked stands behind a score of −inf too. NaN is larger than every number: a score that is none is seen.
+    keys = torch.where(mask, keys.clamp_min(torch.finfo(keys.dtype).min), -torch.inf)
     order = keys.argsort(dim=-1, descending=True, stable=True)
     rank = torch.empty_like(order).scatter_(
         -1, order, torch.arange(keys.shape[-1], device=keys.device).expand_as(order)
@@ -89,21 +90,28 @@ def quantile_band(x: Tensor, mask: Tensor, low: float, high: float) -> tuple[Ten
 def otsu_threshold(x: Tensor, mask: Tensor, bins: int = 100) -> Tensor:
     """Otsu's threshold (1979) of x over the mask, a scalar: where the variance between the two sides is largest.
 
+    Of a histogram of `bins` between the lowest and the highest; a value on the threshold is above it. Where all x are
+    equal it is their value, and 0 where the mask has none.
+
     >>> 0.2 < otsu_threshold(torch.tensor([0.0, 0.1, 1.0, 1.1]), torch.ones(4, dtype=torch.bool)).item() < 1.0
     True
     """
-    low = torch.where(mask, x.detach(), torch.inf).amin()
-    high = torch.where(mask, x.detach(), -torch.inf).amax()
-    width = torch.where(high > low, (high - low) / bins, torch.ones_like(low))
+    if x.numel() == 0:
+        return x.new_zeros(())
+    some = mask.any()
+    low = torch.where(some, torch.where(mask, x.detach(), torch.inf).amin(), 0.0)
+    high = torch.where(some, torch.where(mask, x.detach(), -torch.inf).amax(), 0.0)
+    width = (high - low) / bins
     place = ((x.detach() - low) / width).nan_to_num(0.0).clamp(0, bins - 1).long()
     counts = x.new_zeros(bins).scatter_add(0, place.reshape(-1), mask.reshape(-1).to(x.dtype))
-    centres = low + width * (torch.arange(bins, device=x.device) + 0.5)
+    numbers = torch.arange(bins, device=x.device)
     below, total = counts.cumsum(0), counts.sum()
-    sums = (counts * centres).cumsum(0)
+    # In bins from the lowest on: the width changes nothing about which cut is best.
+    sums = (counts * numbers).cumsum(0)
     above = total - below
     means_apart = sums / below.clamp_min(1) - (sums[-1] - sums) / above.clamp_min(1)
     between = below * above * means_apart.square()
-    # Empty bins between two heaps are equally good: the middle of them.
-    best = (between >= between.amax() * (1 - 1e-6)).to(x.dtype)
-    at = (best * torch.arange(bins, device=x.device)).sum() / best.sum()
+    # Behind any of the empty bins between two heaps the cut is the same: the middle of them.
+    together = below == below.gather(0, between.argmax().reshape(1))
+    at = (together * numbers).sum() / together.sum()
     return low + width * (at + 1)

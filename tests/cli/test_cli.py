@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import json
 import os
 import subprocess
@@ -32,7 +33,7 @@ def invoke(*arguments: str) -> Result:
 
 
 @pytest.mark.parametrize(
-    "command", ["doctor", "plan", "bench", "train", "train distill", "train grpo", "demo", "cache-teacher"]
+    "command", ["doctor", "plan", "bench", "recipes", "train", "train distill", "train grpo", "demo", "cache-teacher"]
 )
 def test_help_has_examples(command: str) -> None:
     result = invoke(*command.split(), "--help")
@@ -54,6 +55,10 @@ def test_help_has_examples(command: str) -> None:
         (("plan", "--rows", "8", "--vocab", "8", "--kind", "helinger"), "--kind", "did you mean hellinger"),
         (("plan", "--rows", "8", "--vocab", "8", "--stats", "entropi"), "--stats", "did you mean entropy"),
         (("bench", "--rows", "0"), "--rows", "0; expected at least 1"),
+        (("recipes", "vodp"), "NAME", "no method is called 'vodp'; did you mean vOPD?"),
+        (("recipes", "1000"), "NAME", "there is no paper 1000"),
+        (("recipes", "--family", "credits"), "--family", "'credits'; expected None, on_policy_distillation"),
+        (("recipes", "vopd", "--family", "token_credit"), "--family", "pass one of them"),
         (("bench", "--kinds", "forward_lk"), "--kinds", "did you mean forward_kl"),
         (("bench", "--kinds", ","), "--kinds", "no case"),
         (("bench", "--dtypes", "bf16,fp8"), "--dtypes", "'fp8' is no dtype"),
@@ -69,6 +74,27 @@ def test_bad_input_is_an_error_of_its_option(arguments: tuple[str, ...], option:
     assert option in result.output
     assert message in result.output
     assert "Traceback" not in result.output
+
+
+def test_recipes_are_listed_and_told_one_by_one() -> None:
+    listed = invoke("recipes")
+    assert listed.exit_code == 0, listed.output
+    for recipe in kk.recipes.listing():
+        assert all(name in listed.output for name in recipe.functions)
+        one = invoke("recipes", str(recipe.paper))
+        assert one.exit_code == 0, one.output
+        assert recipe.title in one.output
+        for name in recipe.functions:
+            function = getattr(kk.recipes, name)
+            assert f"kk.recipes.{name}(" in one.output
+            assert all(parameter in one.output for parameter in inspect.signature(function).parameters)
+            assert ">>> " in one.output
+    family = invoke("recipes", "--family", "token_credit")
+    assert "dgpo_weights" in family.output
+    assert "vopd_loss" not in family.output
+    record = json.loads(invoke("recipes", "vopd", "--json").output)
+    assert record["paper"] == 3
+    assert [r["paper"] for r in json.loads(invoke("recipes", "--json").output)] == sorted(kk.recipes.RECIPES)
 
 
 def test_plan_shows_what_the_api_says() -> None:

@@ -1,0 +1,74 @@
+"""Combinations of logits, the mean of a batch's softmaxes, and Gaussians."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from kldiv_kernels.recipes.reductions import widened
+
+
+@torch.no_grad()
+def mix_logits(*terms: tuple[float | Tensor, Tensor]) -> Tensor:
+    """Σ w·logits of (w, logits) pairs, in float32 (float64 for float64 logits), without gradient.
+
+    Its softmax is the product of the softmaxes, each to the power w, over its sum.
+
+    Args: each w a number or [*], each logits [*, V]. Where w is 0 the logits are not looked at. A column of −inf is
+    −inf in the result, also beside a negative w: what one model leaves out stays out.
+
+    Raises ValueError without a term.
+
+    >>> mix_logits((-0.5, torch.tensor([1.0, -torch.inf])), (1.5, torch.tensor([2.0, 0.0])))
+    tensor([2.5000,   -inf])
+    """
+    if not terms:
+        raise ValueError("mix_logits: there is no term; expected one or more pairs (weight, logits)")
+    parts = []
+    for weight, logits in terms:
+        x = widened(logits)
+        w = weight[..., None].to(x.dtype) if isinstance(weight, Tensor) else x.new_full((), weight)
+        # −inf times a negative weight would be +inf.
+        parts.append(torch.where(w == 0, 0.0, torch.where(x == -torch.inf, x, w * x)))
+    total = parts[0]
+    for part in parts[1:]:
+        total = torch.where((total == -torch.inf) | (part == -torch.inf), -torch.inf, total + part)
+    return total
+
+
+def batch_marginal(logits: Tensor, mask: Tensor | None = None, temperature: float = 1.0) -> Tensor:
+    """The mean of softmax(logits/temperature) over all rows that the mask has, [V], with gradient; 0 without one.
+
+    Makes tensors of [N, V] in PyTorch: for classifiers.
+
+    Args: logits: [*, V] with one or more leading dimensions. mask: [*].
+
+    >>> batch_marginal(torch.tensor([[0.0, 0.0], [9.0, 0.0]]), torch.tensor([True, False]))
+    tensor([0.5000, 0.5000])
+    """
+    rows = widened(logits).flatten(end_dim=-2)
+    kept = torch.ones_like(rows[:, :1], dtype=torch.bool) if mask is None else (mask != 0).reshape(-1, 1)
+    probabilities = (torch.where(kept, rows, 0.0) / temperature).softmax(-1)
+    return torch.where(kept, probabilities, 0.0).sum(0) / kept.sum().clamp_min(1)
+
+
+def gaussian_kl(
+    mean: Tensor, log_variance: Tensor, other_mean: Tensor | None = None, other_log_variance: Tensor | None = None
+) -> Tensor:
+    """KL(N(μ, σ²) ‖ N(μ', σ'²)) of diagonal Gaussians, summed over the last dimension, in nats, with all gradients.
+
+    Σ ½[(μ − μ')²/σ'² + σ²/σ'² − 1 − log σ²/σ'²].
+
+    Args: each [*, D], or of a shape that broadcasts to it; the variances as logarithms. The other Gaussian is the
+    standard one, mean 0 and variance 1, where nothing else is given.
+
+    Returns [*].
+
+    >>> gaussian_kl(torch.tensor([[2.0, 0.0]]), torch.zeros(1, 2))
+    tensor([2.])
+    """
+    apart = mean if other_mean is None else mean - other_mean
+    log_ratio = log_variance if other_log_variance is None else log_variance - other_log_variance
+    square = apart.square() if other_log_variance is None else apart.square() * (-other_log_variance).exp()
+    # Not e^x − 1 − x, which has no digits left where the variances are close.
+    return 0.5 * (square + torch.expm1(log_ratio) - log_ratio).sum(-1)
