@@ -182,10 +182,40 @@ def _written(value: object) -> str:
     return "off" if isinstance(value, float) and math.isinf(value) else str(value)
 
 
+class RecipesTable(_Table):
+    """Argument: the family."""
+
+    required_arguments = 1
+
+    def run(self) -> list[nodes.Node]:
+        rows = [
+            (str(r.paper), self._paper(r), self._functions(r), r.logit_part, r.confidence)
+            for r in kk.recipes.listing(self.arguments[0])
+        ]
+        return [table(("paper", "method", "functions", "reads", "seen in"), rows)]
+
+    def _paper(self, recipe: kk.recipes.Recipe) -> list[nodes.Node]:
+        cited = f"{recipe.title} ({recipe.year}){', ' + recipe.link if recipe.link else ''}"
+        return [nodes.strong("", recipe.method), nodes.Text(f": {cited}. {recipe.differs}")]
+
+    def _functions(self, recipe: kk.recipes.Recipe) -> list[nodes.Node]:
+        out: list[nodes.Node] = []
+        for name in recipe.functions:
+            target = addnodes.pending_xref(
+                "", code(name), refdomain="py", reftype="func", reftarget=f"kldiv_kernels.recipes.{name}",
+                refexplicit=True, refwarn=True, refdoc=self.env.docname,
+            )  # fmt: skip
+            self.set_source_info(target)
+            out += [nodes.Text(", ")] if out else []
+            out.append(target)
+        return out
+
+
 def setup(app: Sphinx) -> dict[str, bool]:
     app.add_directive("statistics-table", StatisticsTable)
     app.add_directive("traffic-table", TrafficTable)
     app.add_directive("policy-table", PolicyTable)
     app.add_directive("presets-table", PresetsTable)
     app.add_directive("options-table", OptionsTable)
+    app.add_directive("recipes-table", RecipesTable)
     return {"parallel_read_safe": True}

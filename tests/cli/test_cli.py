@@ -57,7 +57,7 @@ def test_help_has_examples(command: str) -> None:
         (("bench", "--rows", "0"), "--rows", "0; expected at least 1"),
         (("recipes", "vodp"), "NAME", "no method is called 'vodp'; did you mean vOPD?"),
         (("recipes", "1000"), "NAME", "there is no paper 1000"),
-        (("recipes", "--family", "credits"), "--family", "'credits'; expected None, on_policy_distillation"),
+        (("recipes", "--family", "credits"), "--family", "'credits'; expected None, distillation"),
         (("recipes", "vopd", "--family", "token_credit"), "--family", "pass one of them"),
         (("bench", "--kinds", "forward_lk"), "--kinds", "did you mean forward_kl"),
         (("bench", "--kinds", ","), "--kinds", "no case"),
