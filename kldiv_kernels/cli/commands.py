@@ -20,6 +20,7 @@ from kldiv_kernels.extras import missing
 from kldiv_kernels.trainer.cache_command import cache_teacher
 from kldiv_kernels.trainer.command import demo, distill
 from kldiv_kernels.trainer.grpo_command import grpo
+from kldiv_kernels.trainer.opd_command import opd
 from kldiv_kernels.version import __version__
 
 if TYPE_CHECKING:
@@ -62,7 +63,7 @@ train = typer.Typer(cls=_DistillByDefault, no_args_is_help=True, rich_markup_mod
 
 @train.callback()
 def _train() -> None:
-    """Train a model: distil a teacher into it, or reward its answers.
+    """Train a model: distil a teacher into it, on texts or on what it writes, or reward its answers.
 
     Options without a command are those of distill, whose help is
     `kldiv train distill --help`.
@@ -72,6 +73,8 @@ def _train() -> None:
       $ kldiv train --student … --teacher … --data … --output …
 
       $ kldiv train distill --student … --teacher … --data … --output …
+
+      $ kldiv train opd --student … --teacher … --data … --output …
 
       $ kldiv train grpo --output runs/grpo
     """
@@ -275,7 +278,8 @@ def bench(
 
 
 for _group, _command in (
-    (app, plan), (app, bench), (app, recipes), (train, distill), (train, grpo), (app, demo), (app, cache_teacher),
+    (app, plan), (app, bench), (app, recipes), (train, distill), (train, opd), (train, grpo), (app, demo),
+    (app, cache_teacher),
 ):  # fmt: skip
     _group.command()(_needs_extra(_command))
 app.add_typer(train, name="train")

@@ -24,6 +24,7 @@ from kldiv_kernels.trainer.options import (
     require_same_tokens,
     require_source,
 )
+from kldiv_kernels.trainer.recipe_options import DISTILLATION, recipe_options, short_name
 
 if TYPE_CHECKING:
     from kldiv_kernels.trainer.cached import CachedSplit
@@ -33,6 +34,8 @@ _TAILS = get_args(Tail)
 # Options of a run on text, and of one from a cache: those of the other kind are refused, and not stored.
 _OF_TEXT = ("teacher", "data", "block_size", "data_config", "text_column")
 _OF_CACHE = ("teacher_cache", "tail")
+# What a recipe takes the place of.
+_OF_LOSS = ("kind", "ce_weight", "temperature", "temperature_squared", "alpha", "beta", "tail", "teacher_cache")
 _NOT_OF_THE_RUN = ("context", "output", "resume", "fused_linear")
 
 
@@ -71,6 +74,20 @@ def distill(
         typer.Option(help="Parameter of skew_kl, skew_reverse_kl, renyi, alpha, alpha_beta. Default: 0.5."),
     ] = None,
     beta: Annotated[float | None, typer.Option(help="Parameter of js and alpha_beta. Default: 0.5.")] = None,
+    recipe: Annotated[
+        str | None,
+        typer.Option(
+            help=f"A paper's method in place of --kind and its options: {', '.join(map(short_name, DISTILLATION))}; "
+            "kldiv recipes says what each is.",
+            metavar="NAME",
+        ),
+    ] = None,
+    settings: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--set", help="An option of the --recipe, such as kl_coef=0.1. May be repeated.", metavar="NAME=VALUE"
+        ),
+    ] = None,
     tail: Annotated[
         str,
         typer.Option(
@@ -144,6 +161,9 @@ def distill(
       $ kldiv train distill --student runs/demo/student_ce --teacher-cache runs/teacher_cache
         --tail bucket --output runs/cached
 
+      $ kldiv train distill --student runs/demo/student_ce --teacher runs/demo/student_ce
+        --data book.txt --recipe asft --set kl_coef=0.1 --block-size 128 --output runs/asft
+
       $ torchrun --nproc-per-node 8 -m kldiv_kernels.cli train distill --bf16
         --student … --teacher … --data … --output …
     """
@@ -151,12 +171,14 @@ def distill(
     options = {name: value for name, value in locals().items() if name not in _NOT_OF_THE_RUN}
     options = _of_this_run(options, context)
     _check_loss(kind, ce_weight, temperature, alpha, beta, backend)
+    function, set_to = recipe_options(recipe, settings, DISTILLATION)
     require(tail in _TAILS, "--tail", f"{tail!r}; expected {', '.join(_TAILS[:-1])} or {_TAILS[-1]}")
     if teacher_cache is None:
         require(bool(data), "--data", "missing; only --teacher-cache has data of its own")
+        alone = ce_weight == 1.0 or function == "dft_loss"
         require(
-            teacher is not None or ce_weight == 1.0,
-            "--teacher", "missing; only --ce-weight 1 and --teacher-cache train without one",
+            teacher is not None or alone,
+            "--teacher", "missing; only --ce-weight 1, --teacher-cache and --recipe dft train without one",
         )  # fmt: skip
     require(lr > 0, "--lr", f"{lr} is not above 0")
     require(0 < held_out < 1, "--held-out", f"{held_out} is not between 0 and 1")
@@ -178,6 +200,7 @@ def distill(
             eval_every=eval_every, save_every=save_every, gradient_accumulation_steps=accumulation, bf16=bf16,
             kind=kind, ce_weight=ce_weight, temperature=temperature, temperature_squared=temperature_squared,
             alpha=alpha, beta=beta, tail=tail, vocab_size=vocab_size, fused_linear=fused_linear, backend=backend,
+            recipe=function, recipe_options=set_to,
             # Blocks have no padding, and their end-of-text tokens may be the tokenizer's padding token.
             include_num_input_tokens_seen="all" if teacher_cache is None else "non_padding",
         )  # fmt: skip
@@ -212,7 +235,7 @@ def distill(
             run.begin_run(output, options)
         run.fit(student_model, teacher_model, blocks, arguments, tokenizer=tokenizer)
     if arguments.process_index == 0:
-        _print_summary(run.read_json(output / run.SUMMARY), output)
+        print_summary(run.read_json(output / run.SUMMARY), output)
 
 
 def _of_this_run(options: dict[str, Any], context: typer.Context) -> dict[str, Any]:
@@ -220,11 +243,27 @@ def _of_this_run(options: dict[str, Any], context: typer.Context) -> dict[str, A
     cached = options["teacher_cache"] is not None
     others, why = (_OF_TEXT, "not with --teacher-cache") if cached else (_OF_CACHE, "only with --teacher-cache")
     for name in others:
-        source = context.get_parameter_source(name)
-        given = source is not None and source.name != "DEFAULT"
-        require(not given, f"--{name.replace('_', '-')}", f"{why}, whose sequences and log-probs are the data and the "
-                "teacher")  # fmt: skip
+        require(
+            not _is_given(context, name), _option(name), f"{why}, whose sequences and log-probs are the data and the "
+            "teacher",
+        )  # fmt: skip
+    if options["recipe"] is not None:
+        for name in _OF_LOSS:
+            require(
+                not _is_given(context, name), _option(name), "not with --recipe, which is the loss; options of its own "
+                "go to --set",
+            )  # fmt: skip
+        others = (*others, *_OF_LOSS)
     return {name: value for name, value in options.items() if name not in others}
+
+
+def _option(name: str) -> str:
+    return f"--{name.replace('_', '-')}"
+
+
+def _is_given(context: typer.Context, name: str) -> bool:
+    source = context.get_parameter_source(name)
+    return source is not None and source.name != "DEFAULT"
 
 
 @resumable
@@ -283,7 +322,7 @@ def _check_loss(
     require_backend(backend)
 
 
-def _print_summary(summary: dict[str, Any], folder: Path) -> None:
+def print_summary(summary: dict[str, Any], folder: Path) -> None:
     from rich.console import Console
     from rich.table import Table
 

@@ -14,7 +14,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import torch
@@ -34,6 +34,8 @@ from kldiv_kernels.sources import Logits, Source
 from kldiv_kernels.stats import statistics_of
 from kldiv_kernels.top_k import topk_divergence_of
 from kldiv_kernels.trainer import cached
+from kldiv_kernels.trainer.recipe_loss import RecipeLoss
+from kldiv_kernels.trainer.recipe_options import DISTILLATION, function_of
 
 _WHERE = "DistillationTrainer"
 _ROWS = ("topk_ids", "topk_logprobs")
@@ -44,8 +46,14 @@ _logger = logging.getLogger(__name__)
 class DistillationArguments(TrainingArguments):
     """`transformers.TrainingArguments` and the options of the loss; see `kldiv_kernels.divergence_loss`.
 
+    With `recipe` the loss is that function of `kldiv_kernels.recipes`, and kind, ce_weight, temperature and tail say
+    nothing.
+
     Raises ValueError, naming the argument, for a value that the loss does not allow.
     """
+
+    # Functions that `recipe` may be.
+    recipes: ClassVar[tuple[str, ...]] = DISTILLATION
 
     kind: str = field(default="forward_kl", metadata={"help": "Divergence between teacher and student."})
     ce_weight: float = field(
@@ -73,16 +81,32 @@ class DistillationArguments(TrainingArguments):
             "help": "Loss from hidden states, without the logits in memory; default: where both heads are plain."
         },
     )
+    recipe: str | None = field(
+        default=None,
+        metadata={"help": "Function of kldiv_kernels.recipes in place of the loss, such as asft_loss."},
+    )
+    recipe_options: dict[str, Any] = field(default_factory=dict, metadata={"help": "Its options by name."})
     backend: str = field(default="auto", metadata={"help": "Backend of kldiv_kernels."})
     # The Trainer would report a running average in place of a NaN or infinite loss, and so hide it.
     logging_nan_inf_filter: bool = field(default=False, metadata={"help": "Leave NaN and inf out of logged losses."})
 
     def __post_init__(self) -> None:
-        self.loss_options().check("DistillationArguments")
+        where = "DistillationArguments"
+        self.loss_options().check(where)
+        if self.recipe is not None:
+            if self.recipe not in self.recipes:
+                self.recipe = function_of(where, self.recipe, self.recipes)
+            self.recipe_loss().check(where)
+        elif self.recipe_options:
+            raise ValueError(f"{where}: recipe_options is {self.recipe_options}, without a recipe; expected none")
         super().__post_init__()  # type: ignore[no-untyped-call]
 
     def loss_options(self) -> LossOptions:
         return LossOptions(**{option.name: getattr(self, option.name) for option in fields(LossOptions)})
+
+    def recipe_loss(self) -> RecipeLoss:
+        """The recipe with its options, where there is one."""
+        return RecipeLoss(str(self.recipe), self.recipe_options)
 
 
 class DistillationTrainer(Trainer):
@@ -132,7 +156,9 @@ class DistillationTrainer(Trainer):
         held_out = list(eval_dataset.values()) if isinstance(eval_dataset, dict) else [eval_dataset]
         given = [data for data in (train_dataset, *held_out) if data is not None]
         have_rows = [_has_rows(data) for data in given] if teacher_model is None else []
-        if teacher_model is None and args.ce_weight != 1.0 and all(have is False for have in have_rows):
+        if args.recipe is not None:
+            _check_recipe_data(args, teacher_model, have_rows)
+        elif teacher_model is None and args.ce_weight != 1.0 and all(have is False for have in have_rows):
             raise ValueError(
                 f"DistillationTrainer: teacher_model is None; ce_weight = {args.ce_weight} needs one (1 does not), or "
                 f"data with {' and '.join(_ROWS)}"
@@ -173,6 +199,8 @@ class DistillationTrainer(Trainer):
         else:
             # One element a GPU under DataParallel, all equal.
             normalizer, ranks = torch.as_tensor(num_items_in_batch, device=targets.device).reshape(-1)[0], self._ranks()
+        if self.args.recipe is not None:
+            return self._recipe_loss(model, features, targets, normalizer, ranks, return_outputs)
         if self.args.ce_weight != 1.0 and self.teacher_model is None and rows is None:
             absent = " and ".join(_ROWS)
             raise ValueError(
@@ -191,6 +219,26 @@ class DistillationTrainer(Trainer):
         # DDP averages the gradients of ranks that each divided by the tokens of all of them.
         loss = loss * ranks if ranks > 1 else loss
         return (loss, outputs) if return_outputs else loss
+
+    def _recipe_loss(
+        self, model: torch.nn.Module, features: dict[str, Any], targets: Tensor, normalizer: Tensor, ranks: int,
+        return_outputs: bool,
+    ) -> Any:  # fmt: skip
+        outputs = model(**features, use_cache=False)
+        with torch.no_grad():
+            theirs = None if self.teacher_model is None else self.teacher_model(**features, use_cache=False).logits
+        recipe = self.args.recipe_loss()
+        loss = recipe(
+            outputs.logits, theirs, targets, vocab_size=self.vocab_size, backend=self.args.backend,
+            normalizer=normalizer.clamp_min(1), ignore_index=IGNORED,
+        )  # fmt: skip
+        # A mean that is the recipe's own is one of a micro-batch.
+        loss = loss * ranks if recipe.takes("normalizer") else loss / self._micro_batches()
+        return (loss, outputs) if return_outputs else loss
+
+    def _micro_batches(self) -> int:
+        assert self.model is not None
+        return int(self.current_gradient_accumulation_steps) if self.model.training else 1
 
     def prediction_step(
         self,
@@ -255,6 +303,11 @@ class DistillationTrainer(Trainer):
 
     def _is_fused(self) -> bool:
         """Whether the losses can take hidden states; if not a warning, or an error where they were asked to."""
+        if self.args.recipe is not None:
+            # Held-out evaluation could; two ways in one run are one too many.
+            if self.args.fused_linear:
+                raise ValueError(f"{_WHERE}: fused_linear is True, but the recipe {self.args.recipe!r} takes logits")
+            return False
         with self.accelerator.autocast():
             reason = headless.why_not_in(self) or headless.why_not(model=self.model, teacher_model=self.teacher_model)
         if reason is None:
@@ -270,6 +323,16 @@ class DistillationTrainer(Trainer):
         if not self.args.average_tokens_across_devices:
             return 1
         return int(self.accelerator.num_processes) // int(self.get_tp_size())
+
+
+def _check_recipe_data(args: DistillationArguments, teacher: Any, have_rows: list[bool | None]) -> None:
+    wants = args.recipe_loss().reference
+    if True in have_rows:
+        raise ValueError(
+            f"{_WHERE}: recipe is {args.recipe!r} with data that have {' and '.join(_ROWS)}; expected none"
+        )
+    if wants is not None and teacher is None:
+        raise ValueError(f"{_WHERE}: teacher_model is None; the recipe {args.recipe!r} takes its logits ({wants})")
 
 
 def _split(inputs: Mapping[str, Any]) -> tuple[dict[str, Any], Tensor, tuple[Tensor, Tensor] | None]:

@@ -30,11 +30,12 @@ def plot_run(path: Path, history: History, *, title: str) -> None:
         "eval_loss": "held-out cross-entropy",
         "eval_kl": _KL,
         "eval_topk_kl": "held-out top-k KL(teacher ∥ student)",
+        "sampled_kl": "KL(student ∥ teacher) on its own text",
     }
     shown = [name for name in panels if any(name in entry for entry in history)]
     figure = Figure(figsize=(4.5 * len(shown), 3.6), layout="constrained")
     for axis, name in zip(figure.subplots(1, len(shown), squeeze=False)[0], shown, strict=True):
-        axis.plot(*curve(history, name), marker="" if name == "loss" else "o", markersize=3)
+        axis.plot(*curve(history, name), marker="o" if name.startswith("eval") else "", markersize=3)
         _label(axis, panels[name])
     figure.suptitle(title)
     save(figure, path)

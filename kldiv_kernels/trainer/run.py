@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import math
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
@@ -114,10 +114,10 @@ def last_checkpoint(folder: Path) -> Path | None:
 
 def training_arguments(
     folder: Path, *, steps: int, batch_size: int, learning_rate: float, seed: int,
-    log_every: int, eval_every: int, save_every: int, **options: Any,
+    log_every: int, eval_every: int, save_every: int, arguments: Any = DistillationArguments, **options: Any,
 ) -> DistillationArguments:  # fmt: skip
-    """The arguments of a run in `folder`; `options` are further fields of `DistillationArguments`."""
-    return DistillationArguments(
+    """The arguments of a run in `folder`; `options` are further fields of `arguments`, DistillationArguments or an heir."""
+    made: DistillationArguments = arguments(
         output_dir=str(folder),
         max_steps=steps,
         per_device_train_batch_size=batch_size,
@@ -138,6 +138,7 @@ def training_arguments(
         use_cpu=not torch.accelerator.is_available(),
         **{"include_num_input_tokens_seen": "all", **options},
     )
+    return made
 
 
 class _MetricsFile(TrainerCallback):
@@ -195,10 +196,11 @@ def fit(
     tokenizer: PreTrainedTokenizerBase,
     callbacks: Sequence[TrainerCallback] = (),
     console: Console | None = None,
+    trainer: Callable[..., DistillationTrainer] = DistillationTrainer,
 ) -> dict[str, Any]:
     """Train to `max_steps`, from the last checkpoint in `output_dir` if it has one; return the summary.
 
-    Without a teacher the blocks have it, unless the loss is cross-entropy alone.
+    `trainer` makes the DistillationTrainer. Without a teacher the blocks have it, unless the loss is cross-entropy alone.
 
     Leaves in `output_dir`: the model and tokenizer (`from_pretrained` reads them), metrics.jsonl, loss.png and
     summary.json. Raises Stopped after a Ctrl-C or SIGTERM, with a checkpoint, unless the run saves none.
@@ -208,24 +210,24 @@ def fit(
     metrics, request = _MetricsFile(folder / METRICS), Request()
     saves = arguments.save_strategy != SaveStrategy.NO
     with quiet():
-        trainer = DistillationTrainer(
+        made = trainer(
             model, teacher, arguments, train_dataset=blocks.train, eval_dataset=blocks.held_out,
             # Blocks are of one length; for the others the trainer knows how to pad.
             data_collator=default_data_collator if isinstance(blocks, Blocks) else None,
             processing_class=tokenizer,
             callbacks=[metrics, _Schedule(), *([_StopAtStep(request)] if saves else []), *callbacks],
         )  # fmt: skip
-        with shown_for(trainer, console or Console()):
+        with shown_for(made, console or Console()):
             with request.listening() if saves else nullcontext():
-                _train(trainer, metrics, last_checkpoint(folder))
+                _train(made, metrics, last_checkpoint(folder))
             if request.received(arguments):
-                raise Stopped(request.number, trainer.state.global_step)
-            history = trainer.state.log_history
-            if not any("eval_loss" in entry and entry["step"] == trainer.state.global_step for entry in history):
-                trainer.evaluate()
-            trainer.save_model()
-    summary = _summary(trainer, model, arguments)
-    if trainer.is_world_process_zero():
+                raise Stopped(request.number, made.state.global_step)
+            history = made.state.log_history
+            if not any("eval_loss" in entry and entry["step"] == made.state.global_step for entry in history):
+                made.evaluate()
+            made.save_model()
+    summary = _summary(made, model, arguments)
+    if made.is_world_process_zero():
         plot_run(folder / PLOT, history, title=folder.name)
         write_json(folder / SUMMARY, summary)
     return summary
@@ -254,7 +256,9 @@ def _summary(trainer: DistillationTrainer, model: PreTrainedModel, arguments: Di
         "held_out_perplexity": math.exp(min(final["eval_loss"], 700.0)),
         "teacher_student_kl": final.get("eval_kl"),
         "teacher_student_topk_kl": final.get("eval_topk_kl"),
-        "loss": {
+        "loss": {"recipe": arguments.recipe, **arguments.recipe_options}
+        if arguments.recipe is not None
+        else {
             "kind": arguments.kind,
             "ce_weight": arguments.ce_weight,
             **arguments.loss_options().divergence_options(),
