@@ -342,12 +342,13 @@ def tsd_kd_loss(
     gate_temperature: float = 1.0,
     indirect_coef: float = 0.1,
     entropy_fraction: float = 0.1,
+    entropy_coef: float = 1.0,
     prefix: bool = False,
     temperature: float = 1.0,
     vocab_size: int | None = None,
     backend: Backend = "auto",
 ) -> Tensor:
-    r"""α·PL + mean sg[σ((H(q) − H(p))/τ_g)]·JS_β + mean H(q) of the most uncertain tokens; paper 49 (TSD-KD), nats.
+    r"""α·PL + mean sg[σ((H(q) − H(p))/τ_g)]·JS_β + γ·mean H(q) of the most uncertain tokens; paper 49 (TSD-KD), nats.
 
     PL: the Plackett–Luce loss of the teacher's order of the student's k likeliest tokens, over the opener: the first
     tokens of each answer, until `opener` of its entropy is spent.
@@ -355,8 +356,9 @@ def tsd_kd_loss(
     Args:
         logits, teacher_logits: [B, T, V], of answers of the student; the teacher gets no gradient. mask: [B, T] bool.
         k, opener: see above. beta: the teacher's weight in JS. gate_temperature: τ_g. indirect_coef: α.
-        entropy_fraction: of the batch's tokens, those with the highest entropy. prefix: True ranks by the logsumexp of
-            the prefix, as the released code does (the reversed order).
+        entropy_fraction: of the batch's tokens, those with the highest entropy. entropy_coef: γ, the paper's 1, which
+            sharpens a student beyond a flat teacher.
+        prefix: True ranks by the logsumexp of the prefix, as the released code does (the reversed order).
         temperature, vocab_size, backend: see `kk.token_stats`.
 
     Returns: a scalar. One read without gradient for the ids, one for the values, one for the gradient.
@@ -379,4 +381,8 @@ def tsd_kd_loss(
     )
     gate = torch.sigmoid((stats.entropy - stats.reference_entropy).detach() / gate_temperature)
     uncertain = highest(stats.entropy, mask, entropy_fraction)
-    return indirect_coef * indirect + batch_mean(gate * stats.js, mask) + batch_mean(stats.entropy, uncertain)
+    return (
+        indirect_coef * indirect
+        + batch_mean(gate * stats.js, mask)
+        + entropy_coef * batch_mean(stats.entropy, uncertain)
+    )

@@ -97,6 +97,8 @@ class DistillationArguments(TrainingArguments):
             if self.recipe not in self.recipes:
                 self.recipe = function_of(where, self.recipe, self.recipes)
             self.recipe_loss().check(where)
+            if self.fused_linear:
+                raise ValueError(f"{where}: fused_linear is True, but the recipe {self.recipe!r} takes logits")
         elif self.recipe_options:
             raise ValueError(f"{where}: recipe_options is {self.recipe_options}, without a recipe; expected none")
         super().__post_init__()  # type: ignore[no-untyped-call]
@@ -238,7 +240,8 @@ class DistillationTrainer(Trainer):
 
     def _micro_batches(self) -> int:
         assert self.model is not None
-        return int(self.current_gradient_accumulation_steps) if self.model.training else 1
+        # Before a training nobody has counted them.
+        return int(getattr(self, "current_gradient_accumulation_steps", 1)) if self.model.training else 1
 
     def prediction_step(
         self,
@@ -304,9 +307,6 @@ class DistillationTrainer(Trainer):
     def _is_fused(self) -> bool:
         """Whether the losses can take hidden states; if not a warning, or an error where they were asked to."""
         if self.args.recipe is not None:
-            # Held-out evaluation could; two ways in one run are one too many.
-            if self.args.fused_linear:
-                raise ValueError(f"{_WHERE}: fused_linear is True, but the recipe {self.args.recipe!r} takes logits")
             return False
         with self.accelerator.autocast():
             reason = headless.why_not_in(self) or headless.why_not(model=self.model, teacher_model=self.teacher_model)

@@ -9,12 +9,13 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any, ClassVar
+from typing import Any, ClassVar, cast
 
 import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from kldiv_kernels.choices import Backend
 from kldiv_kernels.distillation import IGNORED
 from kldiv_kernels.stats import token_stats
 from kldiv_kernels.trainer.distillation import DistillationArguments, DistillationTrainer
@@ -153,9 +154,9 @@ class OnPolicyTrainer(DistillationTrainer):
         return ended.cumsum(-1) - ended.long() == 0
 
     def _note(self, logits: Tensor, teacher: Tensor | None, labels: Tensor) -> None:
-        mask = labels != IGNORED
+        mask, backend = labels != IGNORED, cast(Backend, self.args.backend)
         kl = token_stats(
-            logits, teacher, stats=("reverse_kl",), mask=mask, vocab_size=self.vocab_size, backend=self.args.backend
+            logits, teacher, stats=("reverse_kl",), mask=mask, vocab_size=self.vocab_size, backend=backend
         ).reverse_kl
         self._sampled.append(torch.stack([kl.sum().double(), mask.sum().double()]))
 

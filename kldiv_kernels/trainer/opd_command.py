@@ -40,8 +40,8 @@ def opd(
     recipe: Annotated[
         str,
         typer.Option(
-            help=f"The loss: {', '.join(ON_POLICY)}. opd: log-ratios of the sampled tokens; kldiv recipes says what the "
-            "others are.",
+            help=f"The loss: {', '.join(ON_POLICY)}. opd: log-ratios of the sampled tokens; kldiv recipes says what "
+            "the others are.",
             metavar="NAME",
         ),
     ] = "opd",

@@ -116,7 +116,7 @@ def training_arguments(
     folder: Path, *, steps: int, batch_size: int, learning_rate: float, seed: int,
     log_every: int, eval_every: int, save_every: int, arguments: Any = DistillationArguments, **options: Any,
 ) -> DistillationArguments:  # fmt: skip
-    """The arguments of a run in `folder`; `options` are further fields of `arguments`, DistillationArguments or an heir."""
+    """Those of a run in `folder`; `options` are more fields of `arguments`, DistillationArguments or an heir."""
     made: DistillationArguments = arguments(
         output_dir=str(folder),
         max_steps=steps,
@@ -200,7 +200,8 @@ def fit(
 ) -> dict[str, Any]:
     """Train to `max_steps`, from the last checkpoint in `output_dir` if it has one; return the summary.
 
-    `trainer` makes the DistillationTrainer. Without a teacher the blocks have it, unless the loss is cross-entropy alone.
+    `trainer` makes the DistillationTrainer. Without a teacher the blocks have it, unless the loss is cross-entropy
+    alone.
 
     Leaves in `output_dir`: the model and tokenizer (`from_pretrained` reads them), metrics.jsonl, loss.png and
     summary.json. Raises Stopped after a Ctrl-C or SIGTERM, with a checkpoint, unless the run saves none.

@@ -83,7 +83,7 @@ def gopd(logits: Tensor, teacher_logits: Tensor, base_logits: Tensor, mask: Tens
 
 
 def tsd_kd(logits: Tensor, teacher_logits: Tensor, mask: Tensor, k: int, opener: float, entropy_fraction: float,
-           prefix: bool = False) -> Tensor:  # fmt: skip
+           prefix: bool = False, entropy_coef: float = 1.0) -> Tensor:  # fmt: skip
     q, p = logits.softmax(-1), teacher_logits.softmax(-1)
     entropy, theirs = (-(x * x.log()).sum(-1) for x in (q, p))
     ranking, direct, count = [], [], int(entropy_fraction * int(mask.sum()))
@@ -97,7 +97,7 @@ def tsd_kd(logits: Tensor, teacher_logits: Tensor, mask: Tensor, k: int, opener:
         gate = torch.sigmoid((entropy - theirs)[b, t].detach())
         direct.append(gate * js(logits[b, t], teacher_logits[b, t], 0.9))
     uncertain = entropy[mask].topk(max(count, 1)).values
-    return 0.1 * torch.stack(ranking).mean() + torch.stack(direct).mean() + uncertain.mean()
+    return 0.1 * torch.stack(ranking).mean() + torch.stack(direct).mean() + entropy_coef * uncertain.mean()
 
 
 OLD_AND_TEACHER = pick(BATCH, "old_logprobs", "teacher_logprobs")
@@ -155,6 +155,7 @@ CASES = [
     Case("tsd_kd_loss", pick(BATCH, "logits", "teacher_logits", "mask"),
          {"k": 3, "opener": 0.4, "entropy_fraction": 0.3}, expected=tsd_kd, roles=("logits", "teacher_logits")),
     Case("tsd_kd_loss", pick(BATCH, "logits", "teacher_logits", "mask"),
-         {"k": 4, "opener": 0.4, "entropy_fraction": 0.3, "prefix": True}, expected=tsd_kd, name="prefix"),
+         {"k": 4, "opener": 0.4, "entropy_fraction": 0.3, "prefix": True, "entropy_coef": 0.2}, expected=tsd_kd,
+         name="prefix"),
     *(golden_tsd_kd(prefix) for prefix in (False, True)),
 ]  # fmt: skip
