@@ -21,7 +21,7 @@ from rich.console import Console
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback, TrainerControl, TrainerState
 from trl.trainer.grpo_config import GRPOConfig
 
-from kldiv_kernels.adapters.trl import GRPOTrainer
+from kldiv_kernels.adapters.trl import GRPOTrainer, recipe_of
 from kldiv_kernels.trainer import arithmetic, run
 from kldiv_kernels.trainer.arithmetic import Problem, Problems
 from kldiv_kernels.trainer.data import Blocks
@@ -38,7 +38,10 @@ _SAMPLE = 256
 
 @dataclass(frozen=True)
 class Settings:
-    """Options of a run; `loss` are those of `policy_loss` by its names, None for the default of `preset="trl"`."""
+    """Options of a run; `loss` are those of `policy_loss` by its names, None for the default of `preset="trl"`.
+
+    recipe, recipe_options: of `adapters.trl.recipe_of`.
+    """
 
     loss: dict[str, Any]
     steps: int
@@ -51,6 +54,8 @@ class Settings:
     seed: int
     log_every: int
     eval_every: int
+    recipe: str | None = None
+    recipe_options: dict[str, Any] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -99,9 +104,10 @@ def warm_up(folder: Path, settings: WarmUp, console: Console) -> None:
 
 
 def fit(
-    folder: Path, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, settings: Settings, console: Console
-) -> dict[str, Any]:
-    """Train to `settings.steps`; return the summary.
+    folder: Path, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, settings: Settings, console: Console,
+    *, recipe_model: PreTrainedModel | None = None,
+) -> dict[str, Any]:  # fmt: skip
+    """Train to `settings.steps`; return the summary. `recipe_model`: see `adapters.trl.GRPOTrainer`.
 
     Leaves in `folder`: the model and tokenizer (`from_pretrained` reads them), metrics.jsonl, reward.png and
     summary.json. A KL penalty has TRL load the reference from where `model` was loaded from.
@@ -121,6 +127,8 @@ def fit(
             processing_class=tokenizer,
             callbacks=[record],
             policy_loss_options={name: value for name, value in settings.loss.items() if value is not None},
+            recipe=None if settings.recipe is None else recipe_of(settings.recipe, settings.recipe_options),
+            recipe_model=recipe_model,
         )
         with shown_for(trainer, console):
             trainer.train()
@@ -210,6 +218,7 @@ def _summary(trainer: Any, record: _Record, settings: Settings, seconds: float) 
         # Of the first and the last line of metrics.jsonl that has one.
         "reward": {"first": rewards[0], "last": rewards[-1]} if rewards else None,
         "loss": {**settings.loss, "kl_coef": settings.kl_coef, "entropy_coef": settings.entropy_coef},
+        "recipe": None if settings.recipe is None else {"name": settings.recipe, **settings.recipe_options},
         "seconds": round(seconds, 1),
         "seed": settings.seed,
         "versions": {

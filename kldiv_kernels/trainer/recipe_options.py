@@ -58,6 +58,16 @@ def parsed(settings: Iterable[str]) -> dict[str, Any]:
     return out
 
 
+def parsed_options(settings: list[str] | None, recipe: str | None) -> dict[str, Any]:
+    """`parsed` --set, which a --recipe has to be there for; errors are of that option."""
+    if settings and recipe is None:
+        raise typer.BadParameter("given without --recipe, whose options it sets", param_hint="--set")
+    try:
+        return parsed(settings or ())
+    except ValueError as error:
+        raise typer.BadParameter(str(error), param_hint="--set") from None
+
+
 def on_policy_function(where: str, recipe: str) -> tuple[str, dict[str, Any]]:
     """The function and what it is told, of a recipe of `kldiv train opd`. ValueError, naming it, for another."""
     if recipe not in ON_POLICY:
@@ -79,9 +89,7 @@ def recipe_options(
 ) -> tuple[str | None, dict[str, Any]]:
     """(the function, its options) of --recipe and --set, checked; errors are of these options."""
     if recipe is None:
-        if settings:
-            raise typer.BadParameter("given without --recipe, whose options it sets", param_hint="--set")
-        return None, {}
+        return None, parsed_options(settings, recipe)
     try:
         function = function_of("--recipe", recipe, functions)
     except ValueError as error:
@@ -92,8 +100,8 @@ def recipe_options(
 def _checked(function: str, settings: list[str] | None, fixed: dict[str, Any]) -> dict[str, Any]:
     from kldiv_kernels.trainer.recipe_loss import RecipeLoss
 
+    options = parsed_options(settings, function)
     try:
-        options = parsed(settings or ())
         RecipeLoss(function, {**fixed, **options}).check("--set")
     except ValueError as error:
         raise typer.BadParameter(str(error).removeprefix("--set: "), param_hint="--set") from None

@@ -77,7 +77,8 @@ def test_micro_batches_are_one_step(name: str, options: dict[str, Any], tmp_path
     for size, accumulation in ((8, 1), (2, 4)):
         trainer = tiny.trainer(
             tmp_path / str(size), rows=rows, recipe=name, recipe_options=options, max_steps=1,
-            per_device_train_batch_size=size, gradient_accumulation_steps=accumulation, learning_rate=1e-2, optim="sgd", max_grad_norm=0.0,
+            per_device_train_batch_size=size, gradient_accumulation_steps=accumulation, learning_rate=1e-2, optim="sgd",
+            max_grad_norm=0.0,
         )  # fmt: skip
         start = trainer.model.get_input_embeddings().weight.detach().clone()
         trainer.train()

@@ -14,6 +14,7 @@ from trl.trainer.utils import use_adapter
 
 from kldiv_kernels.adapters.trl import grpo_entropy, grpo_metrics
 from kldiv_kernels.adapters.trl.grpo_options import is_windowed, policy_arguments, resolved
+from kldiv_kernels.adapters.trl.grpo_recipes import GRPORecipe
 from kldiv_kernels.adapters.trl.scoring import LogitsOfCompletion, Score, run_outside_autocast
 from kldiv_kernels.policy import DPPO, EXACT_KL, policy_loss
 from kldiv_kernels.stats import selective_log_softmax, token_stats
@@ -39,6 +40,10 @@ class GRPOTrainer(grpo_trainer.GRPOTrainer):
             also `backend` and `vocab_size`. An exact `kl_estimator` runs the reference model beside the policy; beta
             is its coefficient. A loss type that TRL does not have takes the defaults of `policy_loss(preset="trl")`
             in place of the GRPOConfig's epsilon, delta and importance_sampling_level.
+        recipe: a method of `kk.recipes`, from `recipe_of("kl_cov", {})`: clip_cov, kl_cov, dgpo or kdrl. Its options go
+            over the GRPOConfig's, and policy_loss_options over its own.
+        recipe_model: what the recipe's `other` names, a causal language model: the reference of dgpo, the teacher of
+            kdrl. It is frozen, and reads the completions beside the policy.
         args, kwargs: those of `trl.GRPOTrainer`.
 
     Raises:
@@ -50,9 +55,18 @@ class GRPOTrainer(grpo_trainer.GRPOTrainer):
     model: Any
     max_completion_length: int
 
-    def __init__(self, *args: Any, policy_loss_options: Mapping[str, Any] | None = None, **kwargs: Any) -> None:
+    def __init__(
+        self,
+        *args: Any,
+        policy_loss_options: Mapping[str, Any] | None = None,
+        recipe: GRPORecipe | None = None,
+        recipe_model: Any = None,
+        **kwargs: Any,
+    ) -> None:
         super().__init__(*args, **kwargs)
-        self._policy_arguments = policy_arguments(self.args, policy_loss_options)
+        self._recipe, self._recipe_model = recipe, self._other_model(recipe, recipe_model)
+        own = {} if recipe is None else recipe.options
+        self._policy_arguments = policy_arguments(self.args, {**own, **(policy_loss_options or {})})
         self._policy_options = resolved(self._policy_arguments)
         self._how = {"temperature": self.temperature} | {
             name: self._policy_arguments[name] for name in ("backend", "vocab_size") if name in self._policy_arguments
@@ -67,6 +81,29 @@ class GRPOTrainer(grpo_trainer.GRPOTrainer):
             for model in (self.model, self.ref_model):
                 if model is not None:
                     run_outside_autocast(self.accelerator.unwrap_model(model).get_output_embeddings())
+
+    def _other_model(self, recipe: GRPORecipe | None, model: Any) -> Any:
+        wants = "" if recipe is None else recipe.other
+        if bool(wants) != (model is not None):
+            state = "given" if model is not None else "None"
+            needs = (
+                f"the {wants} of {recipe.name}" if recipe is not None and wants else "None: no recipe here reads one"
+            )
+            raise ValueError(f"GRPOTrainer: recipe_model is {state}; expected {needs}")
+        if recipe is not None and recipe.name == "kdrl" and self.beta != 0:
+            raise ValueError(f"GRPOTrainer: beta is {self.beta}; expected 0 with kdrl, whose KL is to the teacher")
+        if model is None:
+            return None
+        model.requires_grad_(False)
+        return self.accelerator.prepare_model(model, evaluation_mode=True).eval()
+
+    def _of_recipe(self, logits: Tensor, inputs: Mapping[str, Any], mask: Tensor) -> dict[str, Any]:
+        """What the recipe adds to this call of policy_loss."""
+        if self._recipe is None or self._recipe.tensors is None:
+            return {}
+        with torch.no_grad():
+            other, _ = self._completion_logits(self._recipe_model, inputs, with_aux_loss=False)
+            return self._recipe.tensors(logits, other, inputs["completion_ids"], mask, self._how)
 
     def _get_per_token_logps_and_entropies(
         self, model: Any, input_ids: Tensor, attention_mask: Tensor, logits_to_keep: int, *args: Any, **kwargs: Any
@@ -122,7 +159,7 @@ class GRPOTrainer(grpo_trainer.GRPOTrainer):
             logits, inputs["completion_ids"], inputs["advantages"],
             preset="trl", mask=mask, temperature=self.temperature, entropy_coef=coefficient,
             normalizer=self._normalizer(inputs, mask, accumulation),
-            **self._tensors(logits, inputs, mask), **self._policy_arguments,
+            **self._tensors(logits, inputs, mask) | self._policy_arguments | self._of_recipe(logits, inputs, mask),
         )  # fmt: skip
 
         metrics = self._metrics["train" if training else "eval"]
