@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 from kldiv_kernels.extras import needed_by
@@ -9,19 +10,21 @@ from kldiv_kernels.extras import needed_by
 if TYPE_CHECKING:
     from kldiv_kernels.trainer.cached import CachedSequences
     from kldiv_kernels.trainer.distillation import DistillationArguments, DistillationTrainer
+    from kldiv_kernels.trainer.opd import OnPolicyArguments, OnPolicyTrainer
 
-__all__ = ["CachedSequences", "DistillationArguments", "DistillationTrainer"]
+__all__ = [
+    "CachedSequences",
+    "DistillationArguments",
+    "DistillationTrainer",
+    "OnPolicyArguments",
+    "OnPolicyTrainer",
+]
+_HOMES = {"CachedSequences": "cached", "OnPolicyArguments": "opd", "OnPolicyTrainer": "opd"}
 
 
 def __getattr__(name: str) -> Any:
     # Imported on first use: the command line reads this package for its help, and transformers takes seconds.
     if name in __all__:
         with needed_by(__name__):
-            if name == "CachedSequences":
-                from kldiv_kernels.trainer import cached
-
-                return cached.CachedSequences
-            from kldiv_kernels.trainer import distillation
-
-            return getattr(distillation, name)
+            return getattr(import_module(f"{__name__}.{_HOMES.get(name, 'distillation')}"), name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -43,6 +43,7 @@ ELSEWHERE = ("kldiv demo",)
 SMALLER = {
     "bench": "--rows 2 --vocab 1000 --dtypes fp32 --peers none --repeats 1 --no-memory",
     "train grpo": "--steps 2 --warm-up-steps 2 --batch-size 2 --group-size 2",
+    "train opd": "--steps 2 --batch-size 2 --prompt-length 8 --completion-length 8",
     "train": "--steps 2 --batch-size 2",
     "cache-teacher": "--batch-size 2",
 }
