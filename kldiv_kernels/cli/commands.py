@@ -18,7 +18,8 @@ from kldiv_kernels.benchmarking.defaults import DEFAULT_HIDDEN, DEFAULT_KINDS, D
 from kldiv_kernels.cli.recipes import recipes
 from kldiv_kernels.extras import missing
 from kldiv_kernels.trainer.cache_command import cache_teacher
-from kldiv_kernels.trainer.command import demo, distill
+from kldiv_kernels.trainer.command import distill
+from kldiv_kernels.trainer.demo_command import demo
 from kldiv_kernels.trainer.grpo_command import grpo
 from kldiv_kernels.trainer.opd_command import opd
 from kldiv_kernels.version import __version__

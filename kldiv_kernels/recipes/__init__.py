@@ -33,13 +33,15 @@ from kldiv_kernels.recipes.fine_tuning import (
     dft_loss,
     two_vocabulary_cross_entropy,
 )
+from kldiv_kernels.recipes.hints_and_experts import (
+    calibrl_loss,
+    leaky_hinge,
+    trace_loss,
+)
 from kldiv_kernels.recipes.on_policy_distillation import (
     gopd_advantages,
     gopd_loss,
-    scope_advantages,
-    scope_loss,
     tcod_loss,
-    tsd_kd_loss,
     vopd_advantages,
     vopd_loss,
 )
@@ -75,13 +77,15 @@ from kldiv_kernels.recipes.reward_shaping import (
     mvar_advantages,
     win_transform,
 )
+from kldiv_kernels.recipes.selective_distillation import (
+    scope_advantages,
+    scope_loss,
+    tsd_kd_loss,
+)
 from kldiv_kernels.recipes.teacher_and_reward import (
-    calibrl_loss,
     kdrl_loss,
     kdrl_mask,
-    leaky_hinge,
     skill_sd_loss,
-    trace_loss,
     trrd_loss,
 )
 from kldiv_kernels.recipes.token_credit import (

@@ -8,8 +8,9 @@ from typing import TYPE_CHECKING, Any
 from kldiv_kernels.extras import needed_by
 
 if TYPE_CHECKING:
+    from kldiv_kernels.trainer.arguments import DistillationArguments
     from kldiv_kernels.trainer.cached import CachedSequences
-    from kldiv_kernels.trainer.distillation import DistillationArguments, DistillationTrainer
+    from kldiv_kernels.trainer.distillation import DistillationTrainer
     from kldiv_kernels.trainer.opd import OnPolicyArguments, OnPolicyTrainer
 
 __all__ = [
@@ -19,7 +20,12 @@ __all__ = [
     "OnPolicyArguments",
     "OnPolicyTrainer",
 ]
-_HOMES = {"CachedSequences": "cached", "OnPolicyArguments": "opd", "OnPolicyTrainer": "opd"}
+_HOMES = {
+    "CachedSequences": "cached",
+    "DistillationArguments": "arguments",
+    "OnPolicyArguments": "opd",
+    "OnPolicyTrainer": "opd",
+}
 
 
 def __getattr__(name: str) -> Any:

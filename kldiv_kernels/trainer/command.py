@@ -1,4 +1,4 @@
-"""The commands `kldiv train distill` and `kldiv demo`: options checked here, work done in `run.py` and `demo.py`.
+"""The command `kldiv train distill`: options checked here, work done in `run.py`.
 
 transformers and datasets take seconds to import: they load inside the functions, after the options were checked.
 """
@@ -18,6 +18,7 @@ from kldiv_kernels.trainer.options import (
     load_tokenizer,
     open_cache,
     option_errors,
+    print_summary,
     require,
     require_backend,
     require_model,
@@ -266,40 +267,6 @@ def _is_given(context: typer.Context, name: str) -> bool:
     return source is not None and source.name != "DEFAULT"
 
 
-@resumable
-def demo(
-    output: Annotated[Path, typer.Option(help="Folder for models, metrics, summary and plots.")] = Path("runs/demo"),
-    steps: Annotated[
-        int, typer.Option(min=1, help="Optimiser steps of each student; the teacher takes 5/2 as many.")
-    ] = 400,
-    seed: Annotated[int, typer.Option(min=0, help="Of the models' weights and the data order.")] = 0,
-    resume: Annotated[bool, typer.Option("--resume", help="Continue: finished stages are skipped.")] = False,
-) -> None:
-    """Train a small teacher on the standard library's text, distil a student,
-    and compare it with the same student trained by cross-entropy alone.
-
-    Without --resume an earlier demo in --output is replaced; a folder that
-    holds anything else is left alone. Ctrl-C stops it after the step, with a
-    checkpoint. It runs on one thread.
-
-    [bold]Examples[/bold]
-
-      $ kldiv demo
-
-      $ kldiv demo --output runs/short --steps 100
-
-      $ kldiv demo --resume
-    """
-    from kldiv_kernels.trainer.demo import Settings, open_demo, run_demo
-    from kldiv_kernels.trainer.threads import one_thread
-
-    settings = Settings(steps=steps, seed=seed)
-    with option_errors():
-        open_demo(output, settings, resume=resume)
-    with one_thread():
-        run_demo(output, settings)
-
-
 def _check_loss(
     kind: str, ce_weight: float, temperature: float, alpha: float | None, beta: float | None, backend: str
 ) -> None:
@@ -320,21 +287,3 @@ def _check_loss(
             raise typer.BadParameter(f"{kind} has no use for it; it is for {kinds}", param_hint=f"--{name}")
         require(bool(bound.allows(value)), f"--{name}", f"{value} is not {bound.text}, for {kind}")
     require_backend(backend)
-
-
-def print_summary(summary: dict[str, Any], folder: Path) -> None:
-    from rich.console import Console
-    from rich.table import Table
-
-    table = Table(title=str(folder), show_header=False)
-    for name in ("parameters", "steps", "tokens"):
-        table.add_row(name, f"{summary[name]:,}")
-    table.add_row("held-out loss", f"{summary['held_out_loss']:.4f} nats per token")
-    if summary["teacher_student_kl"] is not None:
-        table.add_row("KL(teacher ∥ student)", f"{summary['teacher_student_kl']:.4f} nats per token")
-    if summary["teacher_student_topk_kl"] is not None:
-        table.add_row(
-            f"top-{summary['loss']['k']} KL(teacher ∥ student)",
-            f"{summary['teacher_student_topk_kl']:.4f} nats per token, at most the full KL",
-        )
-    Console().print(table)

@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any
 import typer
 
 if TYPE_CHECKING:
-    from kldiv_kernels.trainer.distillation import DistillationArguments
+    from kldiv_kernels.trainer.arguments import DistillationArguments
 
 _SIGNALS = (signal.SIGINT, signal.SIGTERM)
 _NOTED = "\nThe run stops after this step, with a checkpoint. A second Ctrl-C stops it at once.\n"

@@ -18,7 +18,8 @@ from transformers import PreTrainedModel
 from kldiv_kernels.choices import Backend
 from kldiv_kernels.distillation import IGNORED
 from kldiv_kernels.stats import token_stats
-from kldiv_kernels.trainer.distillation import DistillationArguments, DistillationTrainer
+from kldiv_kernels.trainer.arguments import DistillationArguments
+from kldiv_kernels.trainer.distillation import DistillationTrainer
 from kldiv_kernels.trainer.recipe_loss import RecipeLoss
 from kldiv_kernels.trainer.recipe_options import ON_POLICY, on_policy_function
 

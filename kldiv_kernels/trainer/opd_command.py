@@ -8,12 +8,12 @@ from typing import Annotated
 
 import typer
 
-from kldiv_kernels.trainer.command import print_summary
 from kldiv_kernels.trainer.interrupts import resumable
 from kldiv_kernels.trainer.options import (
     load_model,
     load_tokenizer,
     option_errors,
+    print_summary,
     require,
     require_backend,
     require_model,

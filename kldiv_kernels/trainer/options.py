@@ -15,8 +15,8 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
     from kldiv_kernels.teacher_cache import TeacherCache
+    from kldiv_kernels.trainer.arguments import DistillationArguments
     from kldiv_kernels.trainer.cached import CachedSplit
-    from kldiv_kernels.trainer.distillation import DistillationArguments
 
 # The hub answers in less than one.
 _HUB_SECONDS = 5.0
@@ -153,6 +153,25 @@ def cached_sequences(
         sequences = CachedSequences(cache, vocab_size=width)
         sequences.check_for(vocab_size=width, temperature=arguments.temperature, positions=max_positions(student))
         return sequences.split(held_out, arguments.seed)
+
+
+def print_summary(summary: dict[str, Any], folder: Path) -> None:
+    """Of a finished run."""
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table(title=str(folder), show_header=False)
+    for name in ("parameters", "steps", "tokens"):
+        table.add_row(name, f"{summary[name]:,}")
+    table.add_row("held-out loss", f"{summary['held_out_loss']:.4f} nats per token")
+    if summary["teacher_student_kl"] is not None:
+        table.add_row("KL(teacher ∥ student)", f"{summary['teacher_student_kl']:.4f} nats per token")
+    if summary["teacher_student_topk_kl"] is not None:
+        table.add_row(
+            f"top-{summary['loss']['k']} KL(teacher ∥ student)",
+            f"{summary['teacher_student_topk_kl']:.4f} nats per token, at most the full KL",
+        )
+    Console().print(table)
 
 
 def _loaded(loader: Any, source: str, option: str, **options: Any) -> Any:

@@ -27,9 +27,10 @@ from transformers import (
 )
 from transformers.trainer_utils import SaveStrategy
 
+from kldiv_kernels.trainer.arguments import DistillationArguments
 from kldiv_kernels.trainer.cached import CachedSequences, CachedSplit
 from kldiv_kernels.trainer.data import Blocks
-from kldiv_kernels.trainer.distillation import DistillationArguments, DistillationTrainer
+from kldiv_kernels.trainer.distillation import DistillationTrainer
 from kldiv_kernels.trainer.interrupts import Request, Stopped
 from kldiv_kernels.trainer.plots import plot_run
 from kldiv_kernels.trainer.progress import shown_for

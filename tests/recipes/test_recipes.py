@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import inspect
 from importlib import import_module
+from pkgutil import iter_modules
 from typing import Any
 
 import pytest
+import recipe_cases
 import torch
 from checks import BACKENDS
 from recipe_case import Case, definition, evaluate, with_masked
@@ -15,7 +17,8 @@ from torch import Tensor
 import kldiv_kernels as kk
 from kldiv_kernels.recipes.registry import FAMILIES
 
-CASES: list[Case] = [case for family in FAMILIES for case in import_module(f"recipe_cases.{family}").CASES]
+_FILES = [import_module(f"recipe_cases.{module.name}") for module in iter_modules(recipe_cases.__path__)]
+CASES: list[Case] = [case for file in _FILES for case in file.CASES]
 IDS = [case.id for case in CASES]
 MASKED = [case for case in CASES if "mask" in case.tensors and not case.tensors["mask"].all()]
 FUNCTIONS = [name for recipe in kk.recipes.listing() for name in recipe.functions]
