@@ -139,3 +139,15 @@ def with_masked(tensors: dict[str, Tensor], fill: float) -> dict[str, Tensor]:
         if x.is_floating_point() and x.shape[: mask.dim()] == mask.shape:
             out[name] = torch.where(mask.reshape(*mask.shape, *[1] * (x.dim() - mask.dim())), x, fill)
     return out
+
+
+def double(*values: float) -> Tensor:
+    return torch.tensor(values, dtype=torch.float64)
+
+
+def same(got: Tensor, wanted: Tensor, tolerance: float = 1e-10) -> None:
+    torch.testing.assert_close(got, wanted.to(got.dtype), rtol=tolerance, atol=tolerance)
+
+
+def gradient_of(loss: Tensor, x: Tensor) -> Tensor:
+    return torch.autograd.grad(loss, x, retain_graph=True)[0]

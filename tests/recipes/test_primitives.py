@@ -1,4 +1,4 @@
-"""What recipes are built of: f-divergences beside the statistics, sums, selections, lists and mixtures."""
+"""What recipes are built of: sums, selections, lists and mixtures."""
 
 from __future__ import annotations
 
@@ -8,133 +8,21 @@ from collections.abc import Callable
 
 import pytest
 import torch
-from recipe_case import batch
+from recipe_case import batch, double, gradient_of, same
 from torch import Tensor
 
 import kldiv_kernels as kk
-from kldiv_kernels.recipes import f_divergences, lists, mixtures, reductions, selection
-from kldiv_kernels.recipes.f_divergences import GENERATORS, f_curvature, f_slope, f_value
-from kldiv_kernels.registry import STATISTICS
+from kldiv_kernels.recipes import lists, mixtures, reductions, selection
 
 INF, NAN = math.inf, math.nan
-NAMES = [
-    (name, alpha) for name in GENERATORS for alpha in ((0.5, 0.3, 0.0, 1.0, 1.7, -0.5) if name == "alpha" else (0.5,))
-]
-DTYPES = (torch.float32, torch.float64)
 BATCH = batch(sequences=4, tokens=3, vocab=9, seed=2)
 S, T = BATCH["logits"], BATCH["teacher_logits"]
-EXTREMES = [-INF, -700.0, -100.0, -30.0, -1.5, -1e-3, 0.0, 1e-3, 1.5, 30.0, 100.0, 700.0, INF]
-
-
-def double(*values: float) -> Tensor:
-    return torch.tensor(values, dtype=torch.float64)
 
 
 def boolean(*values: int) -> Tensor:
     return torch.tensor(values, dtype=torch.bool)
 
 
-def same(got: Tensor, wanted: Tensor, tolerance: float = 1e-10) -> None:
-    torch.testing.assert_close(got, wanted.to(got.dtype), rtol=tolerance, atol=tolerance)
-
-
-def gradient(loss: Tensor, x: Tensor) -> Tensor:
-    return torch.autograd.grad(loss, x, retain_graph=True)[0]
-
-
-# --- f-divergences
-@pytest.mark.parametrize(("name", "alpha"), NAMES)
-def test_the_mean_of_a_generator_is_the_statistic(name: str, alpha: float) -> None:
-    """Over the vocabulary: its value under p; and its gradient, by values under p and by slopes under q."""
-    s = S.clone().requires_grad_()
-    statistic = kk.token_stats(s, T, stats=(name,), alpha=alpha)[name]
-    wanted = gradient(statistic.sum(), s)
-    log_q, log_p = s.log_softmax(-1), T.log_softmax(-1)
-    value = (log_p.exp() * f_value(name, log_q - log_p, alpha)).sum(-1)
-    same(value, statistic)
-    same(gradient(value.sum(), s), wanted)
-    slope = f_slope(name, (log_q - log_p).detach(), alpha)
-    same(gradient((log_q.detach().exp() * slope * log_q).sum(), s), wanted)
-
-
-@pytest.mark.parametrize(("name", "alpha"), [(name, alpha) for name, alpha in NAMES if name != "tvd"])
-def test_the_curvature_is_the_derivative_of_the_slope(name: str, alpha: float) -> None:
-    x = torch.linspace(-8, 8, 97, dtype=torch.float64, requires_grad=True)
-    same(f_curvature(name, x.detach(), alpha), gradient(f_slope(name, x, alpha).sum(), x))
-    assert (f_curvature(name, x.detach(), alpha) > 0).all()
-
-
-@pytest.mark.parametrize(("name", "alpha"), NAMES)
-def test_a_generator_is_0_and_flat_at_1_and_nowhere_below(name: str, alpha: float) -> None:
-    x = torch.cat([double(0.0), torch.linspace(-12, 12, 101, dtype=torch.float64)]).requires_grad_()
-    value = f_value(name, x, alpha)
-    rise = gradient(value.sum(), x)
-    assert value[0] == 0
-    assert rise[0] == 0
-    assert (value >= 0).all()
-    # u f'(u), with f' less its value at u = 1.
-    slope = f_slope(name, x.detach(), alpha)
-    same(rise, x.detach().exp() * (slope - slope[0]), 1e-9)
-
-
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize(("name", "alpha"), NAMES)
-def test_extreme_ratios(name: str, alpha: float, dtype: torch.dtype) -> None:
-    """No NaN; what is finite in float64 and not too large for float32 is the same there; infinities are limits."""
-    x = torch.tensor(EXTREMES, dtype=dtype, requires_grad=True)
-    value = f_value(name, x, alpha)
-    found = [value.detach(), gradient(value.sum(), x), f_slope(name, x.detach(), alpha)]
-    if name != "tvd":
-        found.append(f_curvature(name, x.detach(), alpha))
-    exact = double(*EXTREMES).requires_grad_()
-    wide = f_value(name, exact, alpha)
-    wanted = [wide.detach(), gradient(wide.sum(), exact), f_slope(name, exact.detach(), alpha)]
-    for got, expected in itertools.zip_longest(found, wanted):
-        assert not got.isnan().any()
-        if expected is not None:
-            fits = expected.abs() < torch.finfo(dtype).max
-            torch.testing.assert_close(got[fits], expected[fits].to(dtype), rtol=2e-5, atol=1e-5)
-            assert (got[~fits] == expected[~fits].sign() * INF).all()
-
-
-@pytest.mark.parametrize(
-    ("name", "value", "rise"),
-    [("forward_kl", INF, -1), ("reverse_kl", 1, 0), ("jeffreys", INF, -1), ("js", math.log(2) / 2, 0),
-     ("hellinger", 0.5, 0), ("tvd", 0.5, 0), ("reverse_chi2", 1, 0), ("forward_chi2", INF, -INF)],
-)  # fmt: skip
-def test_what_q_does_not_have_and_what_p_does_not(name: str, value: float, rise: float) -> None:
-    x = double(-INF, INF).requires_grad_()
-    got = f_value(name, x)
-    same(got, double(value, INF))
-    same(gradient(got.sum(), x), double(rise, INF))
-    assert f_value(name, double(NAN)).isnan()
-
-
-def test_alpha_near_its_limits() -> None:
-    x = torch.linspace(-20, 20, 81, dtype=torch.float64)
-    for limit, name in ((0.0, "reverse_kl"), (1.0, "forward_kl")):
-        for function in (f_value, f_slope, f_curvature):
-            for alpha in (limit, limit - 1e-9, limit + 1e-9):
-                shift = function("alpha", x, alpha) - function(name, x)
-                # Slopes are the same but for a constant.
-                shift = shift - shift[40] if function is f_slope else shift
-                assert (shift.abs() <= 1e-6 * (1 + function(name, x).abs())).all()
-    same(f_value("alpha", x, 0.5), 4 * f_value("hellinger", x))
-    same(2 * f_value("alpha", x, 2.0), f_value("forward_chi2", x))
-    same(2 * f_value("alpha", x, -1.0), f_value("reverse_chi2", x), 1e-9)
-
-
-def test_generators_that_there_are_not() -> None:
-    for function in (f_value, f_slope, f_curvature):
-        with pytest.raises(ValueError, match=rf"^{function.__name__}: name is 'kl'; expected forward_kl, reverse_kl"):
-            function("kl", double(0.0))
-    with pytest.raises(ValueError, match=r"^f_curvature: name is 'tvd', whose slope jumps at u = 1; exp"):
-        f_curvature("tvd", double(0.0))
-    assert set(GENERATORS) <= STATISTICS.keys()
-    assert f_divergences.generator("js") is GENERATORS["js"]
-
-
-# --- sums and means
 GROUPS = torch.tensor([7, -2, 7, 0, 0])
 KEPT = boolean(1, 1, 1, 0, 0)
 ALL_OF = [reductions.group_sum, reductions.group_mean, reductions.group_logsumexp, reductions.group_softmax]
@@ -163,8 +51,8 @@ def test_groups(function: Callable[..., Tensor]) -> None:
     got, wanted = function(x, GROUPS, KEPT), group_by_group(function, clean, KEPT)
     same(got, wanted)
     ramp = torch.where(wanted.isfinite(), torch.arange(1.0, 6.0).double(), 0.0)
-    same(gradient((torch.where(ramp > 0, got, 0.0) * ramp).sum(), x),
-         gradient((torch.where(ramp > 0, wanted, 0.0) * ramp).sum(), clean))  # fmt: skip
+    same(gradient_of((torch.where(ramp > 0, got, 0.0) * ramp).sum(), x),
+         gradient_of((torch.where(ramp > 0, wanted, 0.0) * ramp).sum(), clean))  # fmt: skip
     order = torch.tensor([3, 0, 4, 2, 1])
     same(function(x[order], GROUPS[order], KEPT[order]), got[order])
     same(function(clean, GROUPS), group_by_group(function, clean, torch.ones_like(KEPT)))
@@ -175,9 +63,9 @@ def test_a_group_without_probability() -> None:
     x, groups = double(1.0, -INF, -INF).requires_grad_(), torch.tensor([0, 1, 1])
     total, shares = reductions.group_logsumexp(x, groups), reductions.group_softmax(x, groups)
     assert total.tolist() == [1.0, -INF, -INF]
-    assert gradient(total.sum(), x).tolist() == [1.0, 0.0, 0.0]
+    assert gradient_of(total.sum(), x).tolist() == [1.0, 0.0, 0.0]
     assert shares.tolist() == [1.0, 0.0, 0.0]
-    assert gradient(shares.sum(), x).tolist() == [0.0, 0.0, 0.0]
+    assert gradient_of(shares.sum(), x).tolist() == [0.0, 0.0, 0.0]
     assert reductions.group_logsumexp(double(INF, 1.0), groups[:2] * 0)[0] == INF
 
 
@@ -199,7 +87,7 @@ def test_sequences_without_tokens_and_nan_where_masked() -> None:
     ):
         got = function(x, mask)
         same(got, torch.tensor(wanted))
-        same(gradient(got.sum(), x), torch.tensor(slopes))
+        same(gradient_of(got.sum(), x), torch.tensor(slopes))
         assert (function(x, zeros.bool()) == 0).all()
     same(reductions.sequence_mean(zeros + 2), double(2.0, 2.0))
     assert reductions.batch_mean(zeros[:, :0]) == 0
@@ -212,7 +100,7 @@ def test_segments() -> None:
     same(reductions.segment_sum(x, segments, 3), torch.tensor([[2.0, 0, 5.0], [0, 1.0, 0]]))
     means = reductions.segment_mean(x, segments, 3)
     same(means, torch.tensor([[2.0, 0, 2.5], [0, 1.0, 0]]))
-    same(gradient(means.sum(), x), torch.tensor([[0.5, 1, 0.5, 0], [0, 1.0, 0, 0]]))
+    same(gradient_of(means.sum(), x), torch.tensor([[0.5, 1, 0.5, 0], [0, 1.0, 0, 0]]))
 
 
 def test_valid_labels_and_rows() -> None:
@@ -232,7 +120,7 @@ def test_a_policy_result() -> None:
     logprob, mask = torch.tensor([[-1.0, NAN], [-2.0, -3.0]]), boolean(1, 0, 1, 1).reshape(2, 2)
     out = reductions.policy_result(loss, logprob, mask, metrics={"ratio": logprob}, entropy=logprob)
     assert out.loss.item() == 3
-    same(gradient(out.loss, loss), torch.tensor([[1.0, 0], [1, 1]]) / 3, 1e-6)
+    same(gradient_of(out.loss, loss), torch.tensor([[1.0, 0], [1, 1]]) / 3, 1e-6)
     assert out.metrics["tokens"] == 3
     assert out.metrics["ratio"] == -2
     assert out.logprob.tolist() == out.entropy.tolist() == [[-1.0, 0.0], [-2.0, -3.0]]
@@ -242,7 +130,6 @@ def test_a_policy_result() -> None:
     assert nothing.loss == nothing.metrics["ratio"] == 0
 
 
-# --- selections
 def chosen(scores: Tensor, mask: Tensor, fraction: float) -> Tensor:
     """The first of equal scores, one by one."""
     places = sorted(mask.nonzero()[:, 0].tolist(), key=lambda i: (-scores[i].item(), i))
@@ -347,7 +234,6 @@ def test_otsu_without_two_sides() -> None:
     assert 0.4 < selection.otsu_threshold(apart, torch.ones(3).bool()).item() < 0.6
 
 
-# --- lists and pairs
 def orders(k: int) -> list[list[int]]:
     return [list(order) for order in itertools.permutations(range(k))]
 
@@ -377,13 +263,13 @@ def test_the_first_places_of_a_row_from_their_columns_and_the_tail() -> None:
     stats = kk.topk_token_stats(s, order[..., :k])
     got = lists.plackett_luce(stats.topk_logprobs, weights, tail_logprob=stats.tail_logprob)
     same(got, wanted)
-    same(gradient(got.sum(), s), gradient(wanted.sum(), s))
+    same(gradient_of(got.sum(), s), gradient_of(wanted.sum(), s))
     # All of a row are a list without a tail.
     full = kk.topk_token_stats(s, order)
     assert (full.tail_logprob == -INF).all()
     closed = lists.plackett_luce(full.topk_logprobs, tail_logprob=full.tail_logprob)
     same(closed, lists.plackett_luce(whole))
-    same(gradient(closed.sum(), s), gradient(lists.plackett_luce(whole).sum(), s))
+    same(gradient_of(closed.sum(), s), gradient_of(lists.plackett_luce(whole).sum(), s))
 
 
 def test_a_list_is_indifferent_to_a_shift_and_bears_far_scores_and_empty_places() -> None:
@@ -392,12 +278,12 @@ def test_a_list_is_indifferent_to_a_shift_and_bears_far_scores_and_empty_places(
     far = torch.tensor([-2e3, -1e3, 0.0], requires_grad=True)
     loss = lists.plackett_luce(far)
     assert loss == 3000
-    assert gradient(loss, far).tolist() == [-1.0, -1.0, 2.0]
+    assert gradient_of(loss, far).tolist() == [-1.0, -1.0, 2.0]
     padded = torch.cat([scores, double(-INF, -INF)]).requires_grad_()
     for tail in (double(-INF)[0], double(0.3)[0]):
         loss = lists.plackett_luce(padded, double(1, 1, 1, 0, 0), tail_logprob=tail)
         same(loss, lists.plackett_luce(scores, tail_logprob=tail))
-        assert gradient(loss, padded).isfinite().all()
+        assert gradient_of(loss, padded).isfinite().all()
     assert lists.plackett_luce(scores[:0]) == 0
 
 
@@ -407,7 +293,7 @@ def test_preference_losses() -> None:
     got = lists.preference_loss(margin, beta=0.5, label_smoothing=0.1)
     same(got[1:4], -0.9 * sigmoid.log() - 0.1 * (1 - sigmoid).log())
     assert got.isfinite().all()
-    assert gradient(got.sum(), margin).isfinite().all()
+    assert gradient_of(got.sum(), margin).isfinite().all()
     same(lists.preference_loss(margin, link="ipo", beta=0.25), (margin - 2).square())
     same(lists.preference_loss(margin, link="hinge", beta=0.5), (1 - 0.5 * margin).clamp_min(0))
     with pytest.raises(ValueError, match=r"^preference_loss: link is 'sigmoid'; expected logistic, ipo or hinge"):
@@ -416,7 +302,6 @@ def test_preference_losses() -> None:
         lists.preference_loss(margin, link="ipo", label_smoothing=0.1)
 
 
-# --- mixtures
 def test_mixed_logits() -> None:
     weight = torch.rand(4, 3, dtype=torch.float64)
     mixed = mixtures.mix_logits((weight, S), (1 - weight, T), (0.0, S * NAN))
@@ -437,7 +322,7 @@ def test_a_batch_marginal() -> None:
     clean = S.clone().requires_grad_()
     got, wanted = mixtures.batch_marginal(s, mask, 0.5), (clean[mask] / 0.5).softmax(-1).mean(0)
     same(got, wanted)
-    same(gradient(got.square().sum(), s), gradient(wanted.square().sum(), clean))
+    same(gradient_of(got.square().sum(), s), gradient_of(wanted.square().sum(), clean))
     same(mixtures.batch_marginal(S), S.softmax(-1).mean((0, 1)))
     assert (mixtures.batch_marginal(s, torch.zeros_like(mask)) == 0).all()
 
