@@ -29,12 +29,14 @@ def _part(row: dict[str, Any], is_ours: bool, best: float | None) -> str:
         return f"{row['implementation']} {row['error']}"
     text = f"{row['implementation']} {row['milliseconds']:.3g} ms"
     if is_ours:
-        text += f" {row['useful_gb_per_second']:.0f} GB/s"
+        text += f" {row['useful_gb_per_second']:.0f} GB/s" if row["useful_gb_per_second"] else ""
         text += f" {row['share_of_copy']:.0%} of copy" if row["share_of_copy"] else ""
     elif best:
         text += f" {row['milliseconds'] / best:.1f}×"
     if row["extra_bytes"] is not None:
-        text += f" +{row['extra_bytes'] / 2**20:.0f} MiB (dlogits {row['gradient_bytes'] / 2**20:.0f})"
+        text += f" +{row['extra_bytes'] / 2**20:.0f} MiB " + (
+            f" (dlogits {row['gradient_bytes'] / 2**20:.0f})" if row["gradient_bytes"] else ""
+        )
     return text + (f" (call {row['call_milliseconds']:.3g} ms)" if row["call_milliseconds"] else "")
 
 

@@ -53,9 +53,9 @@ def run(cases: list[GpuCase], device: str, target: str) -> list[dict[str, Any]]:
             work = partial(gpu_peers.run, case, gpu_peers.build(backend, case), inputs)
             # The first call compiles and loads.
             work()
-            inputs.logits.grad = None
+            inputs.forget_gradients()
             profiled(work)
-            inputs.logits.grad = None
+            inputs.forget_gradients()
             planned = planned_bytes(case, target) if backend == "cuda" else None
             calls.append(
                 {

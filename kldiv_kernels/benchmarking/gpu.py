@@ -27,6 +27,7 @@ from kldiv_kernels.benchmarking import gpu_peers
 from kldiv_kernels.benchmarking.cases import Inputs, dtype_name
 from kldiv_kernels.benchmarking.gpu_cases import GpuCase, cases, first_cases, quick_cases, targets
 from kldiv_kernels.benchmarking.measure import describe_error
+from kldiv_kernels.benchmarking.peers import GEMMS
 
 OUT_OF_MEMORY = "out of memory"
 # Above this relative difference two implementations do not compute the same loss.
@@ -125,7 +126,7 @@ def measure(case: GpuCase, device: Device, seconds: float, names: Sequence[str] 
         inputs = sets[next(turn) % len(sets)]
         assert result.function is not None
         outputs = gpu_peers.run(case, result.function, inputs)
-        inputs.logits.grad = None
+        inputs.forget_gradients()
         return outputs
 
     results = [Result(name) for name in (gpu_peers.names_for(case) if names is None else names)]
@@ -185,7 +186,7 @@ def _first_calls(
     result.function = gpu_peers.build(result.name, case)
     # The value is that of the first set of inputs, the same for all.
     outputs = gpu_peers.run(case, result.function, inputs)
-    inputs.logits.grad = None
+    inputs.forget_gradients()
     result.value = gpu_peers.value(case, outputs)
     del outputs
     device.synchronize()
@@ -201,11 +202,12 @@ def _one_turn(result: Result, device: Device, work: Callable[[Result], object]) 
 
 def _row(case: GpuCase, result: Result, copy: float | None, expected: float | None) -> dict[str, Any]:
     seconds = statistics.median(result.times) if result.times and result.error is None else None
-    useful = None if seconds is None else case.floor_bytes / seconds / 1e9
+    # Nothing has to be moved from hidden states: no bandwidth is told.
+    useful = None if seconds is None or not case.floor_bytes else case.floor_bytes / seconds / 1e9
     # Of copying as many bytes as the case has to move.
-    floor = None if copy is None else case.floor_bytes / copy / 1e6
+    floor = None if copy is None or not case.floor_bytes else case.floor_bytes / copy / 1e6
     agrees = None
-    if result.value is not None and expected is not None and result.name not in gpu_peers.NOTES:
+    if result.value is not None and expected is not None and result.name not in (*gpu_peers.NOTES, GEMMS):
         agrees = abs(result.value - expected) <= DISAGREES * max(abs(expected), 1e-3)
     return {
         "case": case.name, "kind": case.kind, "gradient": case.gradient, "dtype": dtype_name(case.dtype),
@@ -217,7 +219,8 @@ def _row(case: GpuCase, result: Result, copy: float | None, expected: float | No
         "floor": f"{case.floor_units}u", "floor_milliseconds": floor,
         "useful_gb_per_second": useful, "copy_gb_per_second": copy,
         "share_of_copy": None if useful is None or copy is None else useful / copy,
-        "extra_bytes": result.extra_bytes, "gradient_bytes": case.unit_bytes if case.gradient else 0,
+        "extra_bytes": result.extra_bytes,
+        "gradient_bytes": case.unit_bytes if case.gradient and case.floor_bytes else 0,
         "extra_units": None if result.extra_bytes is None else result.extra_bytes / case.unit_bytes,
         "value": result.value, "agrees": agrees, "error": result.error, "note": gpu_peers.NOTES.get(result.name),
     }  # fmt: skip

@@ -15,7 +15,8 @@ from typing import Any
 import torch
 
 from kldiv_kernels.benchmarking.cases import GRPO, TOPK, Case, Inputs
-from kldiv_kernels.benchmarking.defaults import LOGPROB_ENTROPY
+from kldiv_kernels.benchmarking.defaults import DEFAULT_HIDDEN, LOGPROB_ENTROPY
+from kldiv_kernels.benchmarking.peers import GEMMS
 from kldiv_kernels.choices import Backend
 
 # Llama 2, Llama 3, Qwen 2.5 and 3, Gemma 2 and later (with a little padding).
@@ -47,6 +48,8 @@ class GpuCase:
     # Whether torch.compile takes part: it needs seconds to compile each case.
     compiled: bool = True
     dtype: torch.dtype = torch.bfloat16
+    # Of a loss from hidden states.
+    hidden: int = DEFAULT_HIDDEN
 
     @property
     def name(self) -> str:
@@ -55,7 +58,7 @@ class GpuCase:
     @property
     def on_cpu(self) -> Case:
         """The case of `kldiv bench` with the same loss."""
-        return Case(self.kind, self.dtype, self.rows, self.vocab)
+        return Case(self.kind, self.dtype, self.rows, self.vocab, self.hidden)
 
     @property
     def two_tensors(self) -> bool:
@@ -67,7 +70,8 @@ class GpuCase:
 
     @property
     def floor_units(self) -> int:
-        return 1 + self.two_tensors + self.gradient
+        """0 from hidden states, whose logits need not be in memory at all."""
+        return 0 if self.on_cpu.from_hidden else 1 + self.two_tensors + self.gradient
 
     @property
     def floor_bytes(self) -> int:
@@ -76,7 +80,7 @@ class GpuCase:
     def inputs(self, device: str, seed: int) -> Inputs:
         """Those of the same loss on the CPU, drawn on the device."""
         inputs = self.on_cpu.inputs(seed, device)
-        inputs.logits.requires_grad_(self.gradient)
+        inputs.student.requires_grad_(self.gradient)
         return inputs
 
 
@@ -94,6 +98,7 @@ def cases() -> list[GpuCase]:
         GpuCase("forward_kl", gradient=False, compiled=False),
         GpuCase("forward_kl", rows=LARGE_VOCAB_ROWS, vocab=LARGE_VOCAB, compiled=False),
         GpuCase(LOGPROB_ENTROPY),
+        *(ratio.case for ratio in RATIOS),
     ]
     small = [GpuCase("forward_kl", rows=rows) for rows in SMALL_ROWS]
     others = [vocab for vocab in VOCABULARIES if vocab != VOCAB]
@@ -133,6 +138,7 @@ def quick_cases() -> list[GpuCase]:
         GpuCase(LOGPROB_ENTROPY, rows, vocab, known=True, compiled=False),
         GpuCase(GRPO, rows, vocab, compiled=False),
         GpuCase(TOPK, rows, vocab, compiled=False),
+        GpuCase("linear_js", rows, vocab, compiled=False, hidden=8),
     ]
 
 
@@ -185,6 +191,31 @@ PROMISES = (
 )
 
 
+@dataclass(frozen=True)
+class Ratio:
+    """From hidden states: at most `bound` times what the matrix multiplications take by themselves, in the same run."""
+
+    case: GpuCase
+    bound: float
+
+    def target(self, time: float | None, alone: float | None, on_gpu: bool) -> dict[str, Any]:
+        case, measured = self.case, None if time is None or alone is None else time / alone
+        return {
+            "target": f"best of ours: {case.name} at {case.rows} × {case.vocab} × {case.hidden}, time / that of the "
+            "multiplications",
+            "floor": 1.0, "reach": self.bound, "measured": measured,
+            "met": None if measured is None or not on_gpu else measured <= self.bound,
+            "share_reach": None, "share": None, "share_met": None,
+        }  # fmt: skip
+
+
+LINEAR_WIDTH = 4096
+RATIOS = tuple(
+    Ratio(GpuCase(kind, compiled=False, hidden=LINEAR_WIDTH), bound)
+    for kind, bound in (("linear_forward_kl", 1.12), ("linear_logprob_entropy", 1.1), ("linear_js", 1.15))
+)
+
+
 def targets(rows: Iterable[Mapping[str, Any]], ours: Iterable[str], device: str) -> list[dict[str, Any]]:
     """What was promised, what was measured, and whether it was kept: in milliseconds (`met`) and as a share of the copy
     bandwidth (`share_met`); None where the run cannot tell."""
@@ -214,6 +245,9 @@ def targets(rows: Iterable[Mapping[str, Any]], ours: Iterable[str], device: str)
                 "share_met": None if share is None else share >= promise.of_copy,
             }
         )
+    for ratio in RATIOS:
+        key = (ratio.case.name, ratio.case.rows, ratio.case.vocab)
+        out.append(ratio.target(best(key, ours), best(key, {GEMMS}), device != "cpu"))
     pairs = [
         (row, best(_key(row), ours))
         for row in measured

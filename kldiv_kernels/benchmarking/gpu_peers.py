@@ -21,7 +21,7 @@ from torch import Tensor
 import kldiv_kernels as kk
 from kldiv_kernels import inputs as arguments
 from kldiv_kernels import ops
-from kldiv_kernels.benchmarking import eager, peers
+from kldiv_kernels.benchmarking import eager, linear, peers
 from kldiv_kernels.benchmarking.cases import ENTROPY_COEFFICIENT, GRPO, GRPO_CLIP, JS_BETA, TOPK, Inputs
 from kldiv_kernels.benchmarking.gpu_cases import GpuCase
 from kldiv_kernels.choices import Backend
@@ -34,6 +34,7 @@ NOTES = {
     LIGER_GRPO: "no entropy, no metrics, one advantage for all rows, all rows but the last; not compared with ours"
 }
 _LIGER_BETA = {"reverse_kl": 1.0, "js": JS_BETA}
+_LIGER_LINEAR_BETA = {"linear_forward_kl": 0.0, "linear_reverse_kl": 1.0, "linear_js": JS_BETA}
 _PACKAGES = {"trl": "trl", "liger": "liger_kernel", LIGER_GRPO: "liger_kernel"}
 
 
@@ -52,6 +53,9 @@ def missing() -> list[str]:
 
 def names_for(case: GpuCase) -> list[str]:
     names = [*ours(), "eager"]
+    if case.on_cpu.from_hidden:
+        names += [peers.GEMMS, "trl"] + (["liger"] if case.kind in _LIGER_LINEAR_BETA else [])
+        return [name for name in names if _PACKAGES.get(name) not in missing()]
     if case.compiled:
         names.append("compile")
     # TRL's divergences are PyTorch functions, like `eager`; its kernel is for one tensor.
@@ -74,7 +78,7 @@ def value(case: GpuCase, outputs: tuple[Tensor, ...]) -> float:
 
 
 def run(case: GpuCase, function: Function, inputs: Inputs) -> tuple[Tensor, ...]:
-    """The work that is timed; the gradient is left in `inputs.logits.grad`."""
+    """The work that is timed; the gradients are left at the inputs."""
     if not case.gradient:
         with torch.no_grad():
             return function(inputs)
@@ -103,9 +107,11 @@ def build(name: str, case: GpuCase) -> Function:
     if backend in ours():
         call = _ours(cast("Backend", backend), case)
         return _with_plan(call, plan) if plan else call
+    if name == "liger" and case.on_cpu.from_hidden:
+        return _liger_linear(case)
     if name in ("liger", LIGER_GRPO):
         return _liger(name, case)
-    if name == "trl" and not case.two_tensors:
+    if name == "trl" and not case.two_tensors and not case.on_cpu.from_hidden:
         return _trl(case)
     if case.gradient or case.two_tensors:
         loss = peers.build(name, case.on_cpu)
@@ -140,6 +146,9 @@ def _with_plan(function: Function, plan: str) -> Function:
 
 
 def _ours(backend: Backend, case: GpuCase) -> Function:
+    if case.on_cpu.from_hidden:
+        from_hidden = linear.ours(case.on_cpu, backend)
+        return lambda inputs: (from_hidden(inputs),)
     if case.kind == GRPO:
         return lambda inputs: (peers.grpo_loss(case.on_cpu, inputs, backend),)
     if case.kind == TOPK:
@@ -202,6 +211,12 @@ def _trl_kernel() -> Callable[..., tuple[Tensor, Tensor]]:
             function: Callable[..., tuple[Tensor, Tensor]] = module.selective_log_softmax_and_entropy
             return function
     raise ImportError("this TRL has no kernels/logprob_entropy.py (TRL 1.16.0 has)")
+
+
+def _liger_linear(case: GpuCase) -> Function:
+    module = importlib.import_module("liger_kernel.transformers.fused_linear_jsd")
+    loss = module.LigerFusedLinearJSD(jsd_beta=_LIGER_LINEAR_BETA[case.kind])
+    return lambda inputs: (loss(inputs.student, inputs.weight, inputs.reference, inputs.reference_weight),)
 
 
 def _liger(name: str, case: GpuCase) -> Function:

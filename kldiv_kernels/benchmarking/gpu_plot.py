@@ -92,7 +92,8 @@ def _panel(axes: Axes, case: str, rows: list[dict[str, Any]], names: list[str]) 
     axes.set_xticks(range(len(shapes)), [f"{n:,} tokens\n× {v:,}" for n, v in shapes], fontsize=7)
     axes.set_ylabel("milliseconds", fontsize=8)
     passes = rows[0]["floor"].removesuffix("u")
-    axes.set_title(f"{case}, bf16: at least {passes} passes over the logits", fontsize=9)
+    moved = f"at least {passes} passes over the logits" if passes != "0" else "of logits that are not kept"
+    axes.set_title(f"{case}, bf16: {moved}", fontsize=9)
     axes.margins(y=0.15)
 
 

@@ -13,6 +13,7 @@ import kldiv_kernels as kk
 from kldiv_kernels.benchmarking.cases import ENTROPY_COEFFICIENT, GRPO, GRPO_CLIP, JS_BETA, Case, Inputs
 from kldiv_kernels.benchmarking.defaults import LOGPROB_ENTROPY
 from kldiv_kernels.benchmarking.eager import LOSSES, clipped_surrogate, grpo
+from kldiv_kernels.choices import Backend
 from kldiv_kernels.linear import Gemm
 
 _Loss = Callable[[Inputs], Tensor]
@@ -39,9 +40,9 @@ def _labels(inputs: Inputs) -> Tensor:
     return inputs.labels
 
 
-def ours(case: Case) -> _Loss:
+def ours(case: Case, backend: Backend = "auto") -> _Loss:
     def statistics(inputs: Inputs) -> Tensor:
-        stats = kk.linear_token_stats(*_student(inputs), inputs.labels, stats=("logprob", "entropy"))
+        stats = kk.linear_token_stats(*_student(inputs), inputs.labels, stats=("logprob", "entropy"), backend=backend)
         return -stats.logprob.mean() - ENTROPY_COEFFICIENT * stats.entropy.mean()
 
     def policy(inputs: Inputs) -> Tensor:
@@ -49,12 +50,12 @@ def ours(case: Case) -> _Loss:
         labels, advantages, old = case.in_sequences(inputs)
         return kk.linear_policy_loss(
             hidden.view(*labels.shape, case.hidden), weight, labels, advantages, loss_type="dapo", old_logprobs=old,
-            clip_low=GRPO_CLIP, clip_high=GRPO_CLIP,
+            clip_low=GRPO_CLIP, clip_high=GRPO_CLIP, backend=backend,
         ).loss  # fmt: skip
 
     def divergence(inputs: Inputs) -> Tensor:
         beta = JS_BETA if case.loss == "js" else None
-        return kk.linear_divergence_loss(*_student(inputs), *_teacher(inputs), case.loss, beta=beta)
+        return kk.linear_divergence_loss(*_student(inputs), *_teacher(inputs), case.loss, beta=beta, backend=backend)
 
     return {LOGPROB_ENTROPY: statistics, GRPO: policy}.get(case.loss, divergence)
 
@@ -106,22 +107,24 @@ def multiplications(case: Case) -> _Loss:
 
     The gradients are left where a loss leaves them, so that the memory is comparable; their values mean nothing.
     """
-    plan = kk.plan(rows=case.rows, vocab=case.vocab, dtype=case.dtype, **case.planned)
-    assert plan.rows_per_chunk is not None
-    assert plan.multiplications is not None
-    size = plan.rows_per_chunk
-    # Beside two for the gradients, the logits of each side: once, or once more for a gradient that waits for its loss.
-    times = (plan.multiplications // -(-case.rows // size) - 2) // (1 + case.is_divergence)
 
     def loss(inputs: Inputs) -> Tensor:
         leaves = _student(inputs)
         hidden, weight = (leaf.detach() for leaf in leaves)
-        student, chunk = Gemm(weight), torch.empty(size, case.vocab)
+        device = hidden.device
+        plan = kk.plan(rows=case.rows, vocab=case.vocab, dtype=case.dtype, device=device, **case.planned)
+        assert plan.rows_per_chunk is not None
+        assert plan.multiplications is not None
+        size = plan.rows_per_chunk
+        # Beside two for the gradients, the logits of each side: once, or once more for a gradient that waits for its
+        # loss.
+        times = (plan.multiplications // -(-case.rows // size) - 2) // (1 + case.is_divergence)
+        student, chunk = Gemm(weight), torch.empty(size, case.vocab, device=device)
         sides = [(hidden, student, chunk)]
         if case.is_divergence:
             reference, reference_weight = _teacher(inputs)
             sides.append((reference, Gemm(reference_weight), torch.empty_like(chunk)))
-        dhidden, dweight = torch.empty_like(hidden), torch.empty(weight.shape)
+        dhidden, dweight = torch.empty_like(hidden), torch.empty(weight.shape, device=device)
         for begin in range(0, case.rows, size):
             rows = slice(begin, min(case.rows, begin + size))
             logits = chunk[: rows.stop - begin]
@@ -131,6 +134,6 @@ def multiplications(case: Case) -> _Loss:
             student.times_weight(logits, dhidden[rows])
             student.add_outer(dweight, logits, hidden[rows], begin == 0)
         leaves[0].grad, leaves[1].grad = dhidden, dweight.to(weight.dtype)
-        return torch.zeros((), requires_grad=True)
+        return torch.zeros((), device=device, requires_grad=True)
 
     return loss

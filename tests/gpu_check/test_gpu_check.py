@@ -95,7 +95,7 @@ def test_the_harness_in_the_interpreter(tmp_path: Path) -> None:
     assert report["steps"][4]["details"]["passed_by_backend"] == {"triton": 2}
     rows = report["benchmark"]["rows"]
     cases = {case.name for case in gpu_cases.quick_cases()}
-    assert len(cases) == 7
+    assert len(cases) == 8
     for name in ("triton", "eager"):
         mine = [row for row in rows if row["implementation"] == name]
         assert {row["case"] for row in mine} == cases

@@ -143,10 +143,28 @@ def test_every_promise_is_measured() -> None:
         assert promise.reach > promise.floor
 
 
+def test_losses_from_hidden_states_stand_beside_their_multiplications() -> None:
+    cases = gpu_cases.cases()
+    for ratio in gpu_cases.RATIOS:
+        case = ratio.case
+        assert case in cases
+        rows = [
+            {"case": case.name, "kind": case.kind, "rows": case.rows, "vocab": case.vocab, "implementation": name,
+             "milliseconds": time, "copy_gb_per_second": 3000.0}
+            for name, time in (("gemms", 40.0), ("triton", 60.0), ("cuda", 44.0), ("trl", 30.0))
+        ]  # fmt: skip
+        found = [
+            t for t in gpu_cases.targets(rows, ["triton", "cuda"], "NVIDIA H100") if f" {case.name} at" in t["target"]
+        ]
+        assert [(t["measured"], t["met"]) for t in found] == [(pytest.approx(1.1), ratio.bound >= 1.1)]
+        assert gpu_cases.targets(rows[1:], ["cuda"], "NVIDIA H100")[-4]["met"] is None
+
+
 def test_the_floor_of_a_case() -> None:
     units = {case.name: case.floor_units for case in gpu_cases.cases()}
     assert units["forward_kl"] == units["js"] == 3
     assert units["forward_kl forward"] == units["logprob_entropy"] == units["logprob_entropy known"] == 2
     assert units["logprob_entropy forward"] == 1
     assert gpu_cases.GpuCase("js", 4, 10).floor_bytes == 3 * 4 * 10 * 2
+    assert gpu_cases.GpuCase("linear_js", 4, 10).floor_bytes == 0
     assert len(set(gpu_cases.cases())) == len(gpu_cases.cases())
