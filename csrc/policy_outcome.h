@@ -122,7 +122,9 @@ KLDIV_HOST_DEVICE void add_outcome(const PolicyOutcomes& o, int64_t index, Sums&
     loss *= o.scale[index];
     // The entropy's coefficient has its sign.
     if (o.entropy_coefficient[index] != 0) loss += o.entropy_coefficient[index] * o.entropy[index];
-    const float ratio = ::expf(log_ratio), old = o.old ? o.old[index] : l, moved = l - old;
+    const float ratio = ::expf(log_ratio), old = o.old ? o.old[index] : l;
+    // This policy has not moved from itself, also where a token has no probability.
+    const float moved = o.old || l != l ? l - old : 0;
     sums[kLoss] += loss;
     sums[kTokens] += 1;
     sums[kEntropySum] += o.entropy[index];

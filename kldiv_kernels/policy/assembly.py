@@ -38,7 +38,7 @@ def assemble(batch: Batch, options: PolicyOptions, shape: torch.Size) -> PolicyL
     weight = off_policy_weight(batch, options)
     losses = token_losses(
         batch.logprob, batch.anchor, batch.advantages, batch.valid, options,
-        reference=batch.reference if batch.exact_kl is None else None, weight=weight,
+        reference=batch.reference if batch.exact_kl is None else None, weight=weight, own_anchor=batch.own_anchor,
     )  # fmt: skip
     term = losses.per_token if batch.weights is None else times(losses.per_token, batch.weights)
     kl = losses.kl if batch.exact_kl is None else batch.exact_kl
@@ -102,6 +102,8 @@ def _selected(batch: Batch, kept: Tensor, options: PolicyOptions) -> Tensor:
 
 def _metrics(batch: Batch, losses: TokenLosses, kl: Tensor | None, weight: Tensor | None) -> dict[str, Tensor]:
     ratio, moved = losses.level_log_ratio.exp(), batch.logprob - batch.old
+    if batch.own_old:
+        moved = torch.zeros_like(moved).masked_fill(batch.old.isnan(), torch.nan)
     tokens = {
         "entropy": batch.entropy,
         "ratio_mean": ratio,

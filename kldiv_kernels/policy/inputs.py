@@ -42,7 +42,8 @@ class Tensors:
 class Batch:
     """[B, T] each, in the dtype of the statistics and finite where `valid` is False; packed tokens are one sequence.
 
-    logprob, entropy and exact_kl carry a gradient, the others do not.
+    logprob, entropy and exact_kl carry a gradient, the others do not. own_old, own_anchor: old, or the anchor, is this
+    policy itself.
     """
 
     valid: Tensor
@@ -52,6 +53,8 @@ class Batch:
     advantages: Tensor
     old: Tensor
     anchor: Tensor
+    own_old: bool
+    own_anchor: bool
     reference: Tensor | None
     sampling: Tensor | None
     weights: Tensor | None
@@ -90,6 +93,8 @@ def prepare(tensors: Tensors, valid: Tensor, values: Mapping[str, Tensor]) -> Ba
         advantages=torch.where(valid, advantages.detach().to(logprob.dtype).reshape(shape), zero),
         old=old,
         anchor=old if anchor is None else anchor,
+        own_old=tensors.old_logprobs is None,
+        own_anchor=tensors.old_logprobs is None and anchor is None,
         reference=given(values.get("reference_logprob", tensors.reference_logprobs), now),
         # The engine could not score a token that is NaN: it is taken to be on-policy (TRL).
         sampling=None if sampling is None else torch.where(sampling.isnan(), old, sampling),

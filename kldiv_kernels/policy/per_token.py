@@ -5,9 +5,11 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor
 
 from kldiv_kernels.policy.options import PolicyOptions
+from kldiv_kernels.policy.slopes import with_slope
 from kldiv_kernels.policy.terms import Tokens, level_log_ratio, policy_term
 from kldiv_kernels.policy.weights import sampled_kl, weighted
 
@@ -40,6 +42,7 @@ def token_losses(
     log_weight: Tensor | None = None,
     penalty: Tensor | None = None,
     level: Callable[[Tensor], Tensor] | None = None,
+    own_anchor: bool = False,
 ) -> TokenLosses:
     """The losses of tokens [B, T] whose log-probabilities are given, each finite where the mask is False.
 
@@ -50,8 +53,12 @@ def token_losses(
             `log_weight`, whose sum over a sequence counts; default weight.log().
         penalty: added to the policy term before its weight.
         level: what becomes of the log-ratio at the importance level.
+        own_anchor: the anchor is this policy itself, and the ratio 1, of a token without probability too.
     """
     log_ratio = logprob - anchor
+    if own_anchor:
+        nothing = torch.zeros_like(anchor).masked_fill(anchor.isnan(), torch.nan)
+        log_ratio = with_slope(nothing, logprob, torch.ones_like(anchor))
     of_level = level_log_ratio(log_ratio, mask, options)
     if level is not None:
         of_level = level(of_level)

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from kldiv_kernels.choices import Backend
 from kldiv_kernels.policy import PolicyLoss, surrogate
+from kldiv_kernels.recipes.checks import of_tokens_checked
 from kldiv_kernels.recipes.recipe import Recipe
 from kldiv_kernels.recipes.reductions import batch_mean, masked, policy_result
 from kldiv_kernels.stats import token_stats
@@ -36,6 +37,8 @@ PAPERS = (
         "GRPO baseline is left out.",
     ),
 )  # fmt: skip
+# At or below it a logit counts as −inf, as everywhere in this package.
+_NOTHING = -1e30
 
 
 def gaussian_grpo_loss(
@@ -65,6 +68,7 @@ def gaussian_grpo_loss(
     >>> kk.recipes.gaussian_grpo_loss(torch.zeros(2), torch.zeros(2), torch.tensor([1.0, 9.0])).item()
     -3.0
     """
+    of_tokens_checked(logprobs, old_logprobs=old_logprobs, advantages=advantages)
     clipped = advantages.detach().clamp(-advantage_clip, advantage_clip)
     loss = surrogate(logprobs - old_logprobs.detach(), clipped, clip_low=clip, clip_high=clip).per_token
     if kl_coef != 0:
@@ -72,7 +76,7 @@ def gaussian_grpo_loss(
             missing = "means" if means is None else "reference_means"
             raise ValueError(f"gaussian_grpo_loss: {missing} is None; kl_coef = {kl_coef} needs both")
         apart = _over_dimensions((means - reference_means.detach()).square(), logprobs)
-        loss = loss + kl_coef * (apart if sigma is None else apart / (2 * sigma**2))
+        loss = loss + kl_coef * (apart if sigma is None else apart / (2 * _given(sigma) ** 2))
     return batch_mean(loss)
 
 
@@ -106,6 +110,8 @@ def centred_log_ratio(
     >>> x.item()
     0.25
     """
+    of_tokens_checked(logprobs, old_logprobs=old_logprobs)
+    scale = _given(scale)
     shift = _over_dimensions((means - old_means.detach()).square(), logprobs) / (2 * scale**2)
     return (logprobs - old_logprobs.detach() + shift) * scale
 
@@ -136,6 +142,8 @@ def grpo_guard_loss(
     ...     logprobs, logprobs, torch.tensor([1.0, 2.0]), means, means, step_size=0.5, sigma=1.0).item()
     -3.0
     """
+    of_tokens_checked(logprobs, advantages=advantages)
+    step_size = _given(step_size)
     log_ratio = centred_log_ratio(logprobs, old_logprobs, means, old_means, step_size**0.5 * sigma)
     return batch_mean(surrogate(log_ratio, advantages.detach(), clip_low=clip, clip_high=clip).per_token / step_size)
 
@@ -158,7 +166,8 @@ def categorical_ppo_loss(
     Args:
         logits, old_logits: [*, G], q and q_old by softmax. advantages: [*, G]; the paper's are a row's returns less
             their mean, over their standard deviation (of the population) + 1e-5.
-        mask: [*, G]; a class where it is 0 is left out of the softmaxes and of the mean.
+        mask: [*, G]; a class where it is 0 is left out of the softmaxes and of the mean, and so is one at −inf (−1e30
+            or below) in both logits.
         clip: of the ratio, to 1 ± this. dual_clip: where A < 0 the loss is at most −dual_clip·A.
         temperature, backend: see `kk.token_stats`.
 
@@ -170,7 +179,10 @@ def categorical_ppo_loss(
     >>> round(out.loss.item(), 4)
     -0.2
     """
+    of_tokens_checked(logits, advantages=advantages, old_logits=old_logits, mask=mask)
     valid = torch.ones_like(logits, dtype=torch.bool) if mask is None else mask != 0
+    # What both leave out by its logit is no candidate either.
+    valid = valid & ~((logits <= _NOTHING) & (old_logits <= _NOTHING))
     classes = torch.arange(logits.shape[-1], device=logits.device).expand(logits.shape)
     rows, old_rows = (torch.where(valid, x, -torch.inf) for x in (logits, old_logits.detach()))
     stats = token_stats(
@@ -182,6 +194,10 @@ def categorical_ppo_loss(
     term = surrogate(log_ratio, given, clip_low=clip, clip_high=clip, dual_clip=dual_clip)
     metrics = {f"clip_fraction_{name}": where for name, where in term.clipped.items()}
     return policy_result(term.per_token, stats.logprob, valid, metrics=metrics)
+
+
+def _given(x: float | Tensor) -> float | Tensor:
+    return x.detach() if isinstance(x, Tensor) else x
 
 
 def _over_dimensions(x: Tensor, steps: Tensor) -> Tensor:

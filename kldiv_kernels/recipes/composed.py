@@ -12,12 +12,23 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from kldiv_kernels.policy import PolicyLoss, PolicyTerm, surrogate
+from kldiv_kernels.policy import PolicyLoss, PolicyTerm, resolve, surrogate
+from kldiv_kernels.recipes.checks import of_sequences_checked, of_tokens_checked
 from kldiv_kernels.recipes.reductions import masked, policy_result, valid_tokens
 from kldiv_kernels.stats import TokenStats, token_stats
 
 # The bound of |log-ratio| that policy_loss has by default.
 LOG_RATIO_CLAMP = 20.0
+
+
+def options_checked(where: str, logits: Tensor, **options: Any) -> None:
+    """What `policy_loss` would say of these options of its clipped surrogate."""
+    chosen = resolve(where, None, {"loss_type": "grpo", **options})
+    if logits.dim() == 2 and chosen.aggregation.startswith("seq"):
+        raise ValueError(
+            f"{where}: aggregation is {chosen.aggregation!r}, which needs sequences: logits [batch, tokens, vocab]; "
+            "for [tokens, vocab] use aggregation='token-mean'"
+        )
 
 
 def sampled_tokens(
@@ -39,11 +50,15 @@ def apart(logprob: Tensor, other: Tensor, valid: Tensor) -> Tensor:
 
 
 def of_tokens(advantages: Tensor, like: Tensor) -> Tensor:
-    """Advantages [B] or [B, T] as [B, T], without gradient.
+    """Advantages [B] or [B, T] as [B, T], without gradient. ValueError for another shape.
 
     >>> of_tokens(torch.tensor([1.0]), torch.zeros(1, 2))
     tensor([[1., 1.]])
     """
+    if advantages.dim() == like.dim():
+        of_tokens_checked(like, advantages=advantages)
+    else:
+        of_sequences_checked(like, advantages=advantages)
     advantages = advantages.detach().to(like.dtype)
     return advantages if advantages.dim() == like.dim() else advantages[:, None].expand_as(like)
 

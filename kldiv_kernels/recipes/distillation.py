@@ -15,6 +15,7 @@ from torch import Tensor
 from kldiv_kernels.choices import Backend
 from kldiv_kernels.losses import divergence_loss, forward_kl
 from kldiv_kernels.policy import aggregate
+from kldiv_kernels.recipes.checks import of_tokens_checked
 from kldiv_kernels.recipes.recipe import Recipe
 from kldiv_kernels.recipes.reductions import masked, sequence_mean, valid_rows, valid_tokens, widened
 from kldiv_kernels.recipes.selection import first_tokens
@@ -96,6 +97,8 @@ def activation_threshold_loss(
     >>> kk.recipes.activation_threshold_loss(h, base, -edge, edge).item()
     1.75
     """
+    of_tokens_checked(hidden, base_hidden=base_hidden)
+    of_tokens_checked(hidden[..., 0], mask=mask)
     kept = None if mask is None else mask[..., None]
     h = masked(widened(hidden), kept)
     base, lower, upper = base_hidden.detach(), lower.detach(), upper.detach()
@@ -231,6 +234,11 @@ def paced_loss(
         raise ValueError(f"paced_loss: kind is {kind!r}; expected forward_kl or reverse_kl")
     if min(alpha, beta) < 0:
         raise ValueError(f"paced_loss: alpha is {alpha} and beta is {beta}; expected 0 or more")
+    if pass_rates.shape != logits.shape[:1] or logits.dim() != 3:
+        raise ValueError(
+            f"paced_loss: pass_rates has shape {list(pass_rates.shape)} with logits {list(logits.shape)}; expected [B] "
+            "with [B, T, V]"
+        )
     rate = pass_rates.detach()
     weight = (rate**alpha * (1 - rate) ** beta)[:, None].expand(logits.shape[:-1])
     return divergence_loss(logits, teacher_logits.detach(), kind, weight=weight, labels=labels, **options)

@@ -15,8 +15,16 @@ from torch.nn.functional import leaky_relu
 
 from kldiv_kernels.choices import Aggregation, Backend
 from kldiv_kernels.policy import PolicyLoss
+from kldiv_kernels.recipes.checks import of_sequences_checked, of_tokens_checked
 from kldiv_kernels.recipes.clipped_kl import clipped_divergence_rows
-from kldiv_kernels.recipes.composed import apart, clipped_term, composed_loss, of_tokens, sampled_tokens
+from kldiv_kernels.recipes.composed import (
+    apart,
+    clipped_term,
+    composed_loss,
+    of_tokens,
+    options_checked,
+    sampled_tokens,
+)
 from kldiv_kernels.recipes.recipe import Recipe
 from kldiv_kernels.recipes.reductions import masked
 from kldiv_kernels.stats import token_stats
@@ -87,6 +95,8 @@ def trace_loss(
         raise ValueError(
             f"trace_loss: kl_coef is {kl_coef} with initial_coef {initial_coef}; expected 0 to initial_coef, above 0"
         )
+    options_checked("trace_loss", logits, clip_low=clip_low, clip_high=clip_high, aggregation=aggregation)
+    of_tokens_checked(token_ids, spans=spans, old_logprobs=old_logprobs)
     shared: dict[str, Any] = {"temperature": temperature, "vocab_size": vocab_size}
     stats, valid = sampled_tokens(logits, token_ids, mask, ignore_index, backend=backend, **shared)
     key, error = valid & (spans == 1), valid & (spans == 2)
@@ -121,7 +131,11 @@ def leaky_hinge(log_ratio: Tensor, advantages: Tensor, correct: Tensor, *, slope
     """
     if not slope >= 0:
         raise ValueError(f"leaky_hinge: slope is {slope}; expected 0 or more")
-    right = correct if correct.dim() == log_ratio.dim() else correct[:, None]
+    if correct.dim() == log_ratio.dim():
+        of_tokens_checked(log_ratio, correct=correct)
+    else:
+        of_sequences_checked(log_ratio, correct=correct)
+    right = (correct if correct.dim() == log_ratio.dim() else correct[:, None]) != 0
     return of_tokens(advantages, log_ratio).abs() * leaky_relu(torch.where(right, -log_ratio, log_ratio), slope)
 
 
@@ -164,6 +178,10 @@ def calibrl_loss(
     >>> round(out.loss.item(), 4)
     -0.7445
     """
+    options_checked(
+        "calibrl_loss", logits, clip_low=clip_low, clip_high=clip_high, dual_clip=dual_clip, aggregation=aggregation
+    )
+    of_tokens_checked(token_ids, old_logprobs=old_logprobs, expert_logprobs=expert_logprobs)
     shared: dict[str, Any] = {"temperature": temperature, "vocab_size": vocab_size, "backend": backend}
     stats, valid = sampled_tokens(logits, token_ids, mask, ignore_index, **shared)
     log_ratio, to_expert = (apart(stats.logprob, x, valid) for x in (old_logprobs, expert_logprobs))

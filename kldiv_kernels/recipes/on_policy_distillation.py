@@ -17,12 +17,9 @@ from torch import Tensor
 from kldiv_kernels.choices import Backend
 from kldiv_kernels.losses import reverse_kl
 from kldiv_kernels.policy import PolicyLoss, policy_loss
+from kldiv_kernels.recipes.checks import of_tokens_checked
 from kldiv_kernels.recipes.recipe import Recipe
-from kldiv_kernels.recipes.reductions import (
-    defaults,
-    masked,
-    valid_tokens,
-)
+from kldiv_kernels.recipes.reductions import defaults, masked, valid_tokens
 from kldiv_kernels.recipes.selection import turn_window
 from kldiv_kernels.stats import token_stats
 from kldiv_kernels.top_k import topk_divergence_from_logits
@@ -177,6 +174,7 @@ def tcod_loss(
     >>> round(out.loss.item(), 4)
     -0.2801
     """
+    of_tokens_checked(token_ids, old_logprobs=old_logprobs, teacher_logprobs=teacher_logprobs, turns=turns, mask=mask)
     written = turns >= 0
     inside = turn_window(turns, window)
     advantages = masked(teacher_logprobs - old_logprobs, inside)
@@ -210,8 +208,11 @@ def gopd_loss(
     Its gradient is that of KL(q ‖ softmax(λt + (1 − λ)b)), of which no logits are made; its value differs by log Z. Two
     reads, each with its gradient.
 
-    Args: logits, teacher_logits, base_logits: [*, V]. extrapolation: λ. options: of `kk.divergence_loss` (mask, labels,
-        normalizer, reduction, temperature, …) but `weight`.
+    Args:
+        logits, teacher_logits, base_logits: [*, V]; the latter two get no gradient. A column that both of them leave
+            out (−inf), and the student does not, makes it NaN: ∞ − ∞.
+        extrapolation: λ. options: of `kk.divergence_loss` (mask, labels, normalizer, reduction, temperature, …) but
+            `weight`.
 
     >>> import torch, kldiv_kernels as kk
     >>> s, t, b = [2.0, 0.5, -1.0, 0.0], [1.0, 1.5, -0.5, 0.0], [0.5, 0.0, 0.0, -0.5]
@@ -222,7 +223,7 @@ def gopd_loss(
     for reference, share in ((teacher_logits, extrapolation), (base_logits, 1 - extrapolation)):
         if share != 0 or total is None:
             weight = torch.full(shape, share, dtype=torch.float32, device=logits.device)
-            part = reverse_kl(logits, reference, weight=weight, **options)
+            part = reverse_kl(logits, reference.detach(), weight=weight, **options)
             total = part if total is None else total + part
     assert total is not None
     return total

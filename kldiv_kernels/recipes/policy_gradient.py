@@ -15,6 +15,8 @@ from torch.nn.functional import binary_cross_entropy_with_logits
 
 from kldiv_kernels.policy import PolicyLoss, policy_loss
 from kldiv_kernels.policy.advantages import rloo
+from kldiv_kernels.recipes.checks import of_sequences_checked, of_tokens_checked
+from kldiv_kernels.recipes.composed import of_tokens
 from kldiv_kernels.recipes.recipe import Recipe
 from kldiv_kernels.recipes.reductions import batch_mean, defaults, masked, sequence_mean, valid_tokens, widened
 
@@ -89,6 +91,10 @@ def oreal_loss(
     >>> round(out.loss.item(), 4)
     0.3203
     """
+    of_tokens_checked(token_ids, token_scores=token_scores)
+    of_sequences_checked(token_ids, rewards=rewards, groups=groups)
+    if token_counts is not None and token_counts.shape != (3,):
+        raise ValueError(f"oreal_loss: token_counts has shape {list(token_counts.shape)}; expected [3]")
     valid = valid_tokens(token_ids, mask, ignore_index)
     scores = widened(masked(token_scores.detach(), valid))
     # 2σ(w) − 1 is tanh(w/2).
@@ -118,6 +124,8 @@ def token_reward_loss(token_scores: Tensor, rewards: Tensor, mask: Tensor | None
     >>> round(kk.recipes.token_reward_loss(torch.tensor([[1.0, 3.0]]), torch.tensor([1.0])).item(), 4)
     0.1269
     """
+    of_tokens_checked(token_scores, mask=mask)
+    of_sequences_checked(token_scores, rewards=rewards)
     mean = sequence_mean(token_scores, mask)
     losses = binary_cross_entropy_with_logits(mean, rewards.detach().to(mean.dtype), reduction="none")
     return batch_mean(losses, None if mask is None else (mask != 0).any(-1))
@@ -187,10 +195,11 @@ def clip_cov_loss(
     (-2.0, 0.5)
     """
     chosen = defaults(
-        options, loss_type="grpo", aggregation="token-mean", clip_low=1.0, clip_high=1.0, cov_selection="clip",
-        cov_fraction=fraction, cov_bounds=bounds,
-    )  # fmt: skip
-    return policy_loss(logits, token_ids, advantages, old_logprobs=old_logprobs, **chosen)
+        options, loss_type="grpo", aggregation="token-mean", clip_low=1.0, clip_high=1.0, cov_selection="clip"
+    )
+    return policy_loss(
+        logits, token_ids, advantages, old_logprobs=old_logprobs, cov_fraction=fraction, cov_bounds=bounds, **chosen
+    )
 
 
 def kl_cov_loss(
@@ -222,10 +231,12 @@ def kl_cov_loss(
     if not 0 < percent <= 100:
         raise ValueError(f"kl_cov_loss: percent is {percent}; expected above 0 and at most 100")
     chosen = defaults(
-        options, loss_type="grpo", aggregation="token-mean", clip_low=1.0, clip_high=math.inf, cov_selection="kl",
-        cov_fraction=percent / 100, cov_kl_coef=kl_coef,
+        options, loss_type="grpo", aggregation="token-mean", clip_low=1.0, clip_high=math.inf, cov_selection="kl"
+    )
+    return policy_loss(
+        logits, token_ids, advantages, old_logprobs=old_logprobs, cov_fraction=percent / 100, cov_kl_coef=kl_coef,
+        **chosen,
     )  # fmt: skip
-    return policy_loss(logits, token_ids, advantages, old_logprobs=old_logprobs, **chosen)
 
 
 @torch.no_grad()
@@ -241,6 +252,6 @@ def entropy_change(logprobs: Tensor, advantages: Tensor, mask: Tensor | None = N
     >>> kk.recipes.entropy_change(torch.tensor([[-1.0, -3.0]]), torch.tensor([[1.0, -1.0]])).item()
     -1.0
     """
-    if advantages.dim() < logprobs.dim():
-        advantages = advantages[:, None].expand_as(logprobs)
+    advantages = of_tokens(advantages, logprobs)
+    of_tokens_checked(logprobs, mask=mask)
     return -batch_mean((logprobs - batch_mean(logprobs, mask)) * (advantages - batch_mean(advantages, mask)), mask)

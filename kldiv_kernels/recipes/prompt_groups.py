@@ -14,6 +14,8 @@ from torch import Tensor
 from kldiv_kernels.choices import Backend
 from kldiv_kernels.groups import numbered
 from kldiv_kernels.policy import PolicyLoss, surrogate
+from kldiv_kernels.recipes.checks import of_sequences_checked, of_tokens_checked
+from kldiv_kernels.recipes.composed import options_checked
 from kldiv_kernels.recipes.recipe import Recipe
 from kldiv_kernels.recipes.reductions import (
     batch_mean,
@@ -88,6 +90,11 @@ def drpo_loss(
     """
     if kl_estimator not in ("k1", "k3"):
         raise ValueError(f"drpo_loss: kl_estimator is {kl_estimator!r}; expected k1 or k3")
+    for name, value in (("tau", tau), ("length_temperature", length_temperature)):
+        if not value > 0:
+            raise ValueError(f"drpo_loss: {name} is {value}; expected above 0")
+    of_sequences_checked(token_ids, rewards=rewards, groups=groups)
+    of_tokens_checked(token_ids, old_logprobs=old_logprobs)
     valid = valid_tokens(token_ids, mask, ignore_index)
     logprob = token_stats(
         logits, labels=torch.where(valid, token_ids, 0), stats=("logprob",), temperature=temperature, mask=valid,
@@ -104,7 +111,7 @@ def drpo_loss(
     prompts = (numbered(groups).amax() + 1).to(logprob.dtype) if groups.numel() else 1.0
     of_answer = (pushed - pulled * scores) / (lengths.clamp_min(1) * prompts)
 
-    moved = masked(logprob - old_logprobs.detach(), valid)
+    moved = masked(logprob - old_logprobs.detach().to(logprob.dtype), valid)
     estimates = -moved if kl_estimator == "k1" else torch.expm1(moved) - moved
     beyond = (beta * (batch_mean(estimates.detach(), valid) - delta)).clamp_min(0)
     per_token = of_answer[:, None] + beyond * estimates / lengths.sum().clamp_min(1)
@@ -156,6 +163,12 @@ def copo_loss(
     >>> round(out.loss.item(), 4)
     -0.9933
     """
+    options_checked("copo_loss", logits, clip_low=clip_low, clip_high=clip_high, dual_clip=dual_clip)
+    of_sequences_checked(
+        token_ids, local_advantages=local_advantages, global_advantages=global_advantages, answers=answers,
+        groups=groups, rewards=rewards,
+    )  # fmt: skip
+    of_tokens_checked(token_ids, old_logprobs=old_logprobs)
     valid = valid_tokens(token_ids, mask, ignore_index)
     logprob = token_stats(
         logits, labels=torch.where(valid, token_ids, 0), stats=("logprob",), temperature=temperature, mask=valid,
@@ -165,7 +178,7 @@ def copo_loss(
     if zero_wrong:
         weight = torch.where(rewards == 0, 0.0, weight)
     shares = weight.to(logprob.dtype)[:, None].expand_as(logprob)
-    log_ratio = masked(logprob - old_logprobs.detach(), valid)
+    log_ratio = masked(logprob - old_logprobs.detach().to(logprob.dtype), valid)
     total = torch.zeros_like(logprob)
     for share, advantages in ((shares, local_advantages), (1 - shares, global_advantages)):
         given = advantages.detach().to(logprob.dtype)[:, None].expand_as(logprob)
@@ -194,6 +207,8 @@ def copo_global_advantages(
     >>> a.round(decimals=3)
     tensor([-0.7070, -0.7070,  0.7070,  0.7070])
     """
+    if not rewards.is_floating_point():
+        raise TypeError(f"copo_global_advantages: rewards is {rewards.dtype}; expected floating point")
     values = rewards.double()
     size, of_prompt = group_sum(torch.ones_like(values), groups), group_mean(values, groups)
     if answers is not None:

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from kldiv_kernels.groups import extreme, numbered, sums
 from kldiv_kernels.policy import PolicyLoss, aggregate
+from kldiv_kernels.recipes.checks import of_tokens_checked
 
 
 def defaults(options: Mapping[str, Any], **values: Any) -> dict[str, Any]:
@@ -51,6 +52,7 @@ def valid_labels(labels: Tensor, mask: Tensor | None = None, ignore_index: int =
     >>> valid_labels(torch.tensor([3, -100, 2]), torch.tensor([True, True, False]))
     (tensor([ 3, -1, -1]), tensor([ True, False, False]))
     """
+    of_tokens_checked(labels, mask=mask)
     valid = labels != ignore_index
     valid = valid if mask is None else valid & (mask != 0)
     return torch.where(valid, labels, -1), valid
@@ -69,7 +71,10 @@ def valid_rows(logits: Tensor, labels: Tensor | None, mask: Tensor | None, ignor
     """
     if labels is not None:
         return valid_tokens(labels, mask, ignore_index)
-    return torch.ones(logits.shape[:-1], dtype=torch.bool, device=logits.device) if mask is None else mask != 0
+    if mask is None:
+        return torch.ones(logits.shape[:-1], dtype=torch.bool, device=logits.device)
+    of_tokens_checked(logits[..., 0], mask=mask)
+    return mask != 0
 
 
 def sequence_sum(x: Tensor, mask: Tensor | None = None) -> Tensor:
@@ -128,7 +133,7 @@ def reverse_cumsum(x: Tensor, mask: Tensor | None = None) -> Tensor:
     >>> reverse_cumsum(torch.tensor([[1.0, 2.0, 4.0]]))
     tensor([[7., 6., 4.]])
     """
-    return masked(x, mask).flip(-1).cumsum(-1).flip(-1)
+    return masked(widened(x), mask).flip(-1).cumsum(-1).flip(-1)
 
 
 def group_sum(x: Tensor, groups: Tensor, mask: Tensor | None = None) -> Tensor:
@@ -138,7 +143,7 @@ def group_sum(x: Tensor, groups: Tensor, mask: Tensor | None = None) -> Tensor:
     tensor([3., 3., 4.])
     """
     index = numbered(groups)
-    return sums(masked(x, mask), index)[index]
+    return sums(masked(widened(x), mask), index)[index]
 
 
 def group_mean(x: Tensor, groups: Tensor, mask: Tensor | None = None) -> Tensor:
@@ -177,6 +182,7 @@ def group_softmax(x: Tensor, groups: Tensor, mask: Tensor | None = None) -> Tens
 def _shares(x: Tensor, groups: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
     """The groups' numbers, exp(x − the group's largest), and that; 0 for what is not in the mask."""
     index = numbered(groups)
+    x = widened(x)
     kept = x if mask is None else torch.where(mask != 0, x, -torch.inf)
     top = extreme(kept.detach(), index, "amax")
     top = torch.where(top.isfinite(), top, 0.0)

@@ -12,6 +12,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from kldiv_kernels.recipes.checks import of_sequences_checked, of_tokens_checked
 from kldiv_kernels.recipes.recipe import Recipe
 from kldiv_kernels.recipes.reductions import group_mean, masked
 from kldiv_kernels.recipes.selection import first_tokens
@@ -85,6 +86,8 @@ def kl_shaped_rewards(
     ...     torch.tensor([[True, True]]), kl_coef=0.1)
     tensor([[-0.1000,  0.9500]])
     """
+    of_tokens_checked(mask, logprobs=logprobs, reference_logprobs=reference_logprobs)
+    of_sequences_checked(mask, rewards=rewards)
     valid = mask != 0
     penalty = masked(kl_coef * (reference_logprobs - logprobs), valid)
     return penalty + torch.where(first_tokens(valid.flip(-1), 1).flip(-1), rewards[:, None], 0.0)
@@ -215,6 +218,11 @@ def bundle_advantages(
         raise ValueError(
             f"bundle_advantages: rewards has shape {list(rewards.shape)}; expected [bundles, questions, n]"
         )
+    for name, x in (("low", low), ("high", high)):
+        if isinstance(x, Tensor) and x.dim() > 0 and x.shape != (rewards.shape[0], 1):
+            raise ValueError(
+                f"bundle_advantages: {name} has shape {list(x.shape)}; expected a number, or [{rewards.shape[0]}, 1]"
+            )
     scores = rewards.sum(1)
     paper = mvar_advantages(
         scores, low, high, alpha=alpha, beta=beta, weight=weight, keep_baseline=keep_baseline

@@ -5,6 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from kldiv_kernels.recipes.reductions import widened
+
 
 def highest(scores: Tensor, mask: Tensor, fraction: float | Tensor, *, per_sequence: bool = False) -> Tensor:
     """Bool like `scores`: the tokens with the highest scores, ⌊fraction · tokens⌋ of them, and at least one.
@@ -18,7 +20,7 @@ def highest(scores: Tensor, mask: Tensor, fraction: float | Tensor, *, per_seque
     >>> highest(torch.tensor([[3.0, 9.0, 5.0, 7.0]]), torch.tensor([[True, False, True, True]]), 0.67)
     tensor([[False, False,  True,  True]])
     """
-    shape = scores.shape
+    shape, mask = scores.shape, mask != 0
     if not per_sequence:
         scores, mask = scores.reshape(1, -1), mask.reshape(1, -1)
     keys = torch.where(mask, scores.detach(), -torch.inf)
@@ -49,6 +51,7 @@ def prefix_share(x: Tensor, mask: Tensor, fraction: float) -> Tensor:
     >>> prefix_share(torch.tensor([[1.0, 1.0, 8.0]]), torch.tensor([[True, True, True]]), 0.2)
     tensor([[ True,  True, False]])
     """
+    mask = mask != 0
     held = torch.where(mask, x.detach(), 0.0)
     before = held.cumsum(-1) - held
     total = held.sum(-1, keepdim=True)
@@ -72,6 +75,7 @@ def first_tokens(mask: Tensor, count: int) -> Tensor:
     >>> first_tokens(torch.tensor([[False, True, True, True]]), 2)
     tensor([[False,  True,  True, False]])
     """
+    mask = mask != 0
     return mask & (mask.cumsum(-1) <= count)
 
 
@@ -83,7 +87,7 @@ def quantile_band(x: Tensor, mask: Tensor, low: float, high: float) -> tuple[Ten
     >>> quantile_band(torch.tensor([[1.0, 2.0, 3.0, 9.0]]), torch.tensor([[True, True, True, False]]), 0.0, 0.5)
     (tensor([1.]), tensor([2.]))
     """
-    kept = torch.where(mask, x.detach(), torch.nan)
+    kept = torch.where(mask != 0, x.detach(), torch.nan)
     return torch.nanquantile(kept, low, dim=-1), torch.nanquantile(kept, high, dim=-1)
 
 
@@ -98,6 +102,7 @@ def otsu_threshold(x: Tensor, mask: Tensor, bins: int = 100) -> Tensor:
     """
     if x.numel() == 0:
         return x.new_zeros(())
+    x, mask = widened(x), mask != 0
     some = mask.any()
     low = torch.where(some, torch.where(mask, x.detach(), torch.inf).amin(), 0.0)
     high = torch.where(some, torch.where(mask, x.detach(), -torch.inf).amax(), 0.0)

@@ -15,6 +15,7 @@ from torch import Tensor
 from kldiv_kernels.choices import Backend
 from kldiv_kernels.groups import numbered
 from kldiv_kernels.policy import PolicyLoss, policy_loss
+from kldiv_kernels.recipes.checks import of_sequences_checked, of_tokens_checked
 from kldiv_kernels.recipes.lists import plackett_luce
 from kldiv_kernels.recipes.recipe import Recipe
 from kldiv_kernels.recipes.reductions import (
@@ -77,6 +78,9 @@ def scope_advantages(
     >>> a.flatten().round(decimals=3)
     tensor([0.1580, 0.3420, 0.5000])
     """
+    of_tokens_checked(mask, old_logprobs=old_logprobs, teacher_logprobs=teacher_logprobs)
+    of_sequences_checked(mask, correct=correct, groups=groups)
+    correct = correct != 0
     old_logprobs, teacher_logprobs = masked(old_logprobs, mask), masked(teacher_logprobs, mask)
     # An answer without a token would take a share of the weight.
     written = (mask != 0).any(-1)
@@ -168,6 +172,7 @@ def tsd_kd_loss(
     >>> round(kk.recipes.tsd_kd_loss(s, t, torch.tensor([[True]]), k=3).item(), 4)
     1.0859
     """
+    mask = mask != 0
     shared: dict[str, Any] = {"temperature": temperature, "mask": mask, "vocab_size": vocab_size, "backend": backend}
     ids = topk(logits.detach(), k, **shared).ids
     stats = token_stats(

@@ -15,7 +15,8 @@ from torch import Tensor
 
 from kldiv_kernels.choices import Aggregation, Backend
 from kldiv_kernels.policy import PolicyLoss, kl_estimate, policy_loss
-from kldiv_kernels.recipes.composed import apart, clipped_term, composed_loss, given, sampled_tokens
+from kldiv_kernels.recipes.checks import of_sequences_checked, of_tokens_checked
+from kldiv_kernels.recipes.composed import apart, clipped_term, composed_loss, given, options_checked, sampled_tokens
 from kldiv_kernels.recipes.recipe import Recipe
 from kldiv_kernels.recipes.reductions import defaults, group_sum, valid_tokens
 
@@ -87,6 +88,14 @@ def trrd_loss(
         raise ValueError(f"trrd_loss: alpha is {alpha}; expected 0 to 1")
     if not teacher_clamp > 0:
         raise ValueError(f"trrd_loss: teacher_clamp is {teacher_clamp}; expected a number above 0, or inf for none")
+    options_checked(
+        "trrd_loss", logits, clip_low=clip_low, clip_high=clip_high, kl_coef=kl_coef, aggregation=aggregation
+    )
+    of_tokens_checked(
+        token_ids, old_logprobs=old_logprobs, teacher_logprobs=teacher_logprobs, reference_logprobs=reference_logprobs
+    )
+    if kl_coef != 0 and reference_logprobs is None:
+        raise ValueError(f"trrd_loss: reference_logprobs is None; kl_coef = {kl_coef} needs them")
     shared: dict[str, Any] = {"temperature": temperature, "vocab_size": vocab_size, "backend": backend}
     if teacher_clamp == math.inf:
         anchor = alpha * old_logprobs + (1 - alpha) * teacher_logprobs
@@ -95,8 +104,6 @@ def trrd_loss(
             clip_low=clip_low, clip_high=clip_high, reference_logprobs=reference_logprobs, kl_coef=kl_coef, mask=mask,
             aggregation=aggregation, normalizer=normalizer, ignore_index=ignore_index, **shared,
         )  # fmt: skip
-    if kl_coef != 0 and reference_logprobs is None:
-        raise ValueError(f"trrd_loss: reference_logprobs is None; kl_coef = {kl_coef} needs them")
     stats, valid = sampled_tokens(logits, token_ids, mask, ignore_index, **shared)
     to_old, to_teacher = (apart(stats.logprob, x, valid) for x in (old_logprobs, teacher_logprobs))
     log_ratio = alpha * to_old + (1 - alpha) * to_teacher.clamp(-teacher_clamp, teacher_clamp)
@@ -125,6 +132,8 @@ def kdrl_mask(
     """
     if keep not in ("response", "group"):
         raise ValueError(f"kdrl_mask: keep is {keep!r}; expected response or group")
+    of_sequences_checked(mask, correct=correct, groups=groups)
+    correct = correct != 0
     wrong = ~correct if keep == "response" else group_sum(correct.to(torch.float32), groups) == 0
     return (mask != 0) & wrong[:, None]
 
@@ -176,13 +185,14 @@ def kdrl_loss(
             f"kdrl_loss: kd_normalizer is {kd_normalizer!r} with aggregation {chosen['aggregation']!r}; expected "
             "kd_normalizer 'tokens', or aggregation 'token-mean'"
         )
+    of_tokens_checked(token_ids, keep_mask=keep_mask)
     valid = valid_tokens(token_ids, mask, ignore_index)
     kept = valid if keep_mask is None else valid & (keep_mask != 0)
     weights = kept.double()
     if not as_policy_term:
         # policy_loss divides by the number of tokens, or by the normalizer.
-        count = kept.sum().clamp_min(1) if isinstance(kd_normalizer, str) else kd_normalizer
-        weights = weights * ((valid.sum() if normalizer is None else normalizer) / count)
+        count = kept.sum().clamp_min(1).double() if isinstance(kd_normalizer, str) else kd_normalizer
+        weights = weights * ((valid.sum().double() if normalizer is None else normalizer) / count)
     return policy_loss(
         logits, token_ids, advantages, old_logprobs=old_logprobs, reference_logprobs=teacher_logprobs,
         kl_coef=kd_coef, kl_weights=weights if kd_coef != 0 else None, mask=valid, normalizer=normalizer,

@@ -17,6 +17,8 @@ from kldiv_kernels.choices import Backend
 from kldiv_kernels.groups import numbered, sums
 from kldiv_kernels.policy import PolicyLoss, importance
 from kldiv_kernels.policy import advantages as from_rewards
+from kldiv_kernels.recipes.checks import of_sequences_checked, of_tokens_checked
+from kldiv_kernels.recipes.composed import of_tokens
 from kldiv_kernels.recipes.recipe import Recipe
 from kldiv_kernels.recipes.reductions import masked, policy_result, reverse_cumsum, sequence_mean, valid_tokens
 from kldiv_kernels.recipes.selection import first_tokens
@@ -124,13 +126,13 @@ def steer_weights(
         raise ValueError(f"steer_weights: scheme is {scheme!r}; expected exponential or linear")
     if not 0 < minimum <= 1 or floor <= 0:
         raise ValueError(f"steer_weights: minimum is {minimum}, floor {floor}; expected 0 < minimum ≤ 1, floor > 0")
+    of_tokens_checked(mask, old_logprobs=old_logprobs, old_entropy=old_entropy, logprobs=logprobs)
     valid = mask != 0
     # The code's bounds of a probability keep log π and the ratio finite.
     lowest, highest = math.log(1e-8), math.log1p(-1e-8)
     log_pi = (old_logprobs if logprobs is None else logprobs).clamp(lowest, highest)
     ratio = (log_pi - old_logprobs.clamp_min(lowest)).exp()
-    advantages = advantages[:, None] if advantages.dim() == 1 else advantages
-    change = advantages * ratio * -torch.expm1(log_pi) * (log_pi + old_entropy)
+    change = of_tokens(advantages, log_pi) * ratio * -torch.expm1(log_pi) * (log_pi + old_entropy)
     size = masked(change.abs(), valid)
     # A number beside the tokens', since an empty batch has no extremes.
     top = torch.cat([size.flatten(), size.new_zeros(1)]).amax()
@@ -170,6 +172,8 @@ def conflict_weights(
     tensor([[2., 1., 2., 0.],
             [0., 1., 1., 0.]])
     """
+    of_tokens_checked(token_ids, mask=mask)
+    of_sequences_checked(token_ids, advantages=advantages, groups=groups)
     valid = mask != 0
     weights = valid.to(advantages.dtype)
     for conflict in _conflicts(token_ids, advantages, groups, valid, require_run):
@@ -219,6 +223,9 @@ def gtpo_loss(
     >>> round(out.loss.item(), 4)
     -0.2657
     """
+    per_sequence = initial_entropy if isinstance(initial_entropy, Tensor) and initial_entropy.dim() > 0 else None
+    of_sequences_checked(token_ids, rewards=rewards, groups=groups, initial_entropy=per_sequence)
+    of_tokens_checked(token_ids, old_logprobs=old_logprobs)
     valid = valid_tokens(token_ids, mask, ignore_index)
     stats = token_stats(
         logits, None, torch.where(valid, token_ids, 0), stats=("logprob", "entropy"), temperature=temperature,
@@ -233,7 +240,7 @@ def gtpo_loss(
         left, right = _conflicts(token_ids, advantages, groups, valid, require_run)
         weights = weights / (left | right).sum(-1, keepdim=True).clamp_min(1)
     shaped = torch.where(kept, advantages - entropy_coef * mean, 0.0)
-    old = stats.logprob.detach() if old_logprobs is None else masked(old_logprobs, valid)
+    old = stats.logprob.detach() if old_logprobs is None else masked(old_logprobs.to(stats.logprob.dtype), valid)
     return policy_result(
         importance(-shaped[:, None] * weights, stats.logprob, old), stats.logprob, valid,
         aggregation="seq-mean-token-mean", normalizer=normalizer, entropy=entropy,
@@ -270,6 +277,7 @@ def process_advantages(
     """
     if eta <= 0 or step_length < 1:
         raise ValueError(f"process_advantages: eta is {eta}, step_length {step_length}; expected eta > 0, a length ≥ 1")
+    of_tokens_checked(old_logprobs, reference_logprobs=reference_logprobs, mask=mask, step_ends=step_ends)
     valid = mask != 0
     ends = valid.cumsum(-1) % step_length == 0 if step_ends is None else step_ends != 0
     ends = (ends & valid) | first_tokens(valid.flip(-1), 1).flip(-1)
@@ -277,7 +285,7 @@ def process_advantages(
     places = torch.where(ends, torch.arange(count, device=mask.device), count)
     end = places.flip(-1).cummin(-1).values.flip(-1).clamp_max(max(count - 1, 0))
     moved = reverse_cumsum(old_logprobs - reference_logprobs, valid).gather(-1, end)
-    return masked((advantages[:, None] if advantages.dim() == 1 else advantages) - moved / eta, valid)
+    return masked(of_tokens(advantages, moved) - moved / eta, valid)
 
 
 def _conflicts(

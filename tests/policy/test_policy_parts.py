@@ -115,3 +115,28 @@ def test_estimates_where_numbers_end() -> None:
     assert held.tolist() == pytest.approx([1 - 6 * math.exp(-5), 100.0, 100.0, 1 - 6 * math.exp(-5)], rel=1e-5)
     assert torch.autograd.grad(held.sum(), logprob)[0].tolist() == [0.0] * 4
     assert importance(torch.zeros(1), torch.tensor([500.0]), torch.zeros(1)).item() == 0.0
+
+
+@pytest.mark.parametrize("loss_type", ["grpo", "gspo", "dapo"])
+@pytest.mark.parametrize("form", ["one read", "per token", "without gradient"])
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_a_sampled_token_without_probability_has_a_ratio_of_1_to_itself(
+    backend: str, form: str, loss_type: Any
+) -> None:
+    logits = torch.tensor([[[0.0, 1.0, -torch.inf, 2.0], [0.0, 1.0, 0.0, 2.0]]])
+    logits.requires_grad_(form != "without gradient")
+    out = kk.policy_loss(
+        logits, torch.tensor([[2, 0]]), torch.tensor([1.0]), loss_type=loss_type, backend=backend,
+        per_token_gradient=form == "per token",
+    )  # fmt: skip
+    assert out.loss.item() == -1.0
+    assert (out.metrics["ratio_mean"], out.metrics["approx_kl"]) == (1.0, 0.0)
+    # What is NaN itself is seen.
+    wrong = logits.detach().clone()
+    wrong[0, 0, 0] = torch.nan
+    again = kk.policy_loss(
+        wrong.requires_grad_(logits.requires_grad), torch.tensor([[2, 0]]), torch.tensor([1.0]), loss_type=loss_type,
+        backend=backend,
+    )  # fmt: skip
+    assert again.loss.isnan()
+    assert again.metrics["ratio_mean"].isnan()

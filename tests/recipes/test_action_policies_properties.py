@@ -96,3 +96,16 @@ def test_no_steps() -> None:
     none = torch.zeros(0)
     assert recipes.gaussian_grpo_loss(none, none, none).item() == 0
     assert recipes.hinge_discriminator_loss(none, none).item() == 0
+
+
+@pytest.mark.parametrize("nothing", [-torch.inf, -1e30, torch.finfo(torch.float32).min])
+def test_candidates_that_are_left_out_by_their_logit_are_left_out(nothing: float) -> None:
+    torch.manual_seed(0)
+    logits, old, advantages = torch.randn(3, 4, 6)
+    kept = torch.ones(4, 6, dtype=torch.bool)
+    kept[:, 4:] = False
+    wanted = recipes.categorical_ppo_loss(logits, advantages, old_logits=old, mask=kept).loss
+    found = [x.masked_fill(~kept, nothing) for x in (logits, old)]
+    got = recipes.categorical_ppo_loss(found[0], advantages, old_logits=found[1]).loss
+    assert torch.equal(got, wanted)
+    assert got.abs() > 1e-3

@@ -338,3 +338,12 @@ def test_the_divergence_of_gaussians() -> None:
     assert (mixtures.gaussian_kl(mean, log_variance, mean, log_variance) == 0).all()
     same(mixtures.gaussian_kl(mean, log_variance, other_mean, log_variance),
          ((mean - other_mean).square() / 2 * (-log_variance).exp()).sum(-1))  # fmt: skip
+
+
+def test_bfloat16_counts_beyond_256() -> None:
+    x, one_group = torch.cat([torch.ones(700), torch.zeros(300)]).bfloat16(), torch.zeros(1000, dtype=torch.int64)
+    assert reductions.group_sum(x, one_group)[0] == 700
+    assert reductions.group_mean(x, one_group)[0].item() == pytest.approx(0.7)
+    assert reductions.group_softmax(torch.zeros_like(x), one_group).sum().item() == pytest.approx(1.0)
+    assert reductions.sequence_sum(x[None])[0] == reductions.reverse_cumsum(x[None])[0, 0] == 700
+    assert reductions.sequence_mean(x[None], torch.ones(1, 1000))[0].item() == pytest.approx(0.7)

@@ -151,3 +151,14 @@ def test_an_empty_batch(name: str) -> None:
     else:
         out = recipes.copo_loss(logits, ids, floats, floats, none, none, floats, old_logprobs=old)
     assert out.loss.item() == 0
+
+
+def test_rewards_that_are_no_numbers_with_a_point() -> None:
+    """Their advantages would be rounded to 0."""
+    with pytest.raises(TypeError, match=r"rewards is torch\.int64; expected floating point"):
+        kk.recipes.copo_global_advantages(torch.tensor([1, 0]), torch.tensor([0, 1]))
+    with pytest.raises(ValueError, match="drpo_loss: tau is 0; expected above 0"):
+        kk.recipes.drpo_loss(
+            torch.zeros(2, 1, 4), torch.zeros(2, 1, dtype=torch.int64), torch.tensor([1.0, 0.0]), torch.tensor([0, 0]),
+            old_logprobs=torch.zeros(2, 1), tau=0,
+        )  # fmt: skip

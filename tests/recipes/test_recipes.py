@@ -21,6 +21,8 @@ _FILES = [import_module(f"recipe_cases.{module.name}") for module in iter_module
 CASES: list[Case] = [case for file in _FILES for case in file.CASES]
 IDS = [case.id for case in CASES]
 MASKED = [case for case in CASES if "mask" in case.tensors and not case.tensors["mask"].all()]
+# What says in its docstring that its other side gets a gradient too.
+BOTH_SIDES = {"bidirectional_kl": ("teacher_logits",)}
 FUNCTIONS = [name for recipe in kk.recipes.listing() for name in recipe.functions]
 RECIPE_OF = {name: recipe for recipe in kk.recipes.listing() for name in recipe.functions}
 
@@ -92,6 +94,40 @@ def test_masked_tokens(case: Case) -> None:
     assert (none == 0).all()
     for gradient in found.values():
         assert (gradient == 0).all()
+
+
+@pytest.mark.parametrize("case", LOSSES, ids=[case.id for case in LOSSES])
+def test_nothing_else_gets_a_gradient(case: Case) -> None:
+    """No teacher, reference, old policy or advantage, although all of them could: but for a method that says so."""
+    given = {
+        name: x.detach().clone().requires_grad_() if x.is_floating_point() else x for name, x in case.tensors.items()
+    }
+    out = getattr(kk.recipes, case.recipe)(**given, **case.options)
+    value = out.loss if isinstance(out, kk.PolicyLoss) else out
+    others = [name for name in given if name not in case.trained and given[name].is_floating_point()]
+    found = torch.autograd.grad(value.sum(), [given[name] for name in others], allow_unused=True) if others else ()
+    leaks = [name for name, x in zip(others, found, strict=True) if x is not None and (x != 0).any()]
+    assert set(leaks) <= set(BOTH_SIDES.get(case.recipe, ()))
+
+
+@pytest.mark.parametrize("case", CASES, ids=IDS)
+def test_shapes_that_broadcasting_would_take(case: Case) -> None:
+    """One row, or one column, of what belongs to tokens or sequences is an error that names it, and no number."""
+    tokens = case.tensors.get("token_ids", case.tensors.get("mask"))
+    if tokens is None or tokens.dim() != 2 or min(tokens.shape) < 2:
+        tokens = torch.zeros(0)
+    says_the_shape = "token_ids" if "token_ids" in case.tensors else "mask"
+    for name, x in case.tensors.items():
+        wrong = []
+        if name == says_the_shape and "logits" not in case.tensors:
+            continue
+        if x.shape == tokens.shape:
+            wrong = [x[:1], x[:, :1]] if name != "advantages" else [x[:1]]
+        elif x.shape == tokens.shape[:1]:
+            wrong = [x[:1]]
+        for other in wrong:
+            with pytest.raises((ValueError, TypeError), match=r"\w"):
+                evaluate(case, torch.float64, "reference", case.tensors | {name: other}, grad=False)
 
 
 @pytest.mark.parametrize("name", FUNCTIONS)

@@ -237,3 +237,24 @@ def test_wrong_options_of_the_parts() -> None:
         kk.recipes.kdrl_mask(BATCH["correct"], BATCH["groups"], MASK, keep="all")  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="clipped_divergence_rows: kind is 'js'; expected forward_kl or reverse_kl"):
         kk.recipes.clipped_divergence_rows(LOGITS, LOGITS, kind="js")  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("name", ["trrd_loss", "calibrl_loss"])
+def test_options_are_those_of_policy_loss_and_are_checked(name: str) -> None:
+    rows, ids = torch.zeros(2, 2, 4), torch.zeros(2, 2, dtype=torch.int64)
+    other = {"trrd_loss": "teacher_logprobs", "calibrl_loss": "expert_logprobs"}[name]
+    given: dict[str, Any] = {"old_logprobs": torch.zeros(2, 2), other: torch.zeros(2, 2)}
+    if name == "calibrl_loss":
+        given["correct"] = torch.ones(2, dtype=torch.int64)
+    function = getattr(kk.recipes, name)
+    function(rows, ids, torch.ones(2), **given)
+    for options, message in (
+        ({"aggregation": "token_mean"}, f"{name}: aggregation is 'token_mean'; expected token-mean"),
+        ({"clip_low": -1.0}, f"{name}: clip_low is -1.0; expected 0 or more"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            function(rows, ids, torch.ones(2), **given, **options)
+    packed = {key: x[0] for key, x in given.items() if key != "correct"} | {"aggregation": "seq-mean-token-mean"}
+    if name == "trrd_loss":
+        with pytest.raises(ValueError, match=r"trrd_loss: aggregation is .*, which needs sequences"):
+            function(rows[0], ids[0], torch.ones(2), **packed)

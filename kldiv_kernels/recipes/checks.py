@@ -1,0 +1,29 @@
+"""Shapes of what recipes take beside logits: broadcasting would accept many that mean something else."""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+
+def of_tokens_checked(tokens: Tensor, **given: Tensor | None) -> None:
+    """ValueError for one that has another shape than the tokens, which broadcasting would take.
+
+    >>> of_tokens_checked(torch.zeros(2, 2), mask=torch.ones(2))
+    Traceback (most recent call last):
+        ...
+    ValueError: mask has shape [2]; expected [2, 2], one a token
+    """
+    for name, x in given.items():
+        if x is not None and x.shape != tokens.shape:
+            raise ValueError(f"{name} has shape {list(x.shape)}; expected {list(tokens.shape)}, one a token")
+
+
+def of_sequences_checked(tokens: Tensor, **given: Tensor | None) -> None:
+    """ValueError for one that is not [B], of tokens [B, T]; and where the tokens are packed, [N]."""
+    if tokens.dim() != 2:
+        raise ValueError(
+            f"the tokens have shape {list(tokens.shape)}; expected [batch, tokens]: sequences are asked for"
+        )
+    for name, x in given.items():
+        if x is not None and x.shape != tokens.shape[:1]:
+            raise ValueError(f"{name} has shape {list(x.shape)}; expected {list(tokens.shape[:1])}, one a sequence")
