@@ -215,9 +215,10 @@ def test_a_wrong_option_is_named_and_nothing_is_written(
 def test_a_missing_teacher_and_another_vocabulary_are_named(models: Path, tmp_path: Path) -> None:
     given = options(models, tmp_path / "run")
     code, printed = kldiv_train({name: value for name, value in given.items() if name != "--teacher"})
-    assert (code, "for --teacher: missing; only --ce-weight 1 and --teacher-cache train" in printed) == (2, True), (
-        printed
-    )
+    assert (code, "for --teacher: missing; only --ce-weight 1, --teacher-cache and --recipe dft" in printed) == (
+        2,
+        True,
+    ), printed
     other = tmp_path / "other"
     AutoModelForCausalLM.from_pretrained(models / "teacher").save_pretrained(other)
     tokenizer = tiny.word_tokenizer()
