@@ -8,6 +8,7 @@ from torch import Tensor
 def of_tokens_checked(tokens: Tensor, **given: Tensor | None) -> None:
     """ValueError for one that has another shape than the tokens, which broadcasting would take.
 
+    >>> import torch
     >>> of_tokens_checked(torch.zeros(2, 2), mask=torch.ones(2))
     Traceback (most recent call last):
         ...
