@@ -28,7 +28,9 @@ def draw(record: dict[str, Any]) -> Figure:
     cases, about = record["cases"], record["machine"]
     names = list(dict.fromkeys(one["name"] for case in cases for one in _timed(case)))
     # Figure without pyplot: no display, no global state.
-    figure = Figure(figsize=(max(8.0, (0.35 * len(names) + 0.3) * len(cases) + 1), 5), dpi=150, layout="constrained")
+    # Four digits and a comma are wider than a bar that has room for three.
+    bar = 0.43 if any(one["seconds"] >= 1 for case in cases for one in _timed(case)) else 0.35
+    figure = Figure(figsize=(max(8.0, (bar * len(names) + 0.3) * len(cases) + 1), 5), dpi=150, layout="constrained")
     axes = figure.add_subplot()
     for x, case in enumerate(cases):
         _bars(axes, x, case, names)
