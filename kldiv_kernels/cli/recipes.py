@@ -69,19 +69,28 @@ def _print_table(found: list[Recipe]) -> None:
     from rich.markup import escape
     from rich.table import Table
 
-    table = Table("paper", "method", "functions", "reads of the logits", "formula seen in")
+    table = Table("paper")
+    table.add_column("method", overflow="fold")
+    # Names to copy: whole, in a terminal of 80 columns too.
+    table.add_column("functions", no_wrap=True)
+    table.add_column("reads")
+    table.add_column("seen in")
     family = ""
     for recipe in sorted(found, key=lambda recipe: recipe.family):
         if recipe.family != family:
             family = recipe.family
             table.add_section()
-            table.add_row("", f"[bold]{family}[/bold]")
-        names = ", ".join(recipe.functions) or "see kldiv recipes " + str(recipe.paper)
+            table.add_row("", "", f"[bold]{family}[/bold]")
+        names = "\n".join(recipe.functions) or f"see kldiv recipes {recipe.paper}"
         table.add_row(str(recipe.paper), escape(recipe.method), escape(names), recipe.logit_part, recipe.confidence)
     console = Console()
     console.print(table)
+    console.print("How often the logits are read:")
     for key, text in READS.items():
         console.print(f"{key:>5}: {text}", highlight=False)
+    console.print("Where the formula was seen:")
+    for key, text in SEEN.items():
+        console.print(f"{key:>9}: {text}", highlight=False)
     console.print("kldiv recipes NAME prints formula, defaults, differences and an example.", highlight=False)
 
 
