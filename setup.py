@@ -243,7 +243,13 @@ def extensions() -> dict[str, object]:
     archs = f'-DKLDIV_CUDA_ARCHS="{nvcc.arch_text if nvcc else ""}"'
     library = CppExtension(
         "kldiv_kernels.libkldiv_kernels",
-        relative("csrc/ops.cpp", "csrc/plan.cpp", "csrc/cpu/*.cpp", *(["csrc/cuda/*.cpp"] if nvcc else [])),
+        relative(
+            "csrc/ops.cpp",
+            "csrc/shard_ops.cpp",
+            "csrc/plan.cpp",
+            "csrc/cpu/*.cpp",
+            *(["csrc/cuda/*.cpp"] if nvcc else []),
+        ),
         extra_compile_args=[*flags, target, archs],
         extra_link_args=link,
         py_limited_api=True,

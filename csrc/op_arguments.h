@@ -48,6 +48,16 @@
     ", Tensor teacher, Tensor scale, str kind, float alpha, float beta, bool in_place)" \
     " -> (Tensor, Tensor, Tensor)"
 
+// A row whose columns are spread over processes (DESIGN 11). `logits` and `vocab_size` are those of this process,
+// labels and exclude are counted from its first column; a label below -1 is a column of another process. state: what
+// its columns have to say before the softmaxes are known. All processes' are then given to the other two, [processes,
+// N, ...]. sums: of the terms of normalised columns. finish: values, and the state for `backward`; `picked` [2, N, K]
+// are the logits at the labels, of both sides.
+#define KLDIV_SHARD_STATE "shard_state(" KLDIV_CALL ", int first_column) -> Tensor"
+#define KLDIV_SHARD_SUMS "shard_sums(" KLDIV_CALL ", Tensor states) -> Tensor"
+#define KLDIV_SHARD_FINISH \
+    "shard_finish(" KLDIV_CALL ", Tensor states, Tensor sums, Tensor? picked) -> (Tensor, Tensor)"
+
 namespace kldiv {
 
 using torch::headeronly::ScalarType;

@@ -4,8 +4,7 @@
 #include <tuple>
 
 #include "cpu/largest.h"
-#include "cpu/rows.h"
-#include "op_arguments.h"
+#include "cpu_job.h"
 
 #ifdef __linux__
 #include <sys/mman.h>
@@ -17,23 +16,6 @@ using kldiv::Dtype;
 using kldiv::ScalarType;
 using kldiv::Tensor;
 using torch::stable::new_empty;
-
-static_assert(static_cast<int>(Dtype::float32) == kldiv::kFloat32 &&
-              static_cast<int>(Dtype::bfloat16) == kldiv::kBfloat16 &&
-              static_cast<int>(Dtype::float16) == kldiv::kFloat16);
-Dtype dtype_of(const Tensor& tensor, const char* name) { return static_cast<Dtype>(kldiv::element_of(tensor, name)); }
-
-kldiv::Rows rows_of(const Tensor& tensor, const Tensor& logits, int64_t columns, const char* name) {
-    kldiv::check_rows(tensor, logits, columns, name);
-    kldiv::Rows rows;
-    rows.data = static_cast<const char*>(kldiv::address(tensor));
-    rows.dtype = dtype_of(tensor, name);
-    for (int64_t i = 0; i < tensor.dim() - 1; ++i) {
-        rows.sizes.push_back(tensor.size(i));
-        rows.strides.push_back(tensor.stride(i));
-    }
-    return rows;
-}
 
 // Fresh pages of a large gradient cost as much as writing it; huge pages cost far less.
 void use_huge_pages(const Tensor& tensor) {
@@ -51,45 +33,8 @@ void use_huge_pages(const Tensor& tensor) {
 Tensor new_gradient(const Tensor& like, kldiv::Gradient* gradient, const char* name) {
     const Tensor out = new_empty(like, like.sizes());
     use_huge_pages(out);
-    *gradient = {static_cast<char*>(out.data_ptr()), dtype_of(like, name), like.size(like.dim() - 1)};
+    *gradient = {static_cast<char*>(out.data_ptr()), kldiv::dtype_of(like, name), like.size(like.dim() - 1)};
     return out;
-}
-
-// The arguments that describe the rows, the same for every operator.
-kldiv::Job make_job(const Tensor& logits, const std::optional<Tensor>& reference, const std::optional<Tensor>& labels,
-                    const std::optional<Tensor>& mask, const std::optional<Tensor>& exclude,
-                    const std::optional<Tensor>& token_parameters, const std::vector<double>& parameters,
-                    const std::vector<std::string>& stats, int64_t vocab_size) {
-    kldiv::Job job;
-    job.kernels = &kldiv::best_kernels();
-    job.columns = vocab_size;
-    job.student = rows_of(logits, logits, vocab_size, "logits");
-    if (reference) job.teacher = rows_of(*reference, logits, vocab_size, "reference");
-    kldiv::take_tokens(job, logits, labels, mask, exclude, token_parameters);
-    kldiv::take_parameters(parameters, job.parameters);
-    for (int64_t i = 0; job.labels && i < job.rows * job.labels_per_row; ++i)
-        STD_TORCH_CHECK(job.labels[i] < vocab_size, "labels must be below vocab_size");
-    for (const std::string& name : stats) {
-        job.stats.push_back(kldiv::find_statistic(name));
-        const kldiv::Request& request = job.stats.back();
-        const bool labelled = request.kind == kldiv::Kind::logprob || request.kind == kldiv::Kind::reference_logprob ||
-                              request.kind == kldiv::Kind::tail_logprob;
-        STD_TORCH_CHECK(job.labels || !labelled, name, " needs labels");
-        const bool two_rows =
-            request.kind == kldiv::Kind::reference_logprob || (request.divergence && request.divergence->needs_p);
-        STD_TORCH_CHECK(job.teacher || !two_rows, name, " needs reference");
-    }
-    job.threads = torch::stable::get_num_threads();
-    return job;
-}
-
-void use_plan(kldiv::Job& job, const std::vector<std::string>& stats, bool gradient, bool one_read) {
-    const kldiv::CpuPlan plan = kldiv::plan_cpu(
-        {job.rows, job.columns, job.student.element_bytes(), job.teacher ? job.teacher.element_bytes() : 0,
-         kldiv::needs_normalised_sums(stats), gradient, one_read},
-        job.threads);
-    job.threads = plan.threads;
-    job.split_rows = plan.split_rows;
 }
 
 // The gradient of `logits`, or an empty tensor where it is not wanted or takes their place.
@@ -106,7 +51,7 @@ using Outputs = std::tuple<Tensor, Tensor, Tensor, Tensor>;  // values, state, d
 Outputs run(kldiv::Job& job, const Tensor& logits, const std::optional<Tensor>& reference,
             const std::vector<std::string>& stats, const std::optional<Tensor>& coefficients, bool with_state,
             bool student, bool teacher, bool in_place) {
-    use_plan(job, stats, coefficients.has_value(), true);
+    kldiv::use_plan(job, stats, coefficients.has_value(), true);
     const Tensor values = kldiv::new_floats(logits, job.value_rows(), job.rows);
     const int64_t state_rows = kldiv::kStateOfRow + kldiv::kStateOfStatistic * static_cast<int64_t>(stats.size());
     const Tensor state = kldiv::new_floats(logits, with_state ? state_rows : 0, job.rows);
@@ -126,7 +71,7 @@ Outputs forward(const Tensor& logits, std::optional<Tensor> reference, std::opti
                 std::vector<double> parameters, std::vector<std::string> stats, int64_t vocab_size,
                 std::optional<Tensor> coefficients, bool with_state, bool student, bool teacher, bool in_place) {
     kldiv::Job job =
-        make_job(logits, reference, labels, mask, exclude, token_parameters, parameters, stats, vocab_size);
+        kldiv::make_job(logits, reference, labels, mask, exclude, token_parameters, parameters, stats, vocab_size);
     return run(job, logits, reference, stats, coefficients, with_state, student, teacher, in_place);
 }
 
@@ -137,7 +82,7 @@ std::tuple<Tensor, Tensor> policy(const Tensor& logits, std::optional<Tensor> re
                                   const Tensor& policy_tokens, std::string policy_term, std::string policy_kl,
                                   std::vector<double> policy_bounds, bool in_place) {
     kldiv::Job job =
-        make_job(logits, reference, labels, mask, exclude, token_parameters, parameters, stats, vocab_size);
+        kldiv::make_job(logits, reference, labels, mask, exclude, token_parameters, parameters, stats, vocab_size);
     kldiv::take_policy(job, logits, policy_tokens, policy_term, policy_kl, policy_bounds);
     const Outputs out = run(job, logits, reference, stats, coefficients, false, true, false, in_place);
     return {std::get<0>(out), std::get<2>(out)};
@@ -171,8 +116,8 @@ std::tuple<Tensor, Tensor> backward(const Tensor& logits, std::optional<Tensor> 
                                     std::vector<std::string> stats, int64_t vocab_size, const Tensor& state,
                                     const Tensor& coefficients, bool student, bool teacher) {
     kldiv::Job job =
-        make_job(logits, reference, labels, mask, exclude, token_parameters, parameters, stats, vocab_size);
-    use_plan(job, stats, true, false);
+        kldiv::make_job(logits, reference, labels, mask, exclude, token_parameters, parameters, stats, vocab_size);
+    kldiv::use_plan(job, stats, true, false);
     const int64_t state_rows = kldiv::kStateOfRow + kldiv::kStateOfStatistic * static_cast<int64_t>(stats.size());
     job.state =
         const_cast<float*>(kldiv::per_token<float>(state, logits, state_rows * job.rows, ScalarType::Float, "state"));
@@ -192,7 +137,7 @@ std::tuple<Tensor, Tensor, Tensor> topk(const Tensor& logits, std::optional<Tens
                                         int64_t vocab_size, const Tensor& teacher, const Tensor& scale,
                                         std::string kind, double alpha, double beta, bool in_place) {
     kldiv::Job job =
-        make_job(logits, reference, labels, mask, exclude, token_parameters, parameters, stats, vocab_size);
+        kldiv::make_job(logits, reference, labels, mask, exclude, token_parameters, parameters, stats, vocab_size);
     const Tensor divergences = kldiv::take_topk(job.topk, job, logits, stats, teacher, scale, alpha, beta);
     job.topk.divergence = kldiv::find_statistic(kind);
     const Tensor coefficients = kldiv::new_floats(logits, job.topk.outcomes, job.rows);
@@ -205,7 +150,7 @@ std::tuple<Tensor, Tensor, Tensor> topk(const Tensor& logits, std::optional<Tens
 Tensor largest(const Tensor& logits, std::optional<Tensor> mask, int64_t k, int64_t columns) {
     kldiv::Selection selection;
     selection.kernels = &kldiv::best_kernels();
-    selection.logits = rows_of(logits, logits, columns, "logits");
+    selection.logits = kldiv::rows_of(logits, logits, columns, "logits");
     selection.rows = kldiv::row_count(logits);
     selection.columns = columns;
     selection.k = k;
@@ -222,11 +167,18 @@ void scale_(Tensor gradient, const Tensor& factor) {
     STD_TORCH_CHECK(gradient.is_cpu() && gradient.is_contiguous(), "gradient must be a contiguous CPU tensor");
     STD_TORCH_CHECK(factor.is_cpu() && factor.numel() == 1 && factor.scalar_type() == ScalarType::Float,
                     "factor must be one float32 on the CPU");
-    kldiv::run_scale(gradient.data_ptr(), dtype_of(gradient, "gradient"), gradient.numel(),
+    kldiv::run_scale(gradient.data_ptr(), kldiv::dtype_of(gradient, "gradient"), gradient.numel(),
                      *static_cast<const float*>(factor.data_ptr()), torch::stable::get_num_threads());
 }
 
 std::vector<std::string> served() { return kldiv::served_statistics(); }
+std::vector<std::string> finished_first() {
+    std::vector<std::string> names = served();
+    names.erase(std::remove_if(names.begin(), names.end(),
+                               [](const std::string& name) { return !kldiv::finishes_first(name); }),
+                names.end());
+    return names;
+}
 std::string isa() { return kldiv::best_kernels().isa; }
 
 }  // namespace
@@ -237,9 +189,13 @@ STABLE_TORCH_LIBRARY(kldiv_kernels_native, m) {
     m.def(KLDIV_POLICY);
     m.def(KLDIV_POLICY_OUTCOME);
     m.def(KLDIV_TOPK);
+    m.def(KLDIV_SHARD_STATE);
+    m.def(KLDIV_SHARD_SUMS);
+    m.def(KLDIV_SHARD_FINISH);
     m.def("largest(Tensor logits, Tensor? mask, int k, int columns) -> Tensor");
     m.def("scale_(Tensor(a!) gradient, Tensor factor) -> ()");
     m.def("served() -> str[]");
+    m.def("finished_first() -> str[]");
     m.def("isa() -> str");
 }
 
@@ -255,5 +211,6 @@ STABLE_TORCH_LIBRARY_IMPL(kldiv_kernels_native, CPU, m) {
 
 STABLE_TORCH_LIBRARY_IMPL(kldiv_kernels_native, CompositeExplicitAutograd, m) {
     m.impl("served", TORCH_BOX(&served));
+    m.impl("finished_first", TORCH_BOX(&finished_first));
     m.impl("isa", TORCH_BOX(&isa));
 }

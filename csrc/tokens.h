@@ -7,10 +7,14 @@
 
 namespace kldiv {
 
+// As a label: none; and, from here down, a column of another process.
+constexpr int64_t kNoLabel = -1, kElsewhere = -2;
+
 struct Tokens {
     int64_t rows = 0, columns = 0;    // columns: without padding
-    const int64_t* labels = nullptr;  // [N, labels_per_row], -1: none
+    const int64_t* labels = nullptr;  // [N, labels_per_row]
     int64_t labels_per_row = 1;
+    const float* picked = nullptr;  // [2, N, labels_per_row]: logits at the labels, where they may be elsewhere
     const bool* mask = nullptr;
     const int64_t* exclude = nullptr;
     const float* token_parameters = nullptr;  // [4, N]

@@ -12,13 +12,15 @@ from kldiv_kernels import inputs, registry
 from kldiv_kernels.choices import Backend, DivergenceKind, Reduction
 from kldiv_kernels.dtensors import on_replicas
 from kldiv_kernels.inputs import Parameter
-from kldiv_kernels.sources import Logits, Source
+from kldiv_kernels.parallel import Group, logits_or_shared, together
+from kldiv_kernels.sources import Source
 
 if TYPE_CHECKING:
     from kldiv_kernels.signatures import Divergence, DivergenceOfAlpha, DivergenceOfAlphaBeta, DivergenceOfBeta
 
 
 @on_replicas
+@together
 def divergence_loss(
     logits: Tensor,
     reference_logits: Tensor,
@@ -39,6 +41,8 @@ def divergence_loss(
     vocab_size: int | None = None,
     exclude: Tensor | None = None,
     in_place: bool = False,
+    group: Group | None = None,
+    vocab_start: int | None = None,
     backend: Backend = "auto",
 ) -> Tensor:
     r"""A divergence between q = softmax(logits/τ) (student) and p = softmax(reference_logits/τ') (teacher).
@@ -67,6 +71,7 @@ def divergence_loss(
             that nobody needs afterwards, such as a head's output: they hold their gradient then. Autograd refuses a
             backward pass of who kept them before. An error where the gradient waits for backward (reduction "none", a
             weight with gradient, float16), for a leaf or an expanded view, and under torch.compile. Default False.
+        group, vocab_start: see `token_stats`. The gradient then waits for backward.
         temperature, reference_temperature, vocab_size, exclude, backend: see `token_stats`.
 
     Returns:
@@ -84,8 +89,12 @@ def divergence_loss(
     >>> round(loss.item(), 6), [round(x, 4) for x in student.grad[0].tolist()]
     (0.032876, [0.0295, -0.022, -0.0032, -0.0043])
     """
+    where = "divergence_loss"
+    source = logits_or_shared(
+        where, logits, reference_logits, group, vocab_start, vocab_size, in_place_checked(where, in_place)
+    )
     return divergence_of(
-        "divergence_loss", Logits(logits, reference_logits, in_place_checked("divergence_loss", in_place)), kind,
+        where, source, kind,
         weight=weight, labels=labels, mask=mask, normalizer=normalizer, reduction=reduction, temperature=temperature,
         reference_temperature=reference_temperature, temperature_squared=temperature_squared, alpha=alpha, beta=beta,
         ignore_index=ignore_index, shift=shift, vocab_size=vocab_size, exclude=exclude, backend=backend,

@@ -11,8 +11,9 @@ from kldiv_kernels import inputs
 from kldiv_kernels.choices import Backend
 from kldiv_kernels.dtensors import on_replicas
 from kldiv_kernels.inputs import Parameter
+from kldiv_kernels.parallel import Group, logits_or_shared, together
 from kldiv_kernels.registry import STATISTICS
-from kldiv_kernels.sources import Logits, Source
+from kldiv_kernels.sources import Source
 
 
 class TokenStats(dict[str, Tensor]):
@@ -29,6 +30,7 @@ class TokenStats(dict[str, Tensor]):
 
 
 @on_replicas
+@together
 def token_stats(
     logits: Tensor,
     reference_logits: Tensor | None = None,
@@ -44,6 +46,8 @@ def token_stats(
     shift: bool = False,
     vocab_size: int | None = None,
     exclude: Tensor | None = None,
+    group: Group | None = None,
+    vocab_start: int | None = None,
     backend: Backend = "auto",
 ) -> TokenStats:
     r"""Exact per-token statistics of q = softmax(logits/τ) and p = softmax(reference_logits/τ').
@@ -69,6 +73,11 @@ def token_stats(
             stands at t + 1; the last row is left out. Logits are then [..., tokens, V] of whole sequences.
         vocab_size: columns from here on are padding: never read, gradient 0. Default: V.
         exclude: [*] integers, one column a row that both softmaxes leave out; -1 for none.
+        group: a process group over which the vocabulary is spread (tensor parallel). Logits are then this process's
+            columns of every row; labels, exclude and vocab_size speak of the whole vocabulary. All processes get the
+            same values, and the gradient of their own logits. Default None: whole rows.
+        vocab_start: the first column of this process. Default: rank times its number of columns, all having as many.
+            Where they differ give it, and vocab_size; shards follow each other in the order of ranks and may be empty.
         backend: "auto" (the fastest that serves the call) or a name from `kldiv_kernels.backends()`.
 
     Returns:
@@ -89,10 +98,12 @@ def token_stats(
     (-1.8423, 0.8783)
     >>> (-stats.logprob.mean() - 0.01 * stats["entropy"].mean()).backward()
     """
+    where = "token_stats"
+    source = logits_or_shared(where, logits, reference_logits, group, vocab_start, vocab_size)
     return statistics_of(
-        "token_stats", Logits(logits, reference_logits), labels, stats=stats, temperature=temperature,
-        reference_temperature=reference_temperature, alpha=alpha, beta=beta, mask=mask, ignore_index=ignore_index,
-        shift=shift, vocab_size=vocab_size, exclude=exclude, backend=backend,
+        where, source, labels, stats=stats, temperature=temperature, reference_temperature=reference_temperature,
+        alpha=alpha, beta=beta, mask=mask, ignore_index=ignore_index, shift=shift, vocab_size=vocab_size,
+        exclude=exclude, backend=backend,
     )  # fmt: skip
 
 
@@ -152,6 +163,8 @@ def entropy(
     mask: Tensor | None = None,
     vocab_size: int | None = None,
     exclude: Tensor | None = None,
+    group: Group | None = None,
+    vocab_start: int | None = None,
     backend: Backend = "auto",
 ) -> Tensor:
     """Entropy H(q) = −Σ q log q of q = softmax(logits/temperature), per token, in nats, differentiable.
@@ -164,7 +177,7 @@ def entropy(
     """
     return token_stats(
         logits, stats=("entropy",), temperature=temperature, mask=mask,
-        vocab_size=vocab_size, exclude=exclude, backend=backend,
+        vocab_size=vocab_size, exclude=exclude, group=group, vocab_start=vocab_start, backend=backend,
     )["entropy"]  # fmt: skip
 
 
@@ -178,6 +191,8 @@ def selective_log_softmax(
     shift: bool = False,
     vocab_size: int | None = None,
     exclude: Tensor | None = None,
+    group: Group | None = None,
+    vocab_start: int | None = None,
     backend: Backend = "auto",
 ) -> Tensor:
     """log softmax(logits/temperature) at the labels, per token, differentiable: [*] or [*, K] like `labels`.
@@ -192,5 +207,6 @@ def selective_log_softmax(
     """
     return token_stats(
         logits, labels=labels, stats=("logprob",), temperature=temperature, mask=mask,
-        ignore_index=ignore_index, shift=shift, vocab_size=vocab_size, exclude=exclude, backend=backend,
+        ignore_index=ignore_index, shift=shift, vocab_size=vocab_size, exclude=exclude, group=group,
+        vocab_start=vocab_start, backend=backend,
     )["logprob"]  # fmt: skip

@@ -116,16 +116,22 @@ Loaded Row::measured_load(bool student, int64_t start, int count, float* to, flo
     return loaded;
 }
 
-double Row::logprob(bool student, int64_t label) const {
-    if (label == exclude_) return -kInfinity;
+double Row::logprob(bool student, int64_t j) const {
+    const int64_t cell = index_ * job_.labels_per_row + j, label = job_.labels[cell];
+    if (label == kNoLabel) return 0;
+    if (label >= 0 && label == exclude_) return -kInfinity;
     float x;
-    const Rows& rows = student ? job_.student : job_.teacher;
-    // The tile loader converts one column; it pads its output.
-    alignas(64) float buffer[kPad];
-    job_.kernels->load[static_cast<int>(rows.dtype)]((student ? s_ : t_) + label * rows.element_bytes(), 1,
-                                                     student ? scale_s_ : scale_t_, student ? offset_s_ : offset_t_,
-                                                     buffer);
-    x = buffer[0];
+    if (job_.picked) {
+        x = scaled(student, job_.picked[(student ? 0 : job_.rows * job_.labels_per_row) + cell]);
+    } else {
+        const Rows& rows = student ? job_.student : job_.teacher;
+        // The tile loader converts one column; it pads its output.
+        alignas(64) float buffer[kPad];
+        job_.kernels->load[static_cast<int>(rows.dtype)]((student ? s_ : t_) + label * rows.element_bytes(), 1,
+                                                         student ? scale_s_ : scale_t_, student ? offset_s_ : offset_t_,
+                                                         buffer);
+        x = buffer[0];
+    }
     const double lse = student ? lse_s_ : lse_t_;
     if (std::isnan(lse)) return kNaN;
     return x <= kNoMass ? -kInfinity : x - lse;
@@ -138,10 +144,7 @@ void Row::write_values() const {
         switch (job_.stats[i].kind) {
             case Kind::logprob:
             case Kind::reference_logprob:
-                for (int64_t j = 0; j < job_.labels_per_row; ++j) {
-                    const int64_t label = job_.labels[index_ * job_.labels_per_row + j];
-                    put(label < 0 ? 0.0 : logprob(job_.stats[i].kind == Kind::logprob, label));
-                }
+                for (int64_t j = 0; j < job_.labels_per_row; ++j) put(logprob(job_.stats[i].kind == Kind::logprob, j));
                 break;
             case Kind::logsumexp:
                 put(lse_s_ + static_cast<double>(offset_s_) * scale_s_);

@@ -127,7 +127,7 @@ class Row {
     void resolve();
     void finish(size_t i, const double* sums, double log_sum);
     void gradient_of(bool student, int64_t block) const;
-    double logprob(bool student, int64_t label) const;
+    double logprob(bool student, int64_t j) const;  // at the j-th label
     SoftmaxState sweep_tail(float* x, int64_t start, int count, float largest, SoftmaxState* tail) const;
     void softmax_with_tail(const float* x, int64_t start, int count, float share, float* out) const;
     void parked_gradient(int64_t block) const;

@@ -37,9 +37,10 @@ bool Row::load_coefficients() {
             for (int64_t j = 0; j < job_.labels_per_row; ++j) {
                 const double c = take(student);
                 const int64_t label = job_.labels[index_ * job_.labels_per_row + j];
-                if (label < 0) continue;
-                weights.push_back({label, c * (student ? inverse_s : inverse_t)});
-                (student ? share_s_ : share_t_) -= weights.back().weight;
+                if (label == kNoLabel) continue;
+                const double weight = c * (student ? inverse_s : inverse_t);
+                if (label >= 0) weights.push_back({label, weight});
+                (student ? share_s_ : share_t_) -= weight;
             }
             // What several labels add to one column is added in their order.
             std::stable_sort(weights.begin(), weights.end(), before);

@@ -44,19 +44,6 @@ std::vector<int64_t> active_rows(const Job& job) {
     return rows;
 }
 
-void leave_out_masked(const Job& job) {
-    if (!job.mask) return;
-    const int64_t values = job.values ? job.value_rows() : 0;
-    for_each(job.threads, job.rows, [&](int64_t i) {
-        if (job.mask[i]) return;
-        for (int64_t j = 0; j < values; ++j) job.values[j * job.rows + i] = 0;
-        if (job.values && job.topk.teacher) job.topk.divergences[i] = 0;
-        const int64_t states = job.values && job.state ? kStateOfRow + kStateOfStatistic * job.stats.size() : 0;
-        for (int64_t j = 0; j < states; ++j) job.state[j * job.rows + i] = 0;
-        Row(job, i).zero_gradient();
-    });
-}
-
 void gradient_of_row(Row& row, const std::function<void()>& blocks) {
     if (row.load_coefficients())
         blocks();
@@ -191,6 +178,19 @@ void forward_split(const Job& job, const int64_t* active, int64_t active_count) 
 }
 
 }  // namespace
+
+void leave_out_masked(const Job& job) {
+    if (!job.mask) return;
+    const int64_t values = job.values ? job.value_rows() : 0;
+    for_each(job.threads, job.rows, [&](int64_t i) {
+        if (job.mask[i]) return;
+        for (int64_t j = 0; j < values; ++j) job.values[j * job.rows + i] = 0;
+        if (job.values && job.topk.teacher) job.topk.divergences[i] = 0;
+        const int64_t states = job.values && job.state ? kStateOfRow + kStateOfStatistic * job.stats.size() : 0;
+        for (int64_t j = 0; j < states; ++j) job.state[j * job.rows + i] = 0;
+        Row(job, i).zero_gradient();
+    });
+}
 
 std::vector<std::string> served_statistics() {
     std::vector<std::string> names;

@@ -79,6 +79,8 @@ Request find_statistic(const std::string& name);
 
 // Values, the state when `state` is given, and gradients when `coefficients` are.
 void run_forward(const Job& job);
+// Values, state and gradients of the rows that the mask leaves out: 0.
+void leave_out_masked(const Job& job);
 // Gradients from the saved state.
 void run_backward(const Job& job);
 // data[0 .. count) *= factor; returns at once when the factor is 1.

@@ -6,7 +6,7 @@ import functools
 import os
 
 from kldiv_kernels.backends.cuda import CudaBackend
-from kldiv_kernels.backends.interface import Backend, Call, OneReadPolicy, OneReadTopK, value_rows
+from kldiv_kernels.backends.interface import Backend, Call, OneReadPolicy, OneReadTopK, Sharded, value_rows
 from kldiv_kernels.backends.native import NativeCpuBackend
 from kldiv_kernels.backends.reference import ReferenceBackend
 from kldiv_kernels.backends.scaling import scale_in_place
@@ -17,6 +17,7 @@ __all__ = [
     "Call",
     "OneReadPolicy",
     "OneReadTopK",
+    "Sharded",
     "backends",
     "get",
     "names",

@@ -137,3 +137,24 @@ class OneReadTopK(Protocol):
     ) -> tuple[Tensor, Tensor, Tensor]:
         """Values [value_rows, N], divergences [N] and dlogits of Σ scale · divergence, for statistics ("logprob",) or
         ("logprob", "tail_logprob"), of which `teacher` [N, value_rows] has the other side."""
+
+
+@runtime_checkable
+class Sharded(Protocol):
+    """A backend that computes a row in processes which have some of its columns each (`parallel`).
+
+    The call's logits and vocab_size are those of this process. Labels and excluded columns are counted from its first
+    one; a label below -1 is a column of another process. What is exchanged has a layout of the backend's own.
+    """
+
+    def shard_state(self, call: Call, first_column: int) -> Tensor:
+        """What these columns have to say before the softmaxes are known."""
+
+    def shard_sums(self, call: Call, states: Tensor) -> Tensor | None:
+        """Sums over these columns, of statistics that need the softmaxes; None where there are none. `states` are those
+        of all processes, in the order of their columns, [processes, ...]; so are `sums` below."""
+
+    def shard_finish(
+        self, call: Call, states: Tensor, sums: Tensor | None, picked: Tensor | None
+    ) -> tuple[Tensor, Tensor]:
+        """Values [value_rows, N], and the state for `backward`. `picked` [2, N, K]: the logits at the labels."""

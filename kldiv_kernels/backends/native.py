@@ -46,6 +46,12 @@ def _served() -> frozenset[str]:
     return frozenset() if _load() is not None else frozenset(ask(torch.ops.kldiv_kernels_native.served))
 
 
+@functools.cache
+def _finished_first() -> frozenset[str]:
+    """The statistics that are known once the softmaxes are (csrc/first_sweep.h)."""
+    return frozenset(ask(torch.ops.kldiv_kernels_native.finished_first))
+
+
 def _refusal() -> str | None:
     return _load()
 
@@ -145,6 +151,25 @@ class Compiled:
             *_arguments(call), teacher.contiguous(), scale.contiguous(), kind, alpha, beta, in_place
         )
         return values, divergences[0], call.logits if in_place else dlogits
+
+    def shard_state(self, call: Call, first_column: int) -> Tensor:
+        found: Tensor = self._operators().shard_state(*_arguments(call), first_column)
+        return found
+
+    def shard_sums(self, call: Call, states: Tensor) -> Tensor | None:
+        if _finished_first().issuperset(call.stats):
+            return None
+        found: Tensor = self._operators().shard_sums(*_arguments(call), states)
+        return found
+
+    def shard_finish(
+        self, call: Call, states: Tensor, sums: Tensor | None, picked: Tensor | None
+    ) -> tuple[Tensor, Tensor]:
+        nothing = states.new_empty((states.shape[0], 0))
+        values, state = self._operators().shard_finish(
+            *_arguments(call), states, nothing if sums is None else sums, picked
+        )
+        return values, state
 
 
 class NativeCpuBackend(Compiled):

@@ -23,11 +23,12 @@ from kldiv_kernels.choices import (
 from kldiv_kernels.dtensors import on_replicas
 from kldiv_kernels.inputs import Parameter
 from kldiv_kernels.losses import in_place_checked
+from kldiv_kernels.parallel import Group, logits_or_shared, together
 from kldiv_kernels.policy import inputs as policy_inputs
 from kldiv_kernels.policy import one_read
 from kldiv_kernels.policy.assembly import PolicyLoss, assemble, outcome
 from kldiv_kernels.policy.options import EXACT_KL, PolicyOptions, resolve
-from kldiv_kernels.sources import Attach, Logits, Source
+from kldiv_kernels.sources import Attach, Source
 from kldiv_kernels.tracing import constant
 
 # Given for ignored tokens, which are masked: no token has this number.
@@ -35,6 +36,7 @@ _NO_TOKEN = -(2**63)
 
 
 @on_replicas
+@together
 def policy_loss(
     logits: Tensor,
     token_ids: Tensor,
@@ -85,6 +87,8 @@ def policy_loss(
     ignore_index: int = -100,
     vocab_size: int | None = None,
     in_place: bool = False,
+    group: Group | None = None,
+    vocab_start: int | None = None,
     backend: Backend = "auto",
 ) -> PolicyLoss:
     r"""Loss of a policy π = softmax(logits/τ) on sampled tokens, with its KL penalty and entropy bonus.
@@ -157,6 +161,8 @@ def policy_loss(
             then read a second time for the gradient.
         in_place: True: the gradient of the logits is written over them; see `divergence_loss`. An error where the
             gradient does not come out of the pass that finds the values.
+        group, vocab_start: see `token_stats`. Loss and metrics are the same on all ranks of the group: they are of
+            whole rows, and not to be summed over it. The logits are read a second time for the gradient.
         temperature, vocab_size, backend: see `token_stats`.
 
     Returns:
@@ -199,9 +205,8 @@ def policy_loss(
         anchor_logprobs, token_weights, kl_weights, normalizer,
     )  # fmt: skip
     corrects = any(option is not None for option in (off_policy, off_policy_min, off_policy_max))
-    source = Logits(
-        logits, None if reference_logits is None else reference_logits.detach(), in_place_checked(where, in_place)
-    )
+    frozen = reference_logits.detach() if isinstance(reference_logits, Tensor) else reference_logits
+    source = logits_or_shared(where, logits, frozen, group, vocab_start, vocab_size, in_place_checked(where, in_place))
     return policy_loss_of(
         where, source, tensors, options, corrects=corrects, per_token_gradient=per_token_gradient,
         temperature=temperature, reference_temperature=reference_temperature, ignore_index=ignore_index,

@@ -32,7 +32,8 @@ from kldiv_kernels.divergences import Statistic
 from kldiv_kernels.dtensors import on_replicas
 from kldiv_kernels.inputs import Parameter
 from kldiv_kernels.losses import gradient_waits, in_place_checked, reduced, reduction_checked, token_scale
-from kldiv_kernels.sources import Logits, Source, TopKTeacher
+from kldiv_kernels.parallel import Group, logits_or_shared, together
+from kldiv_kernels.sources import Source, TopKTeacher
 from kldiv_kernels.stats import token_stats
 from kldiv_kernels.top_k import inputs as topk_inputs
 from kldiv_kernels.top_k.statistics import topk_statistics_of
@@ -46,6 +47,7 @@ _LINEAR = ("forward_kl", "cross_entropy")
 
 
 @on_replicas
+@together
 def topk_divergence_loss(
     logits: Tensor,
     topk_ids: Tensor,
@@ -69,6 +71,8 @@ def topk_divergence_loss(
     vocab_size: int | None = None,
     check: bool | None = None,
     in_place: bool = False,
+    group: Group | None = None,
+    vocab_start: int | None = None,
     backend: Backend = "auto",
 ) -> Tensor:
     """A divergence from a teacher that is known by k log-probabilities a token.
@@ -92,6 +96,7 @@ def topk_divergence_loss(
             for the device. Unchecked, a token with two log-probabilities makes its row NaN.
         weight, labels, mask, normalizer, reduction, temperature, temperature_squared, alpha, beta, ignore_index,
             vocab_size, backend: see `divergence_loss`.
+        group, vocab_start: see `token_stats`; topk_ids are of the whole vocabulary, the same on all ranks.
         in_place: see `divergence_loss`. On CPUs; GPUs read the logits of several labels twice, which is an error then.
 
     Returns: float32 scalar ([*] for "none"), in nats; 0 with zero gradient when no token is valid.
@@ -107,8 +112,9 @@ def topk_divergence_loss(
     (0.023705, [0.0481, -0.0221, -0.007, -0.0191])
     """
     where = "topk_divergence_loss"
+    source = logits_or_shared(where, logits, None, group, vocab_start, vocab_size, in_place_checked(where, in_place))
     return topk_divergence_of(
-        where, Logits(logits, None, in_place_checked(where, in_place)), topk_ids, topk_logprobs, kind, tail=tail,
+        where, source, topk_ids, topk_logprobs, kind, tail=tail,
         tail_logprob=tail_logprob, tail_floor=tail_floor, weight=weight, labels=labels, mask=mask,
         normalizer=normalizer, reduction=reduction, temperature=temperature, temperature_squared=temperature_squared,
         alpha=alpha, beta=beta, ignore_index=ignore_index, shift=shift, vocab_size=vocab_size, check=check,

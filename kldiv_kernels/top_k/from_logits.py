@@ -9,12 +9,14 @@ from kldiv_kernels import inputs
 from kldiv_kernels.choices import Backend, DivergenceKind, Reduction, Support, Tail
 from kldiv_kernels.dtensors import on_replicas
 from kldiv_kernels.inputs import Parameter
+from kldiv_kernels.parallel import Group, logits_or_shared, together
 from kldiv_kernels.top_k import inputs as topk_inputs
 from kldiv_kernels.top_k.divergences import topk_divergence_loss
-from kldiv_kernels.top_k.statistics import largest, topk_token_stats
+from kldiv_kernels.top_k.statistics import largest_of, topk_statistics_of
 
 
 @on_replicas
+@together
 def topk_divergence_from_logits(
     logits: Tensor,
     reference_logits: Tensor,
@@ -36,6 +38,8 @@ def topk_divergence_from_logits(
     beta: Parameter | None = None,
     ignore_index: int = -100,
     shift: bool = False,
+    group: Group | None = None,
+    vocab_start: int | None = None,
     backend: Backend = "auto",
 ) -> Tensor:
     """`topk_divergence_loss` on the k likeliest tokens of the teacher, of the student, or of either.
@@ -56,16 +60,21 @@ def topk_divergence_from_logits(
     where = "topk_divergence_from_logits"
     if support not in ("teacher", "student", "union"):
         raise ValueError(f"{where}: support is {support!r}; expected teacher, student or union")
-    inputs.logits_checked(where, reference_logits, "reference_logits")
+    if not isinstance(reference_logits, Tensor):
+        inputs.logits_checked(where, reference_logits, "reference_logits")
     labels, mask, weight = inputs.shifted(where, shift, logits, labels, mask, ignore_index, weight=(weight, 0))
     reference = reference_logits.detach()
-    ids = largest(where, logits if support == "student" else reference, k, vocab_size, mask, backend)
+    student_source, source = (
+        logits_or_shared(where, x, None, group, vocab_start, vocab_size) for x in (logits, reference)
+    )
+    ids = largest_of(where, student_source if support == "student" else source, k, vocab_size, mask, backend)
     if support == "union":
-        ids = _union(ids, largest(where, logits, k, vocab_size, mask, backend))
-        ids = ids[..., : inputs.shared_columns(where, logits, None, vocab_size)]
-    shared = inputs.shared_columns(where, logits, reference, vocab_size)
-    teacher = topk_token_stats(
-        reference, ids, temperature=temperature if reference_temperature is None else reference_temperature,
+        ids = _union(ids, largest_of(where, student_source, k, vocab_size, mask, backend))
+        ids = ids[..., : inputs.shared_columns(where, student_source.logits, None, vocab_size)]
+    shared = inputs.shared_columns(where, student_source.logits, source.logits, vocab_size)
+    teacher = topk_statistics_of(
+        where, source, ids, stats=("topk_logprobs", "tail_logprob"),
+        temperature=temperature if reference_temperature is None else reference_temperature,
         mask=mask, vocab_size=shared, check=False, backend=backend,
     )  # fmt: skip
     return topk_divergence_loss(
@@ -73,6 +82,7 @@ def topk_divergence_from_logits(
         tail_logprob=teacher["tail_logprob"] if tail == "bucket" else None, temperature=temperature, mask=mask,
         vocab_size=vocab_size, check=False, backend=backend, weight=weight, labels=labels, normalizer=normalizer,
         reduction=reduction, temperature_squared=temperature_squared, alpha=alpha, beta=beta, ignore_index=ignore_index,
+        group=group, vocab_start=vocab_start,
     )  # fmt: skip
 
 

@@ -12,8 +12,9 @@ from kldiv_kernels.backends import native
 from kldiv_kernels.choices import Backend
 from kldiv_kernels.dtensors import on_replicas
 from kldiv_kernels.inputs import Parameter
-from kldiv_kernels.sources import Logits, Source
-from kldiv_kernels.stats import TokenStats, statistics_of, token_stats
+from kldiv_kernels.parallel import Group, SharedLogits, largest_of_shards, logits_or_shared, together
+from kldiv_kernels.sources import Source
+from kldiv_kernels.stats import TokenStats, statistics_of
 from kldiv_kernels.top_k import inputs as topk_inputs
 
 
@@ -26,6 +27,7 @@ class TopK(NamedTuple):
 
 
 @on_replicas
+@together
 def topk(
     logits: Tensor,
     k: int,
@@ -33,21 +35,24 @@ def topk(
     temperature: Parameter = 1.0,
     mask: Tensor | None = None,
     vocab_size: int | None = None,
+    group: Group | None = None,
+    vocab_start: int | None = None,
     backend: Backend = "auto",
 ) -> TopK:
     """The k largest log-probabilities of softmax(logits/temperature), in nats, with their ids and joint mass.
 
     values and log_mass are differentiable, and 0 where masked. Args and errors: see `token_stats`; k: 1 to the
-    vocabulary size.
+    vocabulary size. Of a group, ids are those of the whole vocabulary; k of each rank are gathered for them.
 
     >>> import torch, kldiv_kernels as kk
     >>> top = kk.topk(torch.tensor([[0.0, 2.0, 1.0, -1.0]]), 2)
     >>> top.ids.tolist(), round(top.log_mass.exp().item(), 4)
     ([[1, 2]], 0.8808)
     """
-    ids = largest("topk", logits, k, vocab_size, mask, backend)
-    values = token_stats(
-        logits, labels=ids, stats=("logprob",), temperature=temperature, mask=mask, vocab_size=vocab_size,
+    source = logits_or_shared("topk", logits, None, group, vocab_start, vocab_size)
+    ids = largest_of("topk", source, k, vocab_size, mask, backend)
+    values = statistics_of(
+        "topk", source, ids, stats=("logprob",), temperature=temperature, mask=mask, vocab_size=vocab_size,
         backend=backend,
     )["logprob"]  # fmt: skip
     mass = values.logsumexp(-1)
@@ -55,6 +60,7 @@ def topk(
 
 
 @on_replicas
+@together
 def topk_token_stats(
     logits: Tensor,
     topk_ids: Tensor,
@@ -67,6 +73,8 @@ def topk_token_stats(
     shift: bool = False,
     vocab_size: int | None = None,
     check: bool | None = None,
+    group: Group | None = None,
+    vocab_start: int | None = None,
     backend: Backend = "auto",
 ) -> TokenStats:
     """Log-probabilities of k tokens and of all others together, per token, differentiable, from one read.
@@ -78,7 +86,8 @@ def topk_token_stats(
             "logprob", "entropy", "logsumexp" [*] of the whole row, in the same pass.
         check: whether values of topk_ids are checked. Default: on CPU tensors only, since it waits for the device. A
             token that occurs twice in a row of unchecked ids counts twice.
-        temperature, mask, ignore_index, shift, vocab_size, backend: see `token_stats`. topk_ids are those of the rows.
+        temperature, mask, ignore_index, shift, vocab_size, group, vocab_start, backend: see `token_stats`. topk_ids are
+            those of the rows.
 
     Returns: TokenStats, float32, in nats; 0 where masked.
 
@@ -90,7 +99,8 @@ def topk_token_stats(
     (tensor([[0.1250, 0.1250, 0.0000]]), 0.75)
     """
     return topk_statistics_of(
-        "topk_token_stats", Logits(logits), topk_ids, labels, stats=stats, temperature=temperature, mask=mask,
+        "topk_token_stats", logits_or_shared("topk_token_stats", logits, None, group, vocab_start, vocab_size),
+        topk_ids, labels, stats=stats, temperature=temperature, mask=mask,
         ignore_index=ignore_index, shift=shift, vocab_size=vocab_size, check=check, backend=backend,
     )  # fmt: skip
 
@@ -170,12 +180,29 @@ def topk_statistics_of(
     return out
 
 
+def largest_of(where: str, source: Source, k: int, vocab_size: int | None, mask: Tensor | None, backend: str) -> Tensor:
+    """`largest` of logits that may be spread over a group: k of each rank, and the largest of those."""
+    if not isinstance(source, SharedLogits):
+        return largest(where, source.logits, k, vocab_size, mask, backend)
+    columns = inputs.shared_columns(where, source.logits, None, vocab_size)
+    _count_checked(where, k, columns)
+    flat = inputs.mask_checked(where, mask, source.logits, source.logits.shape[:-1])
+    here = source.shard.columns(columns)
+    few = min(k, here)
+    ids = largest(where, source.here, few, here, mask, backend) if few else None
+    return largest_of_shards(source, ids, k, columns, flat)
+
+
 def largest(where: str, logits: Tensor, k: int, vocab_size: int | None, mask: Tensor | None, backend: str) -> Tensor:
     inputs.logits_checked(where, logits, "logits")
     columns = inputs.shared_columns(where, logits, None, vocab_size)
-    if not isinstance(k, int) or not 1 <= k <= columns:
-        raise ValueError(f"{where}: k is {k!r}; expected 1 to {columns}, the vocabulary size")
+    _count_checked(where, k, columns)
     if backend in ("auto", "cpu") and native.selects(logits) and not autograd.transformed():
         flat = inputs.mask_checked(where, mask, logits, logits.shape[:-1])
         return ops.largest(logits.detach(), flat, k, columns).reshape(*logits.shape[:-1], k)
     return logits.detach()[..., :columns].topk(k, dim=-1).indices
+
+
+def _count_checked(where: str, k: int, columns: int) -> None:
+    if not isinstance(k, int) or not 1 <= k <= columns:
+        raise ValueError(f"{where}: k is {k!r}; expected 1 to {columns}, the vocabulary size")

@@ -29,6 +29,7 @@ ORDER = (
     ("policy", "top_k", "weighted"),
     ("losses",),
     ("stats",),
+    ("parallel",),
     ("sources",),
     ("ops",),
     ("inputs",),
@@ -40,7 +41,7 @@ ORDER = (
 )
 LEVEL = {name: level for level, names in enumerate(ORDER) for name in names}
 # Folders that show others nothing but their face, of which these modules are a part.
-FAMILIES = ("inputs", "policy", "top_k", "linear", "recipes")
+FAMILIES = ("inputs", "parallel", "policy", "top_k", "linear", "recipes")
 SHOWN = {"kldiv_kernels.policy.advantages"}
 
 

@@ -1,0 +1,111 @@
+"""Whether the processes of a group make the same call: told to all before anyone waits for numbers of the others.
+
+It is one small exchange. On GPUs its answer would have to be waited for, so there it is made with KLDIV_CHECK_VALUES=1
+only, as every check of values is.
+"""
+
+from __future__ import annotations
+
+import contextvars
+import functools
+import json
+from collections.abc import Callable
+from typing import Any, ParamSpec, TypeVar
+
+import torch
+from torch import Tensor, distributed
+
+from kldiv_kernels import inputs
+from kldiv_kernels.parallel.shard import Group, Shard, all_gather
+
+P = ParamSpec("P")
+R = TypeVar("R")
+
+# What a process has to say, padded: what is longer is cut.
+_BYTES = 1024
+# The groups met so far in the public function that is under way, and the devices that they were met on.
+_waiting: contextvars.ContextVar[list[tuple[Group, torch.device]] | None] = contextvars.ContextVar(
+    "waiting", default=None
+)
+
+
+class GroupMismatchError(ValueError):
+    """The processes of a group do not make the same call; raised in all of them."""
+
+
+def together(function: Callable[P, R]) -> Callable[P, R]:
+    """The function; where it raises in one process, the others of its group are told, and raise too."""
+
+    @functools.wraps(function)
+    def with_others(*args: P.args, **kwargs: P.kwargs) -> R:
+        if kwargs.get("group") is None or _waiting.get() is not None or torch.compiler.is_compiling():
+            return function(*args, **kwargs)
+        met: list[tuple[Group, torch.device]] = []
+        token = _waiting.set(met)
+        try:
+            return function(*args, **kwargs)
+        except GroupMismatchError:
+            raise
+        except Exception as error:
+            _tell(args, kwargs, met, error)
+            raise
+        finally:
+            _waiting.reset(token)
+
+    return with_others
+
+
+def _tell(args: Any, kwargs: Any, met: list[tuple[Group, torch.device]], error: Exception) -> None:
+    group = kwargs["group"]
+    if not isinstance(group, distributed.ProcessGroup) or distributed.get_rank(group) < 0:
+        return
+    tensors = [x for x in (*args, *kwargs.values()) if isinstance(x, Tensor)]
+    # Those who were met have nothing to wait for any more.
+    if tensors and not met and inputs.looks_at(tensors[0]) and distributed.get_world_size(group) > 1:
+        _exchanged(group, {"raised": f"{type(error).__name__}: {error}"}, tensors[0].device)
+
+
+def agree(shard: Shard, where: str, on: Tensor, **said: Any) -> None:
+    """Raises `GroupMismatchError` in all processes where one has failed, says something else, or has columns that do
+    not follow those of the one before."""
+    if not inputs.looks_at(on):
+        return
+    met = _waiting.get()
+    if met is not None:
+        met.append((shard.group, on.device))
+    told = _exchanged(
+        shard.group, {"start": shard.start, "width": shard.width, "said": {"function": where, **said}}, on.device
+    )
+    for rank, of in enumerate(told):
+        if "raised" in of:
+            raise GroupMismatchError(f"{where}: rank {rank} of group raised {of['raised']}")
+    for rank, of in enumerate(told):
+        for name, value in of["said"].items():
+            expected = told[0]["said"].get(name)
+            if value != expected:
+                raise GroupMismatchError(
+                    f"{where}: {name} is {value} on rank {rank} of group; expected {expected} as on rank 0"
+                )
+    end = 0
+    for rank, of in enumerate(told):
+        if of["start"] != end:
+            ranges = ", ".join(f"[{x['start']}, {x['start'] + x['width']})" for x in told)
+            raise GroupMismatchError(
+                f"{where}: vocab_start is {of['start']} on rank {rank} of group; expected {end}, where the columns of "
+                f"the rank before end (the ranks have {ranges})"
+            )
+        end += of["width"]
+    if end < shard.total:
+        raise GroupMismatchError(
+            f"{where}: the ranks of group have {end} columns; expected {shard.total}, the vocabulary"
+        )
+
+
+def _exchanged(group: Group, said: dict[str, Any], device: torch.device) -> list[dict[str, Any]]:
+    text = json.dumps(said)
+    if len(text.encode()) > _BYTES:
+        # A long error: its beginning says what it is about.
+        said = {**said, **{name: value[: _BYTES // 4] for name, value in said.items() if isinstance(value, str)}}
+        text = json.dumps(said)
+    mine = torch.frombuffer(bytearray(text.encode().ljust(_BYTES)), dtype=torch.uint8).to(device)
+    return [json.loads(row.tobytes().decode()) for row in all_gather(group, mine).cpu().numpy()]
