@@ -27,9 +27,17 @@ from kldiv_kernels.choices import (
 )
 from kldiv_kernels.inputs import Parameter
 from kldiv_kernels.linear import AnyHead, TeacherProjection
+from kldiv_kernels.parallel import Group
 
 
-class _LossOptions(TypedDict, total=False):
+class _ShardOptions(TypedDict, total=False):
+    """Over which processes the vocabulary is spread."""
+
+    group: Group | None
+    vocab_start: int | None
+
+
+class _LossOptions(_ShardOptions, total=False):
     """What a divergence loss is told beside its tensors, whatever its kind."""
 
     reduction: Reduction
@@ -108,7 +116,7 @@ class DivergenceOfAlphaBeta(Protocol):
     ) -> Tensor: ...
 
 
-class _TopKOptions(TypedDict, total=False):
+class _TopKOptions(_ShardOptions, total=False):
     """What a top-k divergence is told beside its tensors."""
 
     tail: Tail
@@ -139,7 +147,7 @@ class TopKBatchOptions(TypedDict, total=False):
     normalizer: float | Tensor | None
 
 
-class _PolicyOptions(TypedDict, total=False):
+class _PolicyOptions(_ShardOptions, total=False):
     """What a policy loss is told beside its tensors."""
 
     loss_type: LossType | None
@@ -201,7 +209,7 @@ class PolicyBatchOptions(_PolicyTensors, total=False):
     reference_logits: Tensor | None
 
 
-class LinearStatisticsOptions(TypedDict, total=False):
+class LinearStatisticsOptions(_ShardOptions, total=False):
     """The keyword arguments of `token_stats` that `linear_token_stats` takes as they are."""
 
     temperature: Parameter
@@ -223,6 +231,7 @@ class FixedLinearOptions(_LossOptions, total=False):
     beta: Parameter | None
     logits_dtype: torch.dtype | None
     rows_per_chunk: int | None
+    reduce_hidden_grad: bool
 
 
 class LinearBatchOptions(BatchOptions, total=False):
@@ -242,6 +251,7 @@ class FixedLinearTopKOptions(_TopKOptions, total=False):
 
     logits_dtype: torch.dtype | None
     rows_per_chunk: int | None
+    reduce_hidden_grad: bool
 
 
 class LinearTopKOptions(_TopKOptions, TopKBatchOptions, total=False):
@@ -253,6 +263,7 @@ class FixedLinearPolicyOptions(_PolicyOptions, total=False):
 
     logits_dtype: torch.dtype | None
     rows_per_chunk: int | None
+    reduce_hidden_grad: bool
 
 
 class LinearPolicyBatchOptions(PolicyBatchOptions, total=False):

@@ -14,6 +14,7 @@ from kldiv_kernels.keywords import F, keywords, nearest, written_out
 from kldiv_kernels.linear.projection import TeacherProjection, projected
 from kldiv_kernels.linear.source import AnyHead, hidden_states
 from kldiv_kernels.losses import divergence_loss, divergence_of
+from kldiv_kernels.parallel import together
 from kldiv_kernels.policy import (
     OPTION_NAMES,
     PolicyLoss,
@@ -58,12 +59,19 @@ class _Shared:
         return {name: given.get(name, parameter.default) for name, parameter in self.parameters.items()}
 
 
+def _spread(options: dict[str, Any], reduce_hidden_grad: bool) -> dict[str, Any]:
+    """Of the complete options those that say over which group the heads are spread, taken out of them."""
+    spread = {name: options.pop(name) for name in ("group", "vocab_start")}
+    return {**spread, "vocab_size": options["vocab_size"], "reduce_hidden_grad": reduce_hidden_grad}
+
+
 _STATISTICS = _Shared(token_stats, "stats")
 _LOSS = _Shared(divergence_loss, "in_place")
 _POLICY = _Shared(policy_loss, "in_place", "reference_logits")
 _TOPK = _Shared(topk_divergence_loss, "in_place")
 
 
+@together
 @_STATISTICS
 def linear_token_stats(
     hidden: Tensor,
@@ -76,6 +84,7 @@ def linear_token_stats(
     stats: Sequence[str] = ("logprob", "entropy"),
     logits_dtype: torch.dtype | None = None,
     rows_per_chunk: int | None = None,
+    reduce_hidden_grad: bool = True,
     **options: Unpack[LinearStatisticsOptions],
 ) -> TokenStats:
     r"""`token_stats` of the logits hidden @ weightᵀ, of which only a chunk of rows is in memory at a time.
@@ -95,6 +104,10 @@ def linear_token_stats(
             gradient of a KL of 8e-4 wrong by about half of its size.
         rows_per_chunk: how many rows of logits are in memory. Default: a number that fits (`kk.plan`). Values do not
             depend on it but for rounding.
+        group, vocab_start: a process group over which the heads' rows are spread (tensor parallel), as in
+            `token_stats`: `head` and `reference_head` are this process's rows, hidden states are the same on all.
+        reduce_hidden_grad: whether the gradient of the hidden states is summed over the group, in float32. Default
+            True; False where the layer in front does that (Megatron's ColumnParallelLinear, sequence parallel).
         stats, temperature, mask and the others: see `token_stats`. Rows that the mask leaves out are not multiplied.
 
     Returns: TokenStats, as `token_stats` does.
@@ -109,13 +122,15 @@ def linear_token_stats(
     True
     """
     where = "linear_token_stats"
+    complete = _STATISTICS.complete(where, options)
     source = hidden_states(
         where, hidden, head, reference_hidden, reference_head, reference_logits, logits_dtype=logits_dtype,
-        rows_per_chunk=rows_per_chunk,
+        rows_per_chunk=rows_per_chunk, **_spread(complete, reduce_hidden_grad),
     )  # fmt: skip
-    return statistics_of(where, source, labels, stats=stats, **_STATISTICS.complete(where, options))
+    return statistics_of(where, source, labels, stats=stats, **complete)
 
 
+@together
 @_LOSS
 def linear_divergence_loss(
     hidden: Tensor,
@@ -128,6 +143,7 @@ def linear_divergence_loss(
     reference_projection: TeacherProjection | None = None,
     logits_dtype: torch.dtype | None = None,
     rows_per_chunk: int | None = None,
+    reduce_hidden_grad: bool = True,
     **options: Unpack[LinearLossOptions],
 ) -> Tensor:
     """`divergence_loss` of the logits hidden @ weightᵀ, of which only a chunk of rows is in memory at a time.
@@ -136,8 +152,8 @@ def linear_divergence_loss(
     multiplication for the logits of each side, one for each gradient that is wanted.
 
     Args:
-        hidden, head, reference_hidden, reference_head, reference_logits, logits_dtype, rows_per_chunk: see
-            `linear_token_stats`.
+        hidden, head, reference_hidden, reference_head, reference_logits, logits_dtype, rows_per_chunk,
+            reduce_hidden_grad: see `linear_token_stats`.
         reference_projection: in place of all three, what `teacher_projection` makes of a teacher; for forward_kl and a
             frozen head. It is exact as float32 sums of logits are: a KL below 1e-5 is not told from 0.
         kind, weight, labels, reduction and the others: see `divergence_loss`.
@@ -156,16 +172,17 @@ def linear_divergence_loss(
         raise ValueError(
             f"{where}: reference_hidden is None; expected the teacher's hidden states and head, or reference_logits"
         )
+    complete = _LOSS.complete(where, options)
     source = hidden_states(
         where, hidden, head, reference_hidden, reference_head, reference_logits, logits_dtype=logits_dtype,
-        rows_per_chunk=rows_per_chunk,
+        rows_per_chunk=rows_per_chunk, **_spread(complete, reduce_hidden_grad),
     )  # fmt: skip
-    complete = _LOSS.complete(where, options)
     if reference_projection is not None:
         source = projected(where, source, hidden, reference_projection, kind, complete)
     return divergence_of(where, source, kind, **complete)
 
 
+@together
 @_POLICY
 def linear_policy_loss(
     hidden: Tensor,
@@ -178,6 +195,7 @@ def linear_policy_loss(
     reference_logits: Tensor | None = None,
     logits_dtype: torch.dtype | None = None,
     rows_per_chunk: int | None = None,
+    reduce_hidden_grad: bool = True,
     **options: Unpack[LinearPolicyOptions],
 ) -> PolicyLoss:
     """`policy_loss` of the logits hidden @ weightᵀ, of which only a chunk of rows is in memory at a time.
@@ -187,7 +205,8 @@ def linear_policy_loss(
 
     Args:
         hidden: [B, T, H], or [N, H] for packed tokens. head, reference_hidden, reference_head, reference_logits,
-            logits_dtype, rows_per_chunk: see `linear_token_stats`. The reference is for the KL, and gets no gradient.
+            logits_dtype, rows_per_chunk, reduce_hidden_grad: see `linear_token_stats`. The reference is for the KL, and
+            gets no gradient.
         token_ids, advantages, loss_type and the others: see `policy_loss`.
 
     Returns, raises: as `policy_loss` and `linear_token_stats`.
@@ -203,7 +222,7 @@ def linear_policy_loss(
     given = _POLICY.complete(where, options)
     source = hidden_states(
         where, hidden, head, reference_hidden, reference_head, reference_logits, logits_dtype=logits_dtype,
-        rows_per_chunk=rows_per_chunk, frozen_reference=True,
+        rows_per_chunk=rows_per_chunk, frozen_reference=True, **_spread(given, reduce_hidden_grad),
     )  # fmt: skip
     given |= {"token_ids": token_ids, "advantages": advantages, "reference_logits": source.reference}
     tensors = Tensors(**{name: given[name] for name in _TENSORS})
@@ -214,6 +233,7 @@ def linear_policy_loss(
     )
 
 
+@together
 @_TOPK
 def linear_topk_divergence_loss(
     hidden: Tensor,
@@ -224,12 +244,13 @@ def linear_topk_divergence_loss(
     *,
     logits_dtype: torch.dtype | None = None,
     rows_per_chunk: int | None = None,
+    reduce_hidden_grad: bool = True,
     **options: Unpack[LinearTopKOptions],
 ) -> Tensor:
     """`topk_divergence_loss` of the logits hidden @ weightᵀ, of which only a chunk of rows is in memory at a time.
 
     Args:
-        hidden, head, logits_dtype, rows_per_chunk: see `linear_token_stats`.
+        hidden, head, logits_dtype, rows_per_chunk, reduce_hidden_grad: see `linear_token_stats`.
         topk_ids, topk_logprobs, kind, tail and the others: see `topk_divergence_loss`.
 
     Returns, raises: as `topk_divergence_loss` and `linear_token_stats`.
@@ -242,5 +263,9 @@ def linear_topk_divergence_loss(
     True
     """
     where = "linear_topk_divergence_loss"
-    source = hidden_states(where, hidden, head, logits_dtype=logits_dtype, rows_per_chunk=rows_per_chunk)
-    return topk_divergence_of(where, source, topk_ids, topk_logprobs, kind, **_TOPK.complete(where, options))
+    complete = _TOPK.complete(where, options)
+    source = hidden_states(
+        where, hidden, head, logits_dtype=logits_dtype, rows_per_chunk=rows_per_chunk,
+        **_spread(complete, reduce_hidden_grad),
+    )  # fmt: skip
+    return topk_divergence_of(where, source, topk_ids, topk_logprobs, kind, **complete)

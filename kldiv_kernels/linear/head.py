@@ -64,12 +64,14 @@ def hidden_checked(where: str, name: str, hidden: Tensor) -> None:
         raise ValueError(f"{where}: {name} has shape {list(hidden.shape)}; expected [*, H]")
 
 
-def side_of(where: str, hidden: Tensor, head: Tensor | nn.Linear | Head, prefix: str = "") -> Side:
-    """The hidden states, flattened, with their head; raises naming the argument."""
+def side_of(
+    where: str, hidden: Tensor, head: Tensor | nn.Linear | Head, prefix: str = "", may_be_empty: bool = False
+) -> Side:
+    """The hidden states, flattened, with their head; raises naming the argument. A shard of a head may be empty."""
     name = f"{prefix}hidden"
     hidden_checked(where, name, hidden)
     head = _taken(where, f"{prefix}head", head)
-    weight = _weight_checked(where, f"{prefix}head", head.weight, hidden, name)
+    weight = _weight_checked(where, f"{prefix}head", head.weight, hidden, name, may_be_empty)
     bias = head.bias
     if bias is not None:
         bias = _full(where, f"the bias of {prefix}head", bias)
@@ -124,7 +126,7 @@ def _plain(where: str, name: str, module: nn.Module) -> nn.Linear:
     return module
 
 
-def _weight_checked(where: str, name: str, weight: Any, hidden: Tensor, of: str) -> Tensor:
+def _weight_checked(where: str, name: str, weight: Any, hidden: Tensor, of: str, may_be_empty: bool) -> Tensor:
     if not isinstance(weight, Tensor):
         raise TypeError(f"{where}: the weight of {name} is {type(weight).__name__}; expected a torch.Tensor [V, H]")
     if weight.device.type == "meta":
@@ -134,7 +136,7 @@ def _weight_checked(where: str, name: str, weight: Any, hidden: Tensor, of: str)
             f"{where}: the weight of {name} has dtype {weight.dtype} (quantised?); expected float32, bfloat16, float16 "
             f"or float64: {_MEND}"
         )
-    if weight.numel() == 0:
+    if weight.numel() == 0 and not (may_be_empty and weight.dim() == 2 and weight.shape[1] > 0):
         raise ValueError(
             f"{where}: the weight of {name} has shape {list(weight.shape)}; expected [V, H]. A shard of ZeRO-3 is "
             f"empty outside of its module: gather it first (deepspeed.zero.GatheredParameters)"

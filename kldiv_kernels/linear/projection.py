@@ -162,7 +162,7 @@ def projected(
             )
     options["vocab_size"] = known.vocab_size
     # A reference of the same shape: the divergence is of two.
-    return Projected(source.student, None, source.logits, source.logits, source.rows, hidden, known)
+    return Projected(where, source.student, None, source.logits, source.logits, source.rows, None, True, hidden, known)
 
 
 def _checked(
@@ -172,6 +172,8 @@ def _checked(
         raise TypeError(f"{where}: reference_projection is {type(known).__name__}; expected kk.teacher_projection(…)")
     if kind != "forward_kl":
         raise ValueError(f"{where}: kind is {kind!r}; expected 'forward_kl', which reference_projection is for")
+    if source.shard is not None:
+        raise ValueError(f"{where}: reference_projection is given beside group; expected a teacher's columns")
     if source.other is not None:
         raise ValueError(f"{where}: reference_projection is given beside another reference; pass one of them")
     if vocab_size not in (None, known.vocab_size):

@@ -10,9 +10,11 @@ from torch import Tensor, nn
 
 from kldiv_kernels import autograd, ops
 from kldiv_kernels.backends import Call
-from kldiv_kernels.linear import operators
+from kldiv_kernels.linear import operators, shards
+from kldiv_kernels.linear.chunks import chunk_shape
 from kldiv_kernels.linear.head import Head, Side, side_of
 from kldiv_kernels.linear.work import Task
+from kldiv_kernels.parallel import Group, Shard, agree, checked_shard
 from kldiv_kernels.sources import Attach, PolicyTokens, TopKTeacher
 
 AnyHead = Tensor | nn.Linear | Head
@@ -20,13 +22,20 @@ AnyHead = Tensor | nn.Linear | Head
 
 @dataclass(frozen=True)
 class HiddenStates:
-    """A `Source`. `logits` and `reference` stand for what is still to be made: a row of memory, expanded."""
+    """A `Source`. `logits` and `reference` stand for what is still to be made: a row of memory, expanded.
 
+    `shard`: which columns of the vocabulary the heads have, where it is spread over a group. The hidden states'
+    gradient is then summed over the group if `reduces`.
+    """
+
+    where: str
     student: Side
     other: Side | Tensor | None
     logits: Tensor
     reference: Tensor | None
     rows: int
+    shard: Shard | None
+    reduces: bool
 
     def wanted(self) -> tuple[bool, bool]:
         of = self._wanted()
@@ -41,11 +50,29 @@ class HiddenStates:
         return any(of and torch.float16 in found for of, found in zip(self.wanted(), dtypes, strict=False))
 
     def known_beforehand(self, where: str, why_not: str | None, call: Call, backend: str) -> bool:
-        return any(self._wanted()) and why_not is None and not self.waits()
+        # Of a group, the pass that finds the values waits for the other processes.
+        return self.shard is None and any(self._wanted()) and why_not is None and not self.waits()
 
     def statistics(self, call: Call, backend: str) -> Tensor:
+        if self.shard is not None:
+            return self._of_shards(self.shard, call, backend)
         values: Tensor = torch.ops.kldiv_kernels.linear_statistics(*self._arguments(call, backend))
         return values
+
+    def _of_shards(self, shard: Shard, call: Call, backend: str) -> Tensor:
+        task = self._task(call, backend)
+        sides = [side for side in (task.student, task.reference) if isinstance(side, Side)]
+        # All ranks take the same rows at a time, whatever their own columns are.
+        rows = chunk_shape(
+            task.count, -(-shard.total // shard.size), [side.compute for side in sides], task.logits,
+            self.student.hidden.device.type, self.rows, sum(side.softcap > 0 for side in sides),
+        ).rows  # fmt: skip
+        agree(
+            shard, self.where, self.student.hidden, stats=list(call.stats), backend=backend, rows=task.count,
+            vocab_size=call.vocab_size, labels=None if call.labels is None else call.labels_per_row,
+            rows_per_chunk=rows, hidden_size=self.student.hidden.shape[-1],
+        )  # fmt: skip
+        return shards.statistics(shard, replace(task, rows=rows), self._tensors(), self.reduces)
 
     def loss(self, call: Call, backend: str, coefficients: Tensor) -> tuple[Tensor, Tensor]:
         values, *gradients = torch.ops.kldiv_kernels.linear_one_read(
@@ -112,11 +139,20 @@ def hidden_states(
     logits_dtype: torch.dtype | None = None,
     rows_per_chunk: int | None = None,
     frozen_reference: bool = False,
+    group: Group | None = None,
+    vocab_start: int | None = None,
+    vocab_size: int | None = None,
+    reduce_hidden_grad: bool = True,
 ) -> HiddenStates:
     """The source for these arguments; raises TypeError or ValueError naming the argument, before anything is made."""
     if autograd.transformed():
         raise NotImplementedError(f"{where}: torch.func transforms are for logits; use the function without linear_")
-    student = side_of(where, hidden, head)
+    if group is None and vocab_start is not None:
+        raise ValueError(f"{where}: vocab_start is {vocab_start}, but group is None; expected them together")
+    if group is None and reduce_hidden_grad is not True:
+        raise ValueError(f"{where}: reduce_hidden_grad is {reduce_hidden_grad!r}, but group is None; leave it out")
+    spread = group is not None
+    student = side_of(where, hidden, head, may_be_empty=spread)
     leading = hidden.shape[:-1]
     other: Side | Tensor | None = reference_logits
     if reference_hidden is None and reference_head is not None:
@@ -126,7 +162,7 @@ def hidden_states(
             raise ValueError(f"{where}: reference_hidden and reference_logits are both given; pass one of them")
         if reference_head is None:
             raise ValueError(f"{where}: reference_head is None; reference_hidden needs the teacher's head")
-        other = side_of(where, reference_hidden, reference_head, "reference_")
+        other = side_of(where, reference_hidden, reference_head, "reference_", may_be_empty=spread)
         if reference_hidden.shape[:-1] != leading:
             raise ValueError(
                 f"{where}: reference_hidden has shape {list(reference_hidden.shape)}; expected {[*leading, 'H']} like "
@@ -148,8 +184,43 @@ def hidden_states(
         )  # fmt: skip
     elif frozen_reference and isinstance(other, Tensor):
         other = other.detach()
-    stand_in = _stand_in(other, leading, dtype) if isinstance(other, Side) else other
-    return HiddenStates(student, other, _stand_in(student, leading, dtype), stand_in, rows_per_chunk or 0)
+    shard = None
+    if group is not None:
+        shard = checked_shard(where, group, vocab_start, student.columns, vocab_size)
+        _same_shard_checked(where, shard, student, other, vocab_start, vocab_size)
+
+    def stand_in(x: Side | Tensor) -> Tensor:
+        if isinstance(x, Tensor) and shard is None:
+            return x
+        row = (x.weight if isinstance(x, Side) else x).detach()
+        columns = shard.total if shard is not None else row.shape[0]
+        return row.new_empty(columns, dtype=dtype if isinstance(x, Side) else x.dtype).expand(*leading, columns)
+
+    reference = None if other is None else stand_in(other)
+    return HiddenStates(
+        where, student, other, stand_in(student), reference, rows_per_chunk or 0, shard, reduce_hidden_grad
+    )
+
+
+def _same_shard_checked(
+    where: str,
+    shard: Shard | None,
+    student: Side,
+    other: Side | Tensor | None,
+    vocab_start: int | None,
+    vocab_size: int | None,
+) -> None:
+    """The teacher's columns are those of the student's head."""
+    if shard is None or other is None:
+        return
+    width = other.columns if isinstance(other, Side) else other.shape[-1]
+    name = "reference_head" if isinstance(other, Side) else "reference_logits"
+    needed = shard.columns(shard.total if vocab_size is None else vocab_size)
+    if (vocab_start is None and width != student.columns) or width < needed:
+        raise ValueError(
+            f"{where}: {name} has {width} columns of this process; expected {student.columns} like head (where the "
+            f"padding differs, give vocab_start and vocab_size)"
+        )
 
 
 def _logits_dtype(where: str, student: Side, other: Side | Tensor | None, given: torch.dtype | None) -> torch.dtype:
@@ -159,8 +230,3 @@ def _logits_dtype(where: str, student: Side, other: Side | Tensor | None, given:
         names = " or ".join(str(dtype) for dtype in allowed)
         raise ValueError(f"{where}: logits_dtype is {given}; expected {names}, or None")
     return allowed[0] if given is None else given
-
-
-def _stand_in(side: Side, leading: torch.Size, dtype: torch.dtype) -> Tensor:
-    row = side.weight.detach().new_empty(side.columns, dtype=dtype)
-    return row.expand(*leading, side.columns)

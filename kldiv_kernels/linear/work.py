@@ -28,7 +28,8 @@ Turn = Callable[[Call, Rows, bool], tuple[Tensor, Tensor | None, Tensor | None]]
 class Task:
     """A `Call` whose logits and reference are still to be made, or are there, [*, V]. `call` has neither.
 
-    logits: the dtype of those that are made; rows: at a time, 0 for a number that fits.
+    logits: the dtype of those that are made; rows: at a time, 0 for a number that fits. sums_hidden: the gradient of
+    hidden states is a part of a sum, and not rounded to their dtype.
     """
 
     student: Side | Tensor
@@ -37,6 +38,7 @@ class Task:
     backend: str
     logits: torch.dtype
     rows: int
+    sums_hidden: bool = False
 
     @property
     def rows_given(self) -> Tensor:
@@ -89,7 +91,8 @@ class _Made:
         hidden, of_weight, of_bias = wanted
         # Rows that the mask leaves out get 0.
         whole = task.call.mask is None
-        self.dhidden = (torch.empty_like if whole else torch.zeros_like)(side.hidden) if hidden else None
+        make, dtype = torch.empty_like if whole else torch.zeros_like, side.hidden.dtype
+        self.dhidden = make(side.hidden, dtype=self.sums_dtype if task.sums_hidden else dtype) if hidden else None
         self.dweight = weight.new_empty(side.weight.shape, dtype=self.sums_dtype) if of_weight else None
         self.dbias = weight.new_zeros(side.columns, dtype=self.sums_dtype) if of_bias else None
         self.first, self.wanted, self.softcap = True, any(wanted), side.softcap

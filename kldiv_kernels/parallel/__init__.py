@@ -13,19 +13,23 @@ source.py      such logits as the source of every loss
 
 from __future__ import annotations
 
-from kldiv_kernels.parallel.agreement import together
-from kldiv_kernels.parallel.shard import Group, Shard, checked_shard
+from kldiv_kernels.parallel.agreement import agree, together
+from kldiv_kernels.parallel.shard import Group, Shard, all_reduce, checked_shard
 from kldiv_kernels.parallel.source import SharedLogits, largest_of_shards, logits_or_shared
 from kldiv_kernels.parallel.statistics import backward, forward
+from kldiv_kernels.parallel.whole import whole
 
 __all__ = [
     "Group",
     "Shard",
     "SharedLogits",
+    "agree",
+    "all_reduce",
     "backward",
     "checked_shard",
     "forward",
     "largest_of_shards",
     "logits_or_shared",
     "together",
+    "whole",
 ]

@@ -119,3 +119,10 @@ def all_gather(group: Group, mine: Tensor) -> Tensor:
     everything = mine.new_empty((distributed.get_world_size(group), *mine.shape))
     gather(everything.reshape(-1), mine.reshape(-1), group=group)
     return everything
+
+
+def all_reduce(group: Group, mine: Tensor) -> None:
+    """The sum over the ranks, in its place."""
+    from torch import distributed
+
+    distributed.all_reduce(mine, group=group)

@@ -6,9 +6,9 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from torch import Tensor, distributed
+from torch import Tensor
 
-from kldiv_kernels.parallel.shard import Shard
+from kldiv_kernels.parallel.shard import Shard, all_reduce
 
 
 def whole(shard: Shard, logits: Tensor, vocab_size: int) -> Tensor:
@@ -25,7 +25,7 @@ class _Whole(torch.autograd.Function):
         rows = logits.new_zeros((*logits.shape[:-1], shard.total))
         rows[..., shard.start : shard.start + columns] = logits[..., :columns]
         # A number and zeros: exact in any order.
-        distributed.all_reduce(rows, group=shard.group)
+        all_reduce(shard.group, rows)
         return rows
 
     @staticmethod
