@@ -1,68 +1,242 @@
-"""DTensor arguments: where every rank has whole rows, a call is computed from the local tensors."""
+"""DTensor arguments: a call is computed from what is local of them, and returns DTensors.
+
+Of the logits' placements, Shard of the last dimension is a group over which the vocabulary is spread, Shard of another
+one says which rows are here, and Replicate that every process has the same.
+"""
 
 from __future__ import annotations
 
 import dataclasses
 import functools
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any, ParamSpec, TypeGuard, TypeVar, cast
 
 from torch import Tensor
 
 if TYPE_CHECKING:
-    from torch.distributed.tensor import DTensor
+    from torch.distributed.device_mesh import DeviceMesh
+    from torch.distributed.tensor import DTensor, Placement
 
 P = ParamSpec("P")
 R = TypeVar("R")
 
+# What a function does where rows are spread, with these arguments: the options to call it with, or an error.
+OfRows = Callable[["Layout", Mapping[str, Any]], dict[str, Any]]
 
-def on_replicas(function: Callable[P, R]) -> Callable[P, R]:
-    """The function, of DTensors too, if they are replicated: it gets their local tensors.
+_WIDE = ("logits", "reference_logits", "teacher_logits")
 
-    What it returns is replicated as well, and so are the gradients. Tensors beside them are taken to be the same on
-    every rank.
+
+@dataclasses.dataclass(frozen=True)
+class Layout:
+    """How the rows of a call are spread over a mesh.
+
+    placements: of the first argument. leading: the shape of all rows. vocab: the mesh's dimension over which their
+    columns are spread, rows: that of the tensor that each of the others spreads.
     """
-    names = list(inspect.signature(function).parameters)
+
+    where: str
+    mesh: DeviceMesh
+    placements: tuple[Placement, ...]
+    leading: tuple[int, ...]
+    vocab: int | None
+    rows: dict[int, int]
+
+    def of_rows(self, x: DTensor) -> list[Placement]:
+        """The placements that belong to a tensor with these leading dimensions, or with the first of them."""
+        from torch.distributed.tensor import Replicate, Shard
+
+        spread = {i: Shard(dim) for i, dim in self.rows.items() if dim < x.dim()}
+        return [spread.get(i, Replicate()) for i in range(self.mesh.ndim)]
+
+    def local(self, name: str, x: Any, expected: list[Placement] | None = None) -> Any:
+        """What is here of an argument; a tensor that is no DTensor is all here."""
+        if not is_distributed(x):
+            return x
+        expected = self.of_rows(x) if expected is None else expected
+        if list(x.placements) != expected:
+            if not all(placement.is_replicate() for placement in x.placements):
+                raise ValueError(
+                    f"{self.where}: {name} is a DTensor with placements {x.placements}; expected {tuple(expected)} or "
+                    f"Replicate() (redistribute() it)"
+                )
+            # What everyone has is cut without an exchange.
+            x = x.redistribute(placements=expected)
+        return x.to_local(grad_placements=expected)
+
+    def wrapped(self, found: Any) -> Any:
+        """The result as DTensors: rows are spread as the logits' are, a loss of spread rows is a part of the sum."""
+        if isinstance(found, Tensor):
+            return self._wrapped(found)
+        if isinstance(found, dict):
+            return type(found)({name: self.wrapped(x) for name, x in found.items()})
+        if isinstance(found, tuple):
+            return type(found)(*(self.wrapped(x) for x in found))
+        of_fields = {field.name: getattr(found, field.name) for field in dataclasses.fields(found)}
+        # Metrics are means, maxima and shares: of the rows that are here.
+        plain = {"metrics"} if self.rows else set()
+        return dataclasses.replace(
+            found, **{name: x if name in plain else self.wrapped(x) for name, x in of_fields.items()}
+        )
+
+    def _wrapped(self, found: Tensor) -> Tensor:
+        from torch.distributed.tensor import DTensor, Partial, Replicate, Shard
+
+        if found.dim() < len(self.leading):
+            spread: dict[int, Placement] = {i: Partial("sum") for i in self.rows}
+        else:
+            spread = {i: Shard(dim) for i, dim in self.rows.items()}
+        placements = [spread.get(i, Replicate()) for i in range(self.mesh.ndim)]
+        if not self.rows:
+            return DTensor.from_local(found, self.mesh, placements, run_check=False)
+        whole = found.new_empty(
+            (*self.leading, *found.shape[len(self.leading) :]) if found.dim() else (), device="meta"
+        )
+        return DTensor.from_local(
+            found, self.mesh, placements, run_check=False, shape=whole.shape, stride=whole.stride()
+        )
+
+
+def on_dtensors(function: Callable[P, R]) -> Callable[P, R]:
+    """The function, of DTensors too: its first argument's placements say what is here, and the others fit them.
+
+    Tensors beside DTensors are those of this process. Where rows are spread, what "mean" divides by has to be given.
+    """
+    return with_spread_rows(None)(function)
+
+
+def with_spread_rows(of_rows: OfRows | None) -> Callable[[Callable[P, R]], Callable[P, R]]:
+    """`on_dtensors` for a function that does something else where rows are spread."""
+    return functools.partial(_on_dtensors, of_rows or mean_of_rows)
+
+
+def _on_dtensors(of_rows: OfRows, function: Callable[P, R]) -> Callable[P, R]:
+    parameters = inspect.signature(function).parameters
+    names = list(parameters)
+    defaults = {name: of.default for name, of in parameters.items() if of.default is not of.empty}
 
     @functools.wraps(function)
     def on_tensors(*args: P.args, **kwargs: P.kwargs) -> R:
-        meshes = [x.device_mesh for x in (*args, *kwargs.values()) if _is_distributed(x)]
-        if not meshes:
+        if not any(is_distributed(x) for x in (*args, *kwargs.values())):
             return function(*args, **kwargs)
-        local = functools.partial(_local, function.__name__)
+        given = {**dict(zip(names, args, strict=False)), **kwargs}
+        layout = _layout(function.__name__, names[0], given)
+        for name, x in given.items():
+            if is_distributed(x) and x.device_mesh != layout.mesh:
+                raise ValueError(
+                    f"{layout.where}: {name} is on {x.device_mesh}; expected {layout.mesh} like the other DTensors"
+                )
+        options = of_rows(layout, {**defaults, **given}) if layout.rows else {}
+        cut = _of_vocabulary(layout, given)
+        local = {name: cut.wide(name, x) if name in _WIDE else layout.local(name, x) for name, x in given.items()}
         on_locals = cast("Callable[..., R]", function)
-        found = on_locals(*map(local, names, args), **{name: local(name, x) for name, x in kwargs.items()})
-        return cast("R", _replicated(found, meshes[0]))
+        rest = {name: local[name] for name in kwargs} | options | cut.options
+        found = on_locals(*(local[name] for name in names[: len(args)]), *args[len(names) :], **rest)
+        return cast("R", layout.wrapped(found))
 
     return on_tensors
 
 
-def _is_distributed(x: Any) -> TypeGuard[DTensor]:
+def is_distributed(x: Any) -> TypeGuard[DTensor]:
     # Told by what it has: importing the class takes as long as the rest of the package.
     return isinstance(x, Tensor) and hasattr(x, "device_mesh")
 
 
-def _local(where: str, name: str, x: Any) -> Any:
-    if not _is_distributed(x):
-        return x
-    if not all(placement.is_replicate() for placement in x.placements):
+def layout_of(where: str, name: str, x: DTensor) -> Layout:
+    """How the rows of a DTensor [*, V] are spread; raises ValueError for what is no layout of rows."""
+    last, vocab, rows = x.dim() - 1, None, {}
+    for i, placement in enumerate(x.placements):
+        dim = getattr(placement, "dim", None)
+        if placement.is_replicate():
+            continue
+        # Those that are strided are a Shard too, of another order.
+        if not placement.is_shard() or dim is None or type(placement).__name__ != "Shard":
+            raise ValueError(
+                f"{where}: {name} is a DTensor with placements {x.placements}; expected Shard or Replicate "
+                f"(redistribute() it)"
+            )
+        dim = dim % x.dim()
+        if dim < last:
+            rows[i] = dim
+        elif vocab is None:
+            vocab = i
+        else:
+            raise ValueError(
+                f"{where}: {name} is a DTensor with placements {x.placements}; expected its columns to be spread over "
+                f"one dimension of the mesh (redistribute() it)"
+            )
+    return Layout(where, x.device_mesh, x.placements, tuple(x.shape[:-1]), vocab, rows)
+
+
+def _layout(where: str, first: str, given: Mapping[str, Any]) -> Layout:
+    logits = given.get(first)
+    if is_distributed(logits):
+        return layout_of(where, first, logits)
+    from torch.distributed.tensor import Replicate
+
+    # Whole rows here: the others have to be the same everywhere.
+    mesh = next(x.device_mesh for x in given.values() if is_distributed(x))
+    leading = tuple(logits.shape[:-1]) if isinstance(logits, Tensor) else ()
+    return Layout(where, mesh, tuple(Replicate() for _ in range(mesh.ndim)), leading, None, {})
+
+
+def mean_of_rows(layout: Layout, given: Mapping[str, Any]) -> dict[str, Any]:
+    """No options; raises ValueError where rows of other processes would have to be counted, or looked at."""
+    where = layout.where
+    if given.get("shift") and max(layout.rows.values()) == len(layout.leading) - 1:
         raise ValueError(
-            f"{where}: {name} is a DTensor with placements {x.placements}; expected Replicate() in all dimensions of "
-            f"its mesh (redistribute() it)"
+            f"{where}: shift is True, but tokens are spread over the mesh, {layout.placements}, and the next one may "
+            f"be elsewhere; shift labels and masks before they are spread"
         )
-    return x.to_local(grad_placements=x.placements)
+    if given.get("reduction") == "mean" and given["normalizer"] is None:
+        raise ValueError(
+            f"{where}: normalizer is None, but rows are spread over the mesh, {layout.placements}; expected the number "
+            f"of valid tokens of all of them, or a sum"
+        )
+    return {}
 
 
-def _replicated(found: Any, mesh: Any) -> Any:
-    if isinstance(found, Tensor):
-        from torch.distributed.tensor import DTensor, Replicate
+@dataclasses.dataclass(frozen=True)
+class _Columns:
+    """Which columns are here of those of all, and what a function is told of it."""
 
-        return DTensor.from_local(found, mesh, [Replicate()] * mesh.ndim, run_check=False)
-    if isinstance(found, dict):
-        return type(found)({name: _replicated(x, mesh) for name, x in found.items()})
-    if isinstance(found, tuple):
-        return type(found)(*(_replicated(x, mesh) for x in found))
-    return dataclasses.replace(
-        found, **{field.name: _replicated(getattr(found, field.name), mesh) for field in dataclasses.fields(found)}
-    )
+    layout: Layout
+    start: int
+    width: int
+    total: int
+    options: dict[str, Any]
+
+    def wide(self, name: str, x: Any) -> Any:
+        """The columns of logits that are here."""
+        layout = self.layout
+        if layout.vocab is None or not isinstance(x, Tensor) or not x.dim():
+            return layout.local(name, x, list(layout.placements))
+        if x.shape[-1] != (self.total if is_distributed(x) else self.width):
+            if is_distributed(x) or x.shape[-1] != self.total or x.requires_grad:
+                raise ValueError(
+                    f"{layout.where}: {name} has shape {list(x.shape)}; expected {self.total} columns in a DTensor "
+                    f"like logits, or the {self.width} of this process"
+                )
+            return x.narrow(-1, self.start, self.width)
+        return layout.local(name, x, list(layout.placements))
+
+
+def _of_vocabulary(layout: Layout, given: Mapping[str, Any]) -> _Columns:
+    logits = next(iter(given.values()))
+    if layout.vocab is None:
+        return _Columns(layout, 0, 0, 0, {})
+    if given.get("group") is not None or given.get("vocab_start") is not None:
+        raise ValueError(
+            f"{layout.where}: group is given beside logits that are a DTensor, whose mesh says it; leave it out"
+        )
+    total, ranks = logits.shape[-1], layout.mesh.size(layout.vocab)
+    # As Shard has it: equal parts, of which the last ones may be smaller, or empty.
+    part = -(-total // ranks)
+    start = min(total, part * layout.mesh.get_local_rank(layout.vocab))
+    width = min(part, total - start)
+    vocab_size = given.get("vocab_size")
+    options = {
+        "group": layout.mesh.get_group(layout.vocab), "vocab_start": start,
+        "vocab_size": total if vocab_size is None else vocab_size,
+    }  # fmt: skip
+    return _Columns(layout, start, width, total, options)

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from kldiv_kernels import inputs, registry
 from kldiv_kernels.choices import Backend, DivergenceKind, Reduction
-from kldiv_kernels.dtensors import on_replicas
+from kldiv_kernels.dtensors import on_dtensors
 from kldiv_kernels.inputs import Parameter
 from kldiv_kernels.parallel import Group, logits_or_shared, together
 from kldiv_kernels.sources import Source
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from kldiv_kernels.signatures import Divergence, DivergenceOfAlpha, DivergenceOfAlphaBeta, DivergenceOfBeta
 
 
-@on_replicas
+@on_dtensors
 @together
 def divergence_loss(
     logits: Tensor,

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from kldiv_kernels import inputs
 from kldiv_kernels.choices import Backend
-from kldiv_kernels.dtensors import on_replicas
+from kldiv_kernels.dtensors import on_dtensors
 from kldiv_kernels.inputs import Parameter
 from kldiv_kernels.parallel import Group, logits_or_shared, together
 from kldiv_kernels.registry import STATISTICS
@@ -29,7 +29,7 @@ class TokenStats(dict[str, Tensor]):
             ) from None
 
 
-@on_replicas
+@on_dtensors
 @together
 def token_stats(
     logits: Tensor,

@@ -20,7 +20,7 @@ from kldiv_kernels.choices import (
     OffPolicy,
     Preset,
 )
-from kldiv_kernels.dtensors import on_replicas
+from kldiv_kernels.dtensors import with_spread_rows
 from kldiv_kernels.inputs import Parameter
 from kldiv_kernels.losses import in_place_checked
 from kldiv_kernels.parallel import Group, logits_or_shared, together
@@ -28,6 +28,7 @@ from kldiv_kernels.policy import inputs as policy_inputs
 from kldiv_kernels.policy import one_read
 from kldiv_kernels.policy.assembly import PolicyLoss, assemble, outcome
 from kldiv_kernels.policy.options import EXACT_KL, PolicyOptions, resolve
+from kldiv_kernels.policy.spread import of_spread_rows
 from kldiv_kernels.sources import Attach, Source
 from kldiv_kernels.tracing import constant
 
@@ -35,7 +36,7 @@ from kldiv_kernels.tracing import constant
 _NO_TOKEN = -(2**63)
 
 
-@on_replicas
+@with_spread_rows(of_spread_rows)
 @together
 def policy_loss(
     logits: Tensor,

@@ -29,7 +29,7 @@ from kldiv_kernels import inputs, registry
 from kldiv_kernels.backends import Call, OneReadTopK, get
 from kldiv_kernels.choices import Backend, DivergenceKind, Reduction, Tail
 from kldiv_kernels.divergences import Statistic
-from kldiv_kernels.dtensors import on_replicas
+from kldiv_kernels.dtensors import on_dtensors
 from kldiv_kernels.inputs import Parameter
 from kldiv_kernels.losses import gradient_waits, in_place_checked, reduced, reduction_checked, token_scale
 from kldiv_kernels.parallel import Group, logits_or_shared, together
@@ -46,7 +46,7 @@ _RAW = ("forward_kl", "reverse_kl", "jeffreys", "cross_entropy")
 _LINEAR = ("forward_kl", "cross_entropy")
 
 
-@on_replicas
+@on_dtensors
 @together
 def topk_divergence_loss(
     logits: Tensor,

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from kldiv_kernels import inputs
 from kldiv_kernels.choices import Backend, DivergenceKind, Reduction, Support, Tail
-from kldiv_kernels.dtensors import on_replicas
+from kldiv_kernels.dtensors import on_dtensors
 from kldiv_kernels.inputs import Parameter
 from kldiv_kernels.parallel import Group, logits_or_shared, together
 from kldiv_kernels.top_k import inputs as topk_inputs
@@ -15,7 +15,7 @@ from kldiv_kernels.top_k.divergences import topk_divergence_loss
 from kldiv_kernels.top_k.statistics import largest_of, topk_statistics_of
 
 
-@on_replicas
+@on_dtensors
 @together
 def topk_divergence_from_logits(
     logits: Tensor,

@@ -10,7 +10,7 @@ from torch import Tensor
 from kldiv_kernels import autograd, inputs, ops
 from kldiv_kernels.backends import native
 from kldiv_kernels.choices import Backend
-from kldiv_kernels.dtensors import on_replicas
+from kldiv_kernels.dtensors import on_dtensors
 from kldiv_kernels.inputs import Parameter
 from kldiv_kernels.parallel import Group, SharedLogits, largest_of_shards, logits_or_shared, together
 from kldiv_kernels.sources import Source
@@ -26,7 +26,7 @@ class TopK(NamedTuple):
     log_mass: Tensor
 
 
-@on_replicas
+@on_dtensors
 @together
 def topk(
     logits: Tensor,
@@ -59,7 +59,7 @@ def topk(
     return TopK(values, ids, mass if mask is None else torch.where(mask != 0, mass, 0.0))
 
 
-@on_replicas
+@on_dtensors
 @together
 def topk_token_stats(
     logits: Tensor,
