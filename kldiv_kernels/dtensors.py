@@ -42,7 +42,7 @@ class Layout:
     vocab: int | None
     rows: dict[int, int]
 
-    def of_rows(self, x: DTensor) -> list[Placement]:
+    def of_rows(self, x: Tensor) -> list[Placement]:
         """The placements that belong to a tensor with these leading dimensions, or with the first of them."""
         from torch.distributed.tensor import Replicate, Shard
 
@@ -119,18 +119,15 @@ def _on_dtensors(of_rows: OfRows, function: Callable[P, R]) -> Callable[P, R]:
     def on_tensors(*args: P.args, **kwargs: P.kwargs) -> R:
         if not any(is_distributed(x) for x in (*args, *kwargs.values())):
             return function(*args, **kwargs)
-        given = {**dict(zip(names, args, strict=False)), **kwargs}
-        layout = _layout(function.__name__, names[0], given)
-        for name, x in given.items():
-            if is_distributed(x) and x.device_mesh != layout.mesh:
-                raise ValueError(
-                    f"{layout.where}: {name} is on {x.device_mesh}; expected {layout.mesh} like the other DTensors"
-                )
-        options = of_rows(layout, {**defaults, **given}) if layout.rows else {}
-        cut = _of_vocabulary(layout, given)
-        local = {name: cut.wide(name, x) if name in _WIDE else layout.local(name, x) for name, x in given.items()}
+        given: dict[str, Any] = {**dict(zip(names, args, strict=False)), **kwargs}
+        layout = same_mesh(function.__name__, names[0], given)
+        options: dict[str, Any] = of_rows(layout, {**defaults, **given}) if layout.rows else {}
+        columns = _columns(layout, given)
+        local = {name: _local(layout, columns, name, x) for name, x in given.items()}
+        if columns is not None:
+            options |= {"group": layout.mesh.get_group(layout.vocab), **columns.options(given.get("vocab_size"))}
         on_locals = cast("Callable[..., R]", function)
-        rest = {name: local[name] for name in kwargs} | options | cut.options
+        rest = {name: local[name] for name in kwargs} | options
         found = on_locals(*(local[name] for name in names[: len(args)]), *args[len(names) :], **rest)
         return cast("R", layout.wrapped(found))
 
@@ -168,16 +165,22 @@ def layout_of(where: str, name: str, x: DTensor) -> Layout:
     return Layout(where, x.device_mesh, x.placements, tuple(x.shape[:-1]), vocab, rows)
 
 
-def _layout(where: str, first: str, given: Mapping[str, Any]) -> Layout:
+def same_mesh(where: str, first: str, given: Mapping[str, Any]) -> Layout:
+    """The layout of arguments of which some are DTensors; raises ValueError where their meshes differ."""
     logits = given.get(first)
     if is_distributed(logits):
-        return layout_of(where, first, logits)
-    from torch.distributed.tensor import Replicate
+        layout = layout_of(where, first, logits)
+    else:
+        from torch.distributed.tensor import Replicate
 
-    # Whole rows here: the others have to be the same everywhere.
-    mesh = next(x.device_mesh for x in given.values() if is_distributed(x))
-    leading = tuple(logits.shape[:-1]) if isinstance(logits, Tensor) else ()
-    return Layout(where, mesh, tuple(Replicate() for _ in range(mesh.ndim)), leading, None, {})
+        # Whole rows here: the others have to be the same everywhere.
+        mesh = next(x.device_mesh for x in given.values() if is_distributed(x))
+        leading = tuple(logits.shape[:-1]) if isinstance(logits, Tensor) else ()
+        layout = Layout(where, mesh, tuple(Replicate() for _ in range(mesh.ndim)), leading, None, {})
+    for name, x in given.items():
+        if is_distributed(x) and x.device_mesh != layout.mesh:
+            raise ValueError(f"{where}: {name} is on {x.device_mesh}; expected {layout.mesh} like the other DTensors")
+    return layout
 
 
 def mean_of_rows(layout: Layout, given: Mapping[str, Any]) -> dict[str, Any]:
@@ -197,46 +200,54 @@ def mean_of_rows(layout: Layout, given: Mapping[str, Any]) -> dict[str, Any]:
 
 
 @dataclasses.dataclass(frozen=True)
-class _Columns:
-    """Which columns are here of those of all, and what a function is told of it."""
+class Columns:
+    """Which columns of `total` are here."""
 
-    layout: Layout
+    where: str
     start: int
     width: int
     total: int
-    options: dict[str, Any]
 
-    def wide(self, name: str, x: Any) -> Any:
-        """The columns of logits that are here."""
-        layout = self.layout
-        if layout.vocab is None or not isinstance(x, Tensor) or not x.dim():
-            return layout.local(name, x, list(layout.placements))
-        if x.shape[-1] != (self.total if is_distributed(x) else self.width):
-            if is_distributed(x) or x.shape[-1] != self.total or x.requires_grad:
-                raise ValueError(
-                    f"{layout.where}: {name} has shape {list(x.shape)}; expected {self.total} columns in a DTensor "
-                    f"like logits, or the {self.width} of this process"
-                )
-            return x.narrow(-1, self.start, self.width)
-        return layout.local(name, x, list(layout.placements))
+    def options(self, vocab_size: int | None) -> dict[str, int]:
+        """What a function of a group is told."""
+        return {"vocab_start": self.start, "vocab_size": self.total if vocab_size is None else vocab_size}
+
+    def wide(self, layout: Layout, name: str, x: Any, expected: list[Placement]) -> Any:
+        """The columns of logits that are here; those that are no DTensor may be whole, if they get no gradient."""
+        if not isinstance(x, Tensor) or not x.dim():
+            return x
+        width = x.shape[-1]
+        whole = width == self.total and (is_distributed(x) or not x.requires_grad)
+        if not whole and (is_distributed(x) or width != self.width):
+            raise ValueError(
+                f"{self.where}: {name} has shape {list(x.shape)}; expected {self.total} columns in a DTensor like "
+                f"logits, or the {self.width} of this process"
+            )
+        if is_distributed(x) or width == self.width:
+            return layout.local(name, x, expected)
+        return x.narrow(-1, self.start, self.width)
 
 
-def _of_vocabulary(layout: Layout, given: Mapping[str, Any]) -> _Columns:
-    logits = next(iter(given.values()))
+def columns_of(where: str, total: int, parts: int, part: int) -> Columns:
+    """As Shard has them: equal parts, of which the last ones may be smaller, or empty."""
+    width = -(-total // parts)
+    start = min(total, width * part)
+    return Columns(where, start, min(width, total - start), total)
+
+
+def _columns(layout: Layout, given: Mapping[str, Any]) -> Columns | None:
     if layout.vocab is None:
-        return _Columns(layout, 0, 0, 0, {})
+        return None
     if given.get("group") is not None or given.get("vocab_start") is not None:
         raise ValueError(
             f"{layout.where}: group is given beside logits that are a DTensor, whose mesh says it; leave it out"
         )
-    total, ranks = logits.shape[-1], layout.mesh.size(layout.vocab)
-    # As Shard has it: equal parts, of which the last ones may be smaller, or empty.
-    part = -(-total // ranks)
-    start = min(total, part * layout.mesh.get_local_rank(layout.vocab))
-    width = min(part, total - start)
-    vocab_size = given.get("vocab_size")
-    options = {
-        "group": layout.mesh.get_group(layout.vocab), "vocab_start": start,
-        "vocab_size": total if vocab_size is None else vocab_size,
-    }  # fmt: skip
-    return _Columns(layout, start, width, total, options)
+    total = next(iter(given.values())).shape[-1]
+    return columns_of(layout.where, total, layout.mesh.size(layout.vocab), layout.mesh.get_local_rank(layout.vocab))
+
+
+def _local(layout: Layout, columns: Columns | None, name: str, x: Any) -> Any:
+    if name not in _WIDE:
+        return layout.local(name, x)
+    expected = list(layout.placements)
+    return layout.local(name, x, expected) if columns is None else columns.wide(layout, name, x, expected)

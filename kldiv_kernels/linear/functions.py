@@ -11,6 +11,7 @@ from torch import Tensor
 
 from kldiv_kernels.choices import DivergenceKind
 from kldiv_kernels.keywords import F, keywords, nearest, written_out
+from kldiv_kernels.linear.dtensors import on_spread_heads, with_spread_rows_and_heads
 from kldiv_kernels.linear.projection import TeacherProjection, projected
 from kldiv_kernels.linear.source import AnyHead, hidden_states
 from kldiv_kernels.losses import divergence_loss, divergence_of
@@ -19,6 +20,7 @@ from kldiv_kernels.policy import (
     OPTION_NAMES,
     PolicyLoss,
     Tensors,
+    of_spread_rows,
     off_policy_given,
     policy_loss,
     policy_loss_of,
@@ -71,6 +73,7 @@ _POLICY = _Shared(policy_loss, "in_place", "reference_logits")
 _TOPK = _Shared(topk_divergence_loss, "in_place")
 
 
+@on_spread_heads
 @together
 @_STATISTICS
 def linear_token_stats(
@@ -130,6 +133,7 @@ def linear_token_stats(
     return statistics_of(where, source, labels, stats=stats, **complete)
 
 
+@on_spread_heads
 @together
 @_LOSS
 def linear_divergence_loss(
@@ -182,6 +186,7 @@ def linear_divergence_loss(
     return divergence_of(where, source, kind, **complete)
 
 
+@with_spread_rows_and_heads(of_spread_rows)
 @together
 @_POLICY
 def linear_policy_loss(
@@ -233,6 +238,7 @@ def linear_policy_loss(
     )
 
 
+@on_spread_heads
 @together
 @_TOPK
 def linear_topk_divergence_loss(

@@ -70,7 +70,7 @@ def side_of(
     """The hidden states, flattened, with their head; raises naming the argument. A shard of a head may be empty."""
     name = f"{prefix}hidden"
     hidden_checked(where, name, hidden)
-    head = _taken(where, f"{prefix}head", head)
+    head = taken(where, f"{prefix}head", head)
     weight = _weight_checked(where, f"{prefix}head", head.weight, hidden, name, may_be_empty)
     bias = head.bias
     if bias is not None:
@@ -87,7 +87,8 @@ def side_of(
     return Side(rows, weight, bias, float(head.logit_scale), head.softcap or 0.0, compute)
 
 
-def _taken(where: str, name: str, head: Any) -> Head:
+def taken(where: str, name: str, head: Any) -> Head:
+    """The head by its weight; raises naming the argument."""
     if isinstance(head, Tensor):
         return Head(head)
     if isinstance(head, nn.Module):
@@ -117,7 +118,9 @@ def _plain(where: str, name: str, module: nn.Module) -> nn.Linear:
     sharded = nn.Linear in bases and any(base.__name__ == "FSDPModule" for base in bases)
     if type(module) is not nn.Linear and not sharded:
         raise TypeError(f"{where}: {name} is {type(module).__name__}; expected torch.nn.Linear itself: {_MEND}")
-    hooks = [hooks for hooks in _HOOKS if getattr(module, hooks, None)]
+    hooks = [hook for name in _HOOKS for hook in getattr(module, name, {}).values()]
+    # Those of `parallelize_module` say how DTensors come and go.
+    hooks = [hook for hook in hooks if not str(getattr(hook, "__module__", "")).startswith("torch.distributed.tensor")]
     if (hooks and not sharded) or "forward" in module.__dict__:
         raise ValueError(f"{where}: {name} has hooks, which only its own forward() would run: {_MEND}")
     if parametrize.is_parametrized(module):

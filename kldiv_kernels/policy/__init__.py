@@ -2,7 +2,8 @@
 
 `loss` has the public function, `options` what it can be told, `terms` the surrogates, `weights` what a token counts,
 `per_token` puts these together for log-probabilities that are given, `assembly` the whole loss; `slopes` has
-gradients that are known beforehand, `one_read` the form whose gradient comes out of the same read.
+gradients that are known beforehand, `one_read` the form whose gradient comes out of the same read,
+`spread` what becomes of it where a mesh spreads the rows.
 """
 
 from __future__ import annotations
@@ -24,6 +25,7 @@ from kldiv_kernels.policy.options import (
 )
 from kldiv_kernels.policy.per_token import TokenLosses, token_losses
 from kldiv_kernels.policy.slopes import with_slope
+from kldiv_kernels.policy.spread import of_spread_rows
 from kldiv_kernels.policy.terms import PolicyTerm, level_log_ratio, ratio_bounds, surrogate
 from kldiv_kernels.policy.weights import aggregate, highest_entropy, importance, kl_estimate
 
@@ -45,6 +47,7 @@ __all__ = [
     "importance",
     "kl_estimate",
     "level_log_ratio",
+    "of_spread_rows",
     "off_policy_given",
     "policy_loss",
     "policy_loss_of",

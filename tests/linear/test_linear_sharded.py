@@ -85,8 +85,9 @@ def test_other_placements() -> None:
         assert torch.equal(got, kk.linear_token_stats(hidden, weight, stats=["entropy"]).entropy)
         with pytest.raises(ValueError, match=r"the weight of head is a DTensor with placements \(Partial"):
             kk.linear_token_stats(hidden, DTensor.from_local(weight, mesh, [Partial()]), stats=["entropy"])
-        with pytest.raises(TypeError, match="hidden is a DTensor"):
-            kk.linear_token_stats(DTensor.from_local(hidden, mesh, [Replicate()]), weight, stats=["entropy"])
+        placed = kk.linear_token_stats(DTensor.from_local(hidden, mesh, [Replicate()]), weight, stats=["entropy"])
+        assert isinstance(placed.entropy, DTensor)
+        assert torch.equal(placed.entropy.full_tensor(), got)
     finally:
         distributed.destroy_process_group()
 

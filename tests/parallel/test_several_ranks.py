@@ -12,7 +12,7 @@ sys.path.insert(0, str(Path(__file__).parent))
 import ranks
 
 # And the sizes of the groups.
-_MODULES = {"shard_cases": (1, 2, 3, 4), "dtensor_cases": (2, 4)}
+_MODULES = {"shard_cases": (1, 2, 3, 4), "dtensor_cases": (2, 4), "dtensor_linear_cases": (2, 4)}
 _CASES = [
     pytest.param(module, world, name, id=f"{module}-{world}-{name}")
     for module, worlds in _MODULES.items()
