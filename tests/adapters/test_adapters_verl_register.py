@@ -12,6 +12,7 @@ import torch
 from verl_formulas import config_with
 
 from kldiv_kernels.adapters import verl
+from kldiv_kernels.adapters.verl import megatron
 
 
 def test_bad_policy_calls() -> None:
@@ -79,6 +80,7 @@ def test_register_without_verl(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_the_hook_of_top_k_distillation(monkeypatch: pytest.MonkeyPatch) -> None:
     """In the module that has it and where it was imported by name, and nowhere else."""
     places = ["verl.trainer.distillation.fsdp.losses", "verl.trainer.distillation.losses"]
+    of_megatron = "verl.trainer.distillation.megatron.losses"
     others = ["verl", "verl.trainer", "verl.trainer.ppo", "verl.trainer.distillation", "verl.trainer.distillation.fsdp"]
     tree = {name: ModuleType(name) for name in (*others, *places, "verl.trainer.ppo.core_algos")}
     for name, module in tree.items():
@@ -97,3 +99,9 @@ def test_the_hook_of_top_k_distillation(monkeypatch: pytest.MonkeyPatch) -> None
     assert all(tree[place].compute_forward_kl_topk is verl.compute_forward_kl_topk for place in places)
     assert tree["verl.trainer"].another is original
     assert verl.register()[len(verl.POLICY_LOSSES) :] == names
+    # With Megatron's file of the same name, whose logits are columns.
+    for name in ("verl.trainer.distillation.megatron", of_megatron):
+        monkeypatch.setitem(sys.modules, name, ModuleType(name))
+    monkeypatch.setattr(sys.modules[of_megatron], "compute_forward_kl_topk", lambda: None, raising=False)
+    assert verl.register()[len(verl.POLICY_LOSSES) :] == [*names, f"{of_megatron}.compute_forward_kl_topk"]
+    assert sys.modules[of_megatron].compute_forward_kl_topk is megatron.compute_forward_kl_topk

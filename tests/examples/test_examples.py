@@ -31,6 +31,7 @@ SMALLER = {
     "trl_grpo": "--steps 10 --learning-rate 2e-2",
     "cached_teacher": "--steps 5 --learning-rate 1e-2 --data my.txt",
     "own_divergence": "--steps 5",
+    "tensor_parallel": "--steps 5",
 }
 
 
@@ -47,15 +48,16 @@ def run(command: str, folder: Path, more: str, examples: Path) -> str:
     """What the command prints, run in `folder`. It has to succeed."""
     words = [*shlex.split(command), *shlex.split(more)]
     settings = [words.pop(0) for word in list(words) if re.match(r"[A-Z_]+=", word)]
-    assert words[0] == "python"
-    assert words[1].startswith("examples/")
-    script = examples / words[1].removeprefix("examples/")
+    start = next(i for i, word in enumerate(words) if word.startswith("examples/"))
+    launcher = {"python": [], "torchrun": ["-m", "torch.distributed.run"]}[words[0]] + words[1:start]
+    script = examples / words[start].removeprefix("examples/")
     environment = {name: value for name, value in os.environ.items() if not name.startswith(("KLDIV_", "TRITON_"))}
     environment |= {"HF_HUB_OFFLINE": "1", "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "TMPDIR": str(folder)}
     environment |= dict(setting.split("=", 1) for setting in settings)
     done = subprocess.run(
-        [sys.executable, str(script), *words[2:]], cwd=folder, env=environment, text=True, capture_output=True
-    )
+        [sys.executable, *launcher, str(script), *words[start + 1 :]],
+        cwd=folder, env=environment, text=True, capture_output=True, timeout=300,
+    )  # fmt: skip
     assert done.returncode == 0, done.stderr
     return done.stdout
 
@@ -76,8 +78,8 @@ def users_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_the_table_has_every_script() -> None:
-    assert sorted(IN_TABLE) == [f"python examples/{path.name}" for path in SCRIPTS]
-    assert len(IN_TABLE) == 6
+    assert sorted(command.split()[-1] for command in IN_TABLE) == [f"examples/{path.name}" for path in SCRIPTS]
+    assert len(IN_TABLE) == 7
 
 
 @pytest.mark.parametrize("path", SCRIPTS, ids=lambda path: path.stem)
@@ -93,6 +95,10 @@ def test_the_commands_run(path: Path, users_folder: Path, tmp_path: Path) -> Non
         # With models of the user's a script is to run alone, copied from its folder.
         printed = run(command, users_folder, smaller, examples=tmp_path if "models/" in command else EXAMPLES)
         before, after = before_and_after(printed)
+        if path.stem == "tensor_parallel":
+            # The same numbers from whole rows, in one process.
+            alone = command.replace("--nproc-per-node 2", "--nproc-per-node 1")
+            assert printed == run(alone, users_folder, f"{smaller} --tensor-parallel 1", examples=EXAMPLES)
         if path.stem == "trl_grpo":
             assert after > before + 0.05
         else:
@@ -112,13 +118,11 @@ def test_help_and_size(path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pyte
     printed = capsys.readouterr().out
     assert module.__doc__.strip() in printed
     assert all(action.help for action in module.parser._actions)
-    commands = [line for line in module.__doc__.splitlines() if "python examples/" in line]
+    commands = [line for line in module.__doc__.splitlines() if " examples/" in line]
     assert commands
     for command in commands:
         words = shlex.split(command, comments=True)
-        start = words.index("python")
-        assert words[start + 1] == f"examples/{path.name}"
-        module.parser.parse_args(words[start + 2 :])
+        module.parser.parse_args(words[words.index(f"examples/{path.name}") + 1 :])
 
 
 @pytest.mark.parametrize("path", [path for path in SCRIPTS if path.stem != "trl_grpo"], ids=lambda path: path.stem)

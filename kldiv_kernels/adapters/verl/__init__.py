@@ -3,9 +3,10 @@
 Only `register` and the loss bypass_mode need verl.
 
 `POLICY_LOSSES` are the policy losses by verl's names, `agg_loss` their aggregation. `logprobs_from_logits` and
-`entropy_from_logits` stand for those of `verl.utils.torch_functional`, `compute_forward_kl_topk` for that of
-`verl.trainer.distillation.fsdp.losses`, in whose place `register` puts it. verl has no registry for the other two:
-assign them to their module before others import the names from there.
+`entropy_from_logits` stand for those of `verl.utils.torch_functional`: verl has no registry for them, so assign them to
+their module before others import the names from there. `compute_forward_kl_topk` stands for that of
+`verl.trainer.distillation.fsdp.losses`, `megatron.compute_forward_kl_topk` for that of
+`verl.trainer.distillation.megatron.losses`, whose logits are columns of the vocabulary; `register` puts both in place.
 
 Every loss is tested beside verl 0.9.1's own. verl 0.7 to 0.9.0 have the same signatures; up to 0.9.0, their gspo takes
 the mean over sequences of the mean over tokens whatever `loss_agg_mode` says, and dro came with 0.9.0.

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from kldiv_kernels.adapters.verl.config import read
+from kldiv_kernels.adapters.config import read
 from kldiv_kernels.adapters.verl.policy import TOKEN_LOSSES, check
 
 _LOSSES = {"ppo_clip": "vanilla", "reinforce": "gpg"}

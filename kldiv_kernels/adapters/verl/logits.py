@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from kldiv_kernels import inputs
-from kldiv_kernels.adapters.verl.config import read
+from kldiv_kernels.adapters.config import read
 from kldiv_kernels.stats import entropy, selective_log_softmax
 
 
@@ -73,23 +73,8 @@ def compute_forward_kl_topk(
     >>> round(out["distillation_losses"].item(), 4), round(out["student_mass"].item(), 4)  # ½·log 2 + ¼·log 1
     (0.3466, 0.5)
     """
-    where = "compute_forward_kl_topk"
-    inputs.logits_checked(where, student_logits, "student_logits")
     log_p, ids = _of_this_rank(teacher_topk_log_probs), _of_this_rank(teacher_topk_ids)
-    if ids.dim() != student_logits.dim() or ids.shape[:-1] != student_logits.shape[:-1]:
-        raise ValueError(
-            f"{where}: teacher_topk_ids has shape {list(ids.shape)}; expected {[*student_logits.shape[:-1], 'K']}"
-        )
-    if log_p.shape != ids.shape:
-        raise ValueError(
-            f"{where}: teacher_topk_log_probs has shape {list(log_p.shape)}; expected {list(ids.shape)} like "
-            f"teacher_topk_ids"
-        )
-    try:
-        log_q = selective_log_softmax(student_logits, ids)
-    except (IndexError, TypeError, ValueError) as error:
-        raise type(error)(str(error).replace("token_stats: labels", f"{where}: teacher_topk_ids")) from None
-    log_p = log_p.detach().to(log_q.dtype)
+    log_q, log_p = on_teachers_ids("compute_forward_kl_topk", student_logits, log_p, ids)
     student_mass, teacher_mass = log_q.exp().sum(-1), log_p.exp().sum(-1)
     least = read(read(config, "distillation_loss"), "log_prob_min_clamp")
     if least is not None:
@@ -109,6 +94,31 @@ def compute_forward_kl_topk(
         "overlap_count": count,
         "overlap_token_advantage": advantage,
     }
+
+
+def on_teachers_ids(
+    where: str, student_logits: Tensor, log_p: Tensor, ids: Tensor, **columns: Any
+) -> tuple[Tensor, Tensor]:
+    """log q at the teacher's ids, and the teacher's own log-probabilities in its dtype; both [*, K].
+
+    Args:
+        columns: where the logits are this rank's columns of the vocabulary, the arguments of `token_stats` for that.
+    """
+    inputs.logits_checked(where, student_logits, "student_logits")
+    if ids.dim() != student_logits.dim() or ids.shape[:-1] != student_logits.shape[:-1]:
+        raise ValueError(
+            f"{where}: teacher_topk_ids has shape {list(ids.shape)}; expected {[*student_logits.shape[:-1], 'K']}"
+        )
+    if log_p.shape != ids.shape:
+        raise ValueError(
+            f"{where}: teacher_topk_log_probs has shape {list(log_p.shape)}; expected {list(ids.shape)} like "
+            f"teacher_topk_ids"
+        )
+    try:
+        log_q = selective_log_softmax(student_logits, ids, **columns)
+    except (IndexError, TypeError, ValueError) as error:
+        raise type(error)(str(error).replace("token_stats: labels", f"{where}: teacher_topk_ids")) from None
+    return log_q, log_p.detach().to(log_q.dtype)
 
 
 def _of_this_rank(given: Tensor) -> Tensor:

@@ -44,8 +44,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from kldiv_kernels.adapters.config import read
 from kldiv_kernels.adapters.verl.aggregation import agg_loss
-from kldiv_kernels.adapters.verl.config import read
 from kldiv_kernels.policy import PolicyOptions, TokenLosses, aggregate, ratio_bounds, resolve, token_losses
 
 PolicyLossFn = Callable[..., tuple[Tensor, dict[str, float]]]

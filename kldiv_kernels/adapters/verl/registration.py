@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import sys
-from importlib import import_module
-
+from kldiv_kernels.adapters.replacing import replace_everywhere
+from kldiv_kernels.adapters.verl import megatron
 from kldiv_kernels.adapters.verl.bypass import bypass_mode
 from kldiv_kernels.adapters.verl.logits import compute_forward_kl_topk
 from kldiv_kernels.adapters.verl.policy import TOKEN_LOSSES, PolicyLossFn
@@ -16,8 +15,8 @@ def register(prefix: str = "kldiv_") -> list[str]:
     """Registers every loss of `POLICY_LOSSES` with verl, as prefix + verl's name, and the hook of top-k distillation.
 
     `actor_rollout_ref.actor.policy_loss.loss_mode=kldiv_gspo` then takes ours; with prefix="" ours replace verl's own.
-    The hook has no names to choose from: where this verl has `compute_forward_kl_topk`, ours takes its place in every
-    module of verl that has imported it.
+    The hook has no names to choose from: where this verl has `compute_forward_kl_topk`, for FSDP or for Megatron, ours
+    takes its place in every module of verl that has imported it.
 
     Returns:
         The names of the losses, and of the places of the hook.
@@ -35,18 +34,10 @@ def register(prefix: str = "kldiv_") -> list[str]:
         ) from error
     for name, loss in POLICY_LOSSES.items():
         register_policy_loss(prefix + name)(loss)
-    return [*(prefix + name for name in POLICY_LOSSES), *_hook()]
-
-
-def _hook() -> list[str]:
-    name = compute_forward_kl_topk.__name__
-    try:
-        original = getattr(import_module("verl.trainer.distillation.fsdp.losses"), name)
-    except (ImportError, AttributeError):
-        return []
+    hooks = {"fsdp": compute_forward_kl_topk, "megatron": megatron.compute_forward_kl_topk}
     places = [
-        key for key, module in sys.modules.items() if key.startswith("verl.") and vars(module).get(name) is original
+        place
+        for engine, hook in hooks.items()
+        for place in replace_everywhere(f"verl.trainer.distillation.{engine}.losses", hook.__name__, hook)
     ]
-    for place in places:
-        setattr(sys.modules[place], name, compute_forward_kl_topk)
-    return [f"{place}.{name}" for place in sorted(places)]
+    return [*(prefix + name for name in POLICY_LOSSES), *places]

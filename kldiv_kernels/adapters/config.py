@@ -1,4 +1,4 @@
-"""Reads verl's configurations: its dataclasses, omegaconf's, dictionaries."""
+"""Reads the configurations of frameworks: dataclasses, pydantic's and omegaconf's, dictionaries."""
 
 from __future__ import annotations
 
