@@ -31,7 +31,11 @@ JS_BETA = 0.5
 # The same losses from hidden states and the model's head.
 _LINEAR = "linear_"
 LINEAR_KINDS = tuple(f"{_LINEAR}{loss}" for loss in ("forward_kl", "reverse_kl", "js", LOGPROB_ENTROPY, GRPO))
-_OTHER_KINDS = (LOGPROB_ENTROPY, GRPO, TOPK, TOPK_FROM_LOGITS, *LINEAR_KINDS)
+# And from logits whose columns are spread over processes.
+PARALLEL = "parallel"
+PARALLEL_RANKS = 2
+PARALLEL_KINDS = tuple(f"{PARALLEL}_{loss}" for loss in ("forward_kl", "js", LOGPROB_ENTROPY, GRPO))
+_OTHER_KINDS = (LOGPROB_ENTROPY, GRPO, TOPK, TOPK_FROM_LOGITS, *LINEAR_KINDS, *PARALLEL_KINDS)
 
 DEFAULT_DTYPES = (torch.bfloat16, torch.float32)
 # Eight completions of 128 tokens.
@@ -46,21 +50,21 @@ _DTYPES = {
 }  # fmt: skip
 _SHORT = {torch.bfloat16: "bf16", torch.float32: "fp32", torch.float16: "fp16", torch.float64: "fp64"}
 
-Against = Literal["compile", "eager", "trl", "logprob", "gemms", "copy", "memory"]
+Against = Literal["compile", "eager", "trl", "logprob", "gemms", "gather", "copy", "memory", "sent"]
 
 
 @dataclass(frozen=True)
 class Target:
     """`against` a peer: how many times faster at least; "copy": how many times the time of copying the floor's
     bytes at most; "logprob", "gemms": how many times the time of our log-probability loss, or of the multiplications
-    alone, at most; "memory": how many u beyond the inputs at most."""
+    alone, at most; "memory": how many u beyond the inputs at most; "sent": how many floats a row at most."""
 
     against: Against
     bound: float
 
     @property
     def at_most(self) -> bool:
-        return self.against in ("copy", "logprob", "gemms", "memory")
+        return self.against in ("copy", "logprob", "gemms", "memory", "sent")
 
     def met(self, value: float) -> bool:
         return value <= self.bound if self.at_most else value >= self.bound
@@ -71,12 +75,15 @@ class Target:
             "logprob": "× our log-probability loss's time",
             "gemms": "× the multiplications' time",
             "memory": "× the logits in extra memory",
+            "sent": "floats a row sent by a process",
+            "gather": "× faster than gathering the logits",
         }.get(self.against, f"× faster than {self.against}")
         return f"{'≤' if self.at_most else '≥'} {self.bound:g} {unit}"
 
 
 # dlogits is 1u; the rest is O(N), a few pages of code and stacks.
 _MEMORY = Target("memory", 1.05)
+_SPREAD = (Target("gather", 1.5), Target("sent", 64))
 _FROM_HIDDEN = (Target("gemms", 1.15), Target("trl", 1.5), Target("eager", 1.5))
 _DIVERGENCE = (Target("compile", 5), Target("eager", 20), Target("copy", 2.2))
 _TARGETS: dict[tuple[str, torch.dtype], tuple[Target, ...]] = {
@@ -90,6 +97,7 @@ _TARGETS: dict[tuple[str, torch.dtype], tuple[Target, ...]] = {
     (TOPK_FROM_LOGITS, torch.bfloat16): (Target("trl", 8),),
     ("forward_kl", torch.float32): (Target("compile", 4), Target("eager", 10), Target("copy", 2)),
     **{(kind, torch.bfloat16): _FROM_HIDDEN for kind in LINEAR_KINDS},
+    **{(kind, torch.bfloat16): _SPREAD for kind in PARALLEL_KINDS},
 }
 
 
@@ -143,8 +151,13 @@ class Case:
 
     @property
     def loss(self) -> str:
-        """The kind, wherever it begins."""
-        return self.kind.removeprefix(_LINEAR) if self.from_hidden else self.kind
+        """The kind, wherever it begins and whoever has its logits."""
+        return self.kind.removeprefix(_LINEAR) if self.from_hidden else self.kind.removeprefix(f"{PARALLEL}_")
+
+    @property
+    def ranks(self) -> int:
+        """How many processes have a part of the columns each."""
+        return PARALLEL_RANKS if self.kind in PARALLEL_KINDS else 1
 
     @property
     def is_divergence(self) -> bool:
@@ -182,8 +195,8 @@ class Case:
 
     @property
     def floor_units(self) -> int | None:
-        """None from hidden states, whose logits need not be in memory at all."""
-        return None if self.from_hidden else 3 if self.is_divergence else 2
+        """None from hidden states, whose logits need not be in memory at all, and of several processes."""
+        return None if self.from_hidden or self.ranks > 1 else 3 if self.is_divergence else 2
 
     @property
     def floor_bytes(self) -> int | None:
@@ -196,6 +209,8 @@ class Case:
         if self.from_hidden:
             here = (self.rows, self.vocab, self.hidden) == (LINEAR_ROWS, DEFAULT_VOCAB, DEFAULT_HIDDEN)
             return promised if here else ()
+        if self.ranks > 1:
+            return promised if (self.rows, self.vocab) == (DEFAULT_ROWS, DEFAULT_VOCAB) else ()
         if (self.rows, self.vocab) != (GRPO_ROWS if self.kind == GRPO else DEFAULT_ROWS, DEFAULT_VOCAB):
             return ()
         return (*promised, _MEMORY)
@@ -261,21 +276,26 @@ def dtype_name(dtype: torch.dtype) -> str:
 
 def known_kinds() -> list[str]:
     """Every divergence of the registry, the loss from log-probabilities and entropy, a policy loss, top-k losses, and
-    losses from hidden states."""
+    losses from hidden states and of several processes."""
     return [*registry.divergence_names(), *_OTHER_KINDS]
 
 
 def cases(
     kinds: tuple[str, ...], dtypes: tuple[torch.dtype, ...], rows: int, vocab: int, hidden_size: int | None = None
 ) -> list[Case]:
-    """kinds × dtypes, validated; hidden_size is for losses from hidden states. Raises ValueError naming what is
-    wrong."""
+    """kinds × dtypes, validated; hidden_size is for losses from hidden states, "parallel" is all of that name. Raises
+    ValueError naming what is wrong."""
+    kinds = tuple(one for kind in kinds for one in (PARALLEL_KINDS if kind == PARALLEL else (kind,)))
     for name, value in (("rows", rows), ("vocab", vocab), ("hidden_size", hidden_size)):
         if value is not None and value < 1:
             raise ValueError(f"{name} is {value}; expected at least 1")
     for kind in kinds:
         if kind not in _OTHER_KINDS:
             registry.get(kind, "kinds", known_kinds())
+    if vocab % PARALLEL_RANKS and set(kinds) & set(PARALLEL_KINDS):
+        raise ValueError(
+            f"vocab is {vocab}; expected a multiple of {PARALLEL_RANKS}, the processes of {PARALLEL} kinds"
+        )
     if hidden_size is not None and not set(kinds) & set(LINEAR_KINDS):
         raise ValueError(
             f"hidden_size is {hidden_size}, and no kind begins at hidden states; expected one of "

@@ -33,6 +33,8 @@ class Result:
     first_call_seconds: float | None = None
     loss: float | None = None
     memory: PeakMemory | None = None
+    # By one of several processes, for the values and the gradient.
+    sent_bytes_per_row: float | None = None
     error: str | None = None
 
     @property
@@ -73,6 +75,8 @@ class CaseResult:
         if against == "memory":
             extra = None if ours.memory is None else ours.memory.extra_bytes
             return None if extra is None else extra / self.case.unit_bytes
+        if against == "sent":
+            return None if ours.sent_bytes_per_row is None else ours.sent_bytes_per_row / 4
         peer = self[against]
         if peer is None:
             return None

@@ -3,7 +3,7 @@
 Each takes the inputs of a case and returns its scalar loss, the mean over tokens. `eager` is what one writes in
 plain PyTorch, in fp32 because bf16 log-softmaxes are too coarse to train on; `compile` is `torch.compile` of the
 same function; `trl` calls TRL's functions as its trainers do, on logits in the model's dtype. Those from hidden states
-are in linear.py.
+are in linear.py, those of several processes in parallel.py.
 """
 
 from __future__ import annotations
@@ -38,6 +38,8 @@ PEERS = ("eager", "compile", "trl")
 LOGPROB = "logprob"
 # Beside a loss from hidden states: its multiplications.
 GEMMS = "gemms"
+# Beside a loss of logits that are spread over processes: whole rows, gathered for the loss of one process.
+GATHER = "gather"
 # What a reader calls them.
 LABELS = {
     "eager": "PyTorch eager",
@@ -45,11 +47,14 @@ LABELS = {
     "trl": "TRL",
     LOGPROB: "our log-probability loss",
     GEMMS: "the multiplications alone",
+    GATHER: "gathered logits",
 }
 
 
 def names_for(case: Case, peers: tuple[str, ...] = PEERS) -> list[str]:
     """Ours first, then those of `peers` that have the case's loss."""
+    if case.ranks > 1:
+        return [OURS, GATHER]
     has = {
         "eager": case.loss in (*eager.LOSSES, GRPO, TOPK, TOPK_FROM_LOGITS),
         "compile": case.loss in (*eager.LOSSES, GRPO, TOPK, TOPK_FROM_LOGITS),

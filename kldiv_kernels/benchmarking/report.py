@@ -12,12 +12,19 @@ from kldiv_kernels.benchmarking.measure import CaseResult, Result
 _COLUMNS = (
     "time\n(ms)", "times\nthe\ncopy", "extra\nmemory\n(MB)", "extra\nmemory\n(× logits)", "ours is\nfaster by",
 )  # fmt: skip
+_SENT = "sent\n(floats\na row)"
 EXPLANATION = (
     "Time is that of the loss and its gradient: the median of several calls. "
     "A loss has to read its logits and write their gradient at least. "
     '"Times the copy" is its time, divided by that of copying so many bytes on this machine. '
     "1 is the limit of the machine's memory; less means that caches helped. "
     "Extra memory is what a call needs beyond its inputs. The gradient alone is 1 × the logits."
+)
+SPREAD = (
+    'Of the "parallel" losses two processes have half of the columns each. "Gathered logits" are put together in both, '
+    "for the loss of one process. Time is that of the loss and its gradient in the slower process: the median of "
+    "several calls. What is sent is what one process sends of a row, in 4-byte floats. The 1,024 bytes a call that "
+    "check the arguments are not counted."
 )
 FROM_HIDDEN = (
     "A loss from hidden states need not have its logits in memory, and is not held against a copy. "
@@ -31,15 +38,21 @@ def times_table(results: list[CaseResult]) -> Table:
     case = results[0].case
     hidden = next((result.case.hidden for result in results if result.case.from_hidden), None)
     width = "" if hidden is None else f", hidden size {hidden:,}"
+    # Of several processes neither a copy nor memory is measured.
+    spread, alone = (any((result.case.ranks > 1) == several for result in results) for several in (True, False))
+    columns = [*(_COLUMNS if alone else (_COLUMNS[0], _COLUMNS[-1])), *([_SENT] if spread else [])]
+    captions = [
+        *([EXPLANATION] if alone else []), *([FROM_HIDDEN] if hidden is not None else []), *([SPREAD] if spread else [])
+    ]  # fmt: skip
     table = Table(
         title=f"loss and gradient, {case.rows:,} tokens × {case.vocab:,} columns{width}",
-        caption=EXPLANATION if hidden is None else f"{EXPLANATION} {FROM_HIDDEN}",
+        caption=" ".join(captions),
         caption_justify="left",
         box=SIMPLE_HEAD,
         padding=(0, 1, 0, 0),
     )
     table.add_column("", no_wrap=True)
-    for column in _COLUMNS:
+    for column in columns:
         table.add_column(column, justify="right", no_wrap=True)
     for result in results:
         table.add_row(f"[bold]{result.case.name}[/bold]")
@@ -48,7 +61,8 @@ def times_table(results: list[CaseResult]) -> Table:
             if one.error is not None:
                 table.add_row(name, "[red]failed[/red]")
             else:
-                table.add_row(name, *_numbers(result, one))
+                numbers = _numbers(result, one)
+                table.add_row(name, *(numbers if alone else (numbers[0], *numbers[4:])))
         table.add_section()
     return table
 
@@ -63,6 +77,7 @@ def _numbers(result: CaseResult, one: Result) -> list[str]:
         "?" if extra is None else f"{extra / 1e6:,.0f}",
         "?" if extra is None else f"{extra / result.case.unit_bytes:.2f}",
         "" if one.name == peers.OURS or speedup is None else f"{speedup:.1f} ×",
+        *([] if one.sent_bytes_per_row is None else [f"{one.sent_bytes_per_row / 4:,.0f}"]),
     ]
 
 

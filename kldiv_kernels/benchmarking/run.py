@@ -14,7 +14,7 @@ import torch
 
 import kldiv_kernels as kk
 from kldiv_kernels import machine
-from kldiv_kernels.benchmarking import peers
+from kldiv_kernels.benchmarking import parallel, peers
 from kldiv_kernels.benchmarking.cases import Case, dtype_name
 from kldiv_kernels.benchmarking.measure import CaseResult, Result, measure
 from kldiv_kernels.benchmarking.memory import measure_in_subprocess
@@ -36,8 +36,12 @@ class Settings:
         total = 0
         for case in self.cases:
             names = len(peers.names_for(case, self.peers))
-            total += names + self.repeats + (names if self.memory else 0)
+            total += names + self.repeats + (names if self.measures_memory(case) else 0)
         return total
+
+    def measures_memory(self, case: Case) -> bool:
+        """Of one process."""
+        return self.memory and case.ranks == 1
 
 
 def run(settings: Settings, step: Callable[[str], None]) -> list[CaseResult]:
@@ -56,8 +60,9 @@ def run(settings: Settings, step: Callable[[str], None]) -> list[CaseResult]:
     done: list[CaseResult] = []
     for case in settings.cases:
         names = peers.names_for(case, settings.peers)
-        result = measure(case, names, settings.repeats, step)
-        if settings.memory:
+        measured = measure if case.ranks == 1 else parallel.measure
+        result = measured(case, names, settings.repeats, step)
+        if settings.measures_memory(case):
             for implementation in result.results:
                 step(f"{case.name}: {implementation.name}, memory")
                 if implementation.error is None:
@@ -83,11 +88,12 @@ def as_json(result: CaseResult) -> dict[str, Any]:
         "rows": case.rows,
         "vocab": case.vocab,
         "hidden": case.hidden if case.from_hidden else None,
+        "processes": case.ranks,
         "floor": None if case.floor_units is None else f"{case.floor_units}u",
         "floor_bytes": case.floor_bytes,
         "copy_gb_per_second": result.copy_bytes_per_second / 1e9,
         "floor_seconds": result.floor_seconds,
-        "plan": asdict(kk.plan(rows=case.rows, vocab=case.vocab, dtype=case.dtype, **case.planned)),
+        "plan": asdict(kk.plan(rows=case.rows, vocab=case.vocab // case.ranks, dtype=case.dtype, **case.planned)),
         "implementations": [_implementation(result, one) for one in result.results],
         "targets": [
             {"target": target.text(), "measured": value, "met": None if value is None else target.met(value)}
@@ -113,5 +119,6 @@ def _implementation(result: CaseResult, one: Result) -> dict[str, Any]:
         "peak_extra_bytes": extra,
         "peak_extra_units": None if extra is None else extra / result.case.unit_bytes,
         "peak_extra_unknown": one.memory.reason or None if one.memory else "not asked for",
+        "sent_bytes_per_row": one.sent_bytes_per_row,
         "loss": one.loss,
     }

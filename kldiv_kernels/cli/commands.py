@@ -198,7 +198,8 @@ def bench(
         str,
         typer.Option(
             help="Comma-separated divergences, logprob_entropy, grpo, topk, topk_from_logits; from hidden states "
-            "linear_forward_kl, linear_reverse_kl, linear_js, linear_logprob_entropy, linear_grpo."
+            "linear_forward_kl, linear_reverse_kl, linear_js, linear_logprob_entropy, linear_grpo; of columns in two "
+            "processes parallel_forward_kl, parallel_js, parallel_logprob_entropy, parallel_grpo, or parallel for all."
         ),
     ] = ",".join(DEFAULT_KINDS),
     dtypes: Annotated[str, typer.Option(help="Comma-separated: bf16, fp32, fp16.")] = "bf16,fp32",
@@ -219,6 +220,8 @@ def bench(
       $ kldiv bench --kinds grpo --dtypes bf16 --rows 1024 --repeats 3
 
       $ kldiv bench --kinds linear_js,linear_grpo --dtypes bf16 --rows 1024 --hidden-size 512 --repeats 3
+
+      $ kldiv bench --kinds parallel --dtypes bf16
 
       $ kldiv bench --peers none --no-memory --output runs/ours
     """

@@ -13,13 +13,14 @@ source.py      such logits as the source of every loss
 
 from __future__ import annotations
 
-from kldiv_kernels.parallel.agreement import agree, together
+from kldiv_kernels.parallel.agreement import CHECK_BYTES, agree, together
 from kldiv_kernels.parallel.shard import Group, Shard, all_reduce, checked_shard
 from kldiv_kernels.parallel.source import SharedLogits, largest_of_shards, logits_or_shared
 from kldiv_kernels.parallel.statistics import backward, forward
 from kldiv_kernels.parallel.whole import whole
 
 __all__ = [
+    "CHECK_BYTES",
     "Group",
     "Shard",
     "SharedLogits",

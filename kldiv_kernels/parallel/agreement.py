@@ -22,7 +22,7 @@ P = ParamSpec("P")
 R = TypeVar("R")
 
 # What a process has to say, padded: what is longer is cut.
-_BYTES = 1024
+CHECK_BYTES = 1024
 # The groups met so far in the public function that is under way, and the devices that they were met on.
 _waiting: contextvars.ContextVar[list[tuple[Group, torch.device]] | None] = contextvars.ContextVar(
     "waiting", default=None
@@ -103,9 +103,9 @@ def agree(shard: Shard, where: str, on: Tensor, **said: Any) -> None:
 
 def _exchanged(group: Group, said: dict[str, Any], device: torch.device) -> list[dict[str, Any]]:
     text = json.dumps(said)
-    if len(text.encode()) > _BYTES:
+    if len(text.encode()) > CHECK_BYTES:
         # A long error: its beginning says what it is about.
-        said = {**said, **{name: value[: _BYTES // 4] for name, value in said.items() if isinstance(value, str)}}
+        said = {**said, **{name: value[: CHECK_BYTES // 4] for name, value in said.items() if isinstance(value, str)}}
         text = json.dumps(said)
-    mine = torch.frombuffer(bytearray(text.encode().ljust(_BYTES)), dtype=torch.uint8).to(device)
+    mine = torch.frombuffer(bytearray(text.encode().ljust(CHECK_BYTES)), dtype=torch.uint8).to(device)
     return [json.loads(row.tobytes().decode()) for row in all_gather(group, mine).cpu().numpy()]
