@@ -13,13 +13,13 @@ from kldiv_kernels import inputs, registry
 from kldiv_kernels.backends import names as backend_names
 from kldiv_kernels.keywords import F, keywords, nearest, written_out
 from kldiv_kernels.losses import reduction_checked
-from kldiv_kernels.policy import OPTION_NAMES, PolicyLoss, resolve
+from kldiv_kernels.policy import OPTION_NAMES, Groups, PolicyLoss, groups_checked, resolve
 
 _REFERENCE = ("reference_hidden", "reference_head", "reference_logits")
 PER_CALL = ("weight", "labels", "mask", "normalizer", "exclude", "tail_logprob", *_REFERENCE, "reference_projection")
 POLICY_PER_CALL = (
     "old_logprobs", "reference_logprobs", *_REFERENCE, "sampling_logprobs", "anchor_logprobs", "token_weights",
-    "kl_weights", "mask", "normalizer",
+    "kl_weights", "mask", "normalizer", "cu_seqlens", "sequence_ids",
 )  # fmt: skip
 
 
@@ -95,7 +95,8 @@ class PolicyLossOfOptions(Module):
         super().__init__()
         where = type(self).__name__
         _known(where, options, type(self)._function, POLICY_PER_CALL)
-        resolve(where, options.get("preset"), {name: options.get(name) for name in OPTION_NAMES})
+        resolved = resolve(where, options.get("preset"), {name: options.get(name) for name in OPTION_NAMES})
+        groups_checked(where, Groups(options.get("sequence_group"), options.get("batch_group")), resolved)
         shared = ("temperature", "vocab_size", "backend")
         _checked_values(
             where, registry.STATISTICS["forward_kl"], {n: x for n, x in options.items() if n in shared}

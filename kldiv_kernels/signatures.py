@@ -185,6 +185,8 @@ class _PolicyOptions(_ShardOptions, total=False):
     reference_temperature: Parameter | None
     ignore_index: int
     vocab_size: int | None
+    sequence_group: Group | None
+    batch_group: Group | None
     backend: Backend
 
 
@@ -203,6 +205,8 @@ class _PolicyTensors(TypedDict, total=False):
     kl_weights: Tensor | None
     mask: Tensor | None
     normalizer: float | Tensor | None
+    cu_seqlens: Tensor | None
+    sequence_ids: Tensor | None
 
 
 class PolicyBatchOptions(_PolicyTensors, total=False):

@@ -18,6 +18,7 @@ from kldiv_kernels.losses import divergence_loss, divergence_of
 from kldiv_kernels.parallel import together
 from kldiv_kernels.policy import (
     OPTION_NAMES,
+    Groups,
     PolicyLoss,
     Tensors,
     of_spread_rows,
@@ -233,8 +234,9 @@ def linear_policy_loss(
     tensors = Tensors(**{name: given[name] for name in _TENSORS})
     chosen = resolve(where, given["preset"], {name: given[name] for name in OPTION_NAMES})
     rest = ("per_token_gradient", "temperature", "reference_temperature", "ignore_index", "vocab_size", "backend")
+    groups = Groups(given["sequence_group"], given["batch_group"])
     return policy_loss_of(
-        where, source, tensors, chosen, corrects=off_policy_given(given), **{name: given[name] for name in rest}
+        where, source, tensors, chosen, groups, corrects=off_policy_given(given), **{name: given[name] for name in rest}
     )
 
 

@@ -23,10 +23,10 @@ R = TypeVar("R")
 
 # What a process has to say, padded: what is longer is cut.
 CHECK_BYTES = 1024
-# The groups met so far in the public function that is under way, and the devices that they were met on.
-_waiting: contextvars.ContextVar[list[tuple[Group, torch.device]] | None] = contextvars.ContextVar(
-    "waiting", default=None
-)
+# The arguments that are groups, in the order in which a function meets them.
+_GROUPS = ("group", "sequence_group", "batch_group")
+# Those that the public function under way has met so far.
+_waiting: contextvars.ContextVar[list[str] | None] = contextvars.ContextVar("waiting", default=None)
 
 
 class GroupMismatchError(ValueError):
@@ -34,18 +34,17 @@ class GroupMismatchError(ValueError):
 
 
 def together(function: Callable[P, R]) -> Callable[P, R]:
-    """The function; where it raises in one process, the others of its group are told, and raise too."""
+    """The function; where it raises in one process, the others of its groups are told, and raise too."""
 
     @functools.wraps(function)
     def with_others(*args: P.args, **kwargs: P.kwargs) -> R:
-        if kwargs.get("group") is None or _waiting.get() is not None or torch.compiler.is_compiling():
+        alone = all(kwargs.get(name) is None for name in _GROUPS)
+        if alone or _waiting.get() is not None or torch.compiler.is_compiling():
             return function(*args, **kwargs)
-        met: list[tuple[Group, torch.device]] = []
+        met: list[str] = []
         token = _waiting.set(met)
         try:
             return function(*args, **kwargs)
-        except GroupMismatchError:
-            raise
         except Exception as error:
             _tell(args, kwargs, met, error)
             raise
@@ -55,37 +54,23 @@ def together(function: Callable[P, R]) -> Callable[P, R]:
     return with_others
 
 
-def _tell(args: Any, kwargs: Any, met: list[tuple[Group, torch.device]], error: Exception) -> None:
-    group = kwargs["group"]
-    if not isinstance(group, distributed.ProcessGroup) or distributed.get_rank(group) < 0:
-        return
+def _tell(args: Any, kwargs: Any, met: list[str], error: Exception) -> None:
+    """Tells the processes of the groups that were not met: those who were have nothing to wait for any more."""
     tensors = [x for x in (*args, *kwargs.values()) if isinstance(x, Tensor)]
-    # Those who were met have nothing to wait for any more.
-    if tensors and not met and inputs.looks_at(tensors[0]) and distributed.get_world_size(group) > 1:
-        _exchanged(group, {"raised": f"{type(error).__name__}: {error}"}, tensors[0].device)
+    if not tensors or not inputs.looks_at(tensors[0]):
+        return
+    for name in _GROUPS:
+        group = kwargs.get(name)
+        if name in met or not isinstance(group, distributed.ProcessGroup) or distributed.get_rank(group) < 0:
+            continue
+        if distributed.get_world_size(group) > 1:
+            _exchanged(group, {"raised": f"{type(error).__name__}: {error}"}, tensors[0].device)
 
 
 def agree(shard: Shard, where: str, on: Tensor, **said: Any) -> None:
     """Raises `GroupMismatchError` in all processes where one has failed, says something else, or has columns that do
     not follow those of the one before."""
-    if not inputs.looks_at(on):
-        return
-    met = _waiting.get()
-    if met is not None:
-        met.append((shard.group, on.device))
-    told = _exchanged(
-        shard.group, {"start": shard.start, "width": shard.width, "said": {"function": where, **said}}, on.device
-    )
-    for rank, of in enumerate(told):
-        if "raised" in of:
-            raise GroupMismatchError(f"{where}: rank {rank} of group raised {of['raised']}")
-    for rank, of in enumerate(told):
-        for name, value in of["said"].items():
-            expected = told[0]["said"].get(name)
-            if value != expected:
-                raise GroupMismatchError(
-                    f"{where}: {name} is {value} on rank {rank} of group; expected {expected} as on rank 0"
-                )
+    told = _agreed("group", shard.group, where, on, {"start": shard.start, "width": shard.width}, said)
     end = 0
     for rank, of in enumerate(told):
         if of["start"] != end:
@@ -95,10 +80,39 @@ def agree(shard: Shard, where: str, on: Tensor, **said: Any) -> None:
                 f"the rank before end (the ranks have {ranges})"
             )
         end += of["width"]
-    if end < shard.total:
+    if told and end < shard.total:
         raise GroupMismatchError(
             f"{where}: the ranks of group have {end} columns; expected {shard.total}, the vocabulary"
         )
+
+
+def agree_in(name: str, group: Group | None, where: str, on: Tensor, **said: Any) -> None:
+    """The same of the group that the argument `name` is, whose processes have no columns; None: this one alone."""
+    if group is not None:
+        _agreed(name, group, where, on, {}, said)
+
+
+def _agreed(
+    name: str, group: Group, where: str, on: Tensor, more: dict[str, Any], said: dict[str, Any]
+) -> list[dict[str, Any]]:
+    """What the ranks have told each other, in their order; nothing where values are not looked at."""
+    if not inputs.looks_at(on):
+        return []
+    met = _waiting.get()
+    if met is not None:
+        met.append(name)
+    told = _exchanged(group, {**more, "said": {"function": where, **said}}, on.device)
+    for rank, of in enumerate(told):
+        if "raised" in of:
+            raise GroupMismatchError(f"{where}: rank {rank} of {name} raised {of['raised']}")
+    for rank, of in enumerate(told):
+        for argument, value in of["said"].items():
+            expected = told[0]["said"].get(argument)
+            if value != expected:
+                raise GroupMismatchError(
+                    f"{where}: {argument} is {value} on rank {rank} of {name}; expected {expected} as on rank 0"
+                )
+    return told
 
 
 def _exchanged(group: Group, said: dict[str, Any], device: torch.device) -> list[dict[str, Any]]:

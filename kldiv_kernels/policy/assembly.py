@@ -8,10 +8,12 @@ import torch
 from torch import Tensor
 
 from kldiv_kernels import ops
+from kldiv_kernels.policy import terms, weights
 from kldiv_kernels.policy.inputs import Batch
 from kldiv_kernels.policy.one_read import Known
 from kldiv_kernels.policy.options import CLIPPED, DPPO, INF, PolicyOptions
-from kldiv_kernels.policy.per_token import TokenLosses, token_losses
+from kldiv_kernels.policy.per_token import TokenLosses, token_log_ratio, token_losses
+from kldiv_kernels.policy.sequences import SequenceSums
 from kldiv_kernels.policy.slopes import times
 from kldiv_kernels.policy.weights import aggregate, highest_entropy, off_policy_weight, on_policy_sequences
 
@@ -33,32 +35,40 @@ class PolicyLoss:
     entropy: Tensor
 
 
-def assemble(batch: Batch, options: PolicyOptions, shape: torch.Size) -> PolicyLoss:
-    """The loss of a batch; `shape` is that of per_token_loss."""
-    weight = off_policy_weight(batch, options)
+def assemble(batch: Batch, options: PolicyOptions, shape: torch.Size, sums: SequenceSums | None = None) -> PolicyLoss:
+    """The loss of a batch; `shape` is that of per_token_loss. `sums`: of a loss that is known before the pass."""
+    kept = batch.valid
+    if options.entropy_quantile < 1:
+        kept = highest_entropy(batch.entropy, batch.valid, options.entropy_quantile, batch.batch_group)
+    log_ratio = token_log_ratio(batch.logprob, batch.anchor, batch.own_anchor)
+    sums = _sums(batch, options, kept, log_ratio) if sums is None else sums
+    weight = off_policy_weight(batch, options, sums)
     losses = token_losses(
         batch.logprob, batch.anchor, batch.advantages, batch.valid, options,
         reference=batch.reference if batch.exact_kl is None else None, weight=weight, own_anchor=batch.own_anchor,
+        log_ratio=log_ratio, sums=sums, batch_group=batch.batch_group,
     )  # fmt: skip
     term = losses.per_token if batch.weights is None else times(losses.per_token, batch.weights)
     kl = losses.kl if batch.exact_kl is None else batch.exact_kl
 
-    kept = batch.valid
-    if options.entropy_quantile < 1:
-        kept = highest_entropy(batch.entropy, batch.valid, options.entropy_quantile)
-    per_token = torch.where(_selected(batch, kept, options), term, 0.0)
+    selected = kept
+    if options.off_policy_threshold < INF:
+        selected = kept & on_policy_sequences(sums, batch.advantages, options.off_policy_threshold)
+    per_token = torch.where(selected, term, 0.0)
     if kl is not None and options.kl_coef != 0:
         penalty = options.kl_coef * kl
         penalty = penalty if batch.kl_weights is None else times(penalty, batch.kl_weights)
         per_token = per_token + torch.where(batch.valid, penalty, 0.0)
 
     count_empty = options.count_empty_sequences
-    loss = aggregate(per_token, batch.valid, options.aggregation, batch.normalizer, count_empty)
+    loss = aggregate(per_token, batch.valid, options.aggregation, batch.normalizer, count_empty, sums)
     if options.entropy_coef != 0:
         how, normalizer = ("token-mean", None)
         if options.entropy_aggregation == "loss":
             how, normalizer = options.aggregation, batch.normalizer
-        loss = loss - options.entropy_coef * aggregate(batch.entropy, kept, how, normalizer, count_empty)
+        name = "kept" if options.entropy_quantile < 1 else "tokens"
+        bonus = aggregate(batch.entropy, kept, how, normalizer, count_empty, sums, name)
+        loss = loss - options.entropy_coef * bonus
     with torch.no_grad():
         metrics = _metrics(batch, losses, kl, weight)
     logprob, entropy = (x.detach().reshape(shape) for x in (batch.logprob, batch.entropy))
@@ -91,13 +101,14 @@ def outcome(
     return PolicyLoss(by_name["loss"], per_token.reshape(shape), metrics, logprob, entropy)
 
 
-def _selected(batch: Batch, kept: Tensor, options: PolicyOptions) -> Tensor:
-    if options.off_policy_threshold == INF:
-        return kept
-    sampling = batch.old if batch.sampling is None else batch.sampling
-    return kept & on_policy_sequences(
-        batch.logprob, sampling, batch.advantages, batch.valid, options.off_policy_threshold
-    )
+def _sums(batch: Batch, options: PolicyOptions, kept: Tensor, log_ratio: Tensor) -> SequenceSums:
+    """All that is summed over sequences, together: one collective where they lie on several ranks."""
+    log_weight = None
+    if options.loss_type == "vespo":
+        weight = off_policy_weight(batch, options)
+        log_weight = None if weight is None else weight.log()
+    of_term = terms.summands(log_ratio, batch.advantages, batch.valid, options, log_weight)
+    return batch.sequences.sums({**of_term, **weights.summands(batch, options, kept)})
 
 
 def _metrics(batch: Batch, losses: TokenLosses, kl: Tensor | None, weight: Tensor | None) -> dict[str, Tensor]:

@@ -28,6 +28,7 @@ from kldiv_kernels.policy import inputs as policy_inputs
 from kldiv_kernels.policy import one_read
 from kldiv_kernels.policy.assembly import PolicyLoss, assemble, outcome
 from kldiv_kernels.policy.options import EXACT_KL, PolicyOptions, resolve
+from kldiv_kernels.policy.sequences import Sequences, SequenceSums, in_sequences, sequences_of
 from kldiv_kernels.policy.spread import of_spread_rows
 from kldiv_kernels.sources import Attach, Source
 from kldiv_kernels.tracing import constant
@@ -90,6 +91,10 @@ def policy_loss(
     in_place: bool = False,
     group: Group | None = None,
     vocab_start: int | None = None,
+    cu_seqlens: Tensor | None = None,
+    sequence_ids: Tensor | None = None,
+    sequence_group: Group | None = None,
+    batch_group: Group | None = None,
     backend: Backend = "auto",
 ) -> PolicyLoss:
     r"""Loss of a policy π = softmax(logits/τ) on sampled tokens, with its KL penalty and entropy bonus.
@@ -104,9 +109,10 @@ def policy_loss(
 
     Args:
         logits: [B, T, V], position t predicting token t of the completion; or [N, V] for packed tokens, with [N] in
-            place of [B, T] below and without anything that needs sequences.
+            place of [B, T] below. What looks at sequences then needs `cu_seqlens` or `sequence_ids`.
         token_ids: [B, T] integers. A token equal to `ignore_index` (default -100) is masked.
-        advantages: [B], or [B, T] for one a token.
+        advantages: [B], or [B, T] for one a token; of packed sequences [S] or [N] ([S] where `sequence_ids` are places
+            in it). What has the shape of the tokens is one a token.
         loss_type: grpo (default), bnpo, dr_grpo, dapo, luspo: the clipped surrogate, which differ in `aggregation`
             only; gspo: the same on the sequence's ratio; cispo, sapo, vespo, gmpo, reinforce, topr, dppo_tv, dppo_kl.
         preset: "trl" (1.16), "verl" or "nemo_rl": that framework's defaults for the loss type (`policy/options.py`);
@@ -164,6 +170,23 @@ def policy_loss(
             gradient does not come out of the pass that finds the values.
         group, vocab_start: see `token_stats`. Loss and metrics are the same on all ranks of the group: they are of
             whole rows, and not to be summed over it. The logits are read a second time for the gradient.
+        cu_seqlens: [S + 1] int32 or int64, for packed tokens [N] or [1, N]: sequence i has the tokens from
+            cu_seqlens[i] to cu_seqlens[i + 1], as in FlashAttention; it may have none. Tokens behind the last bound are
+            padding. The result is that of the padded [S, T].
+        sequence_ids: [N] (or [1, N]) integers in place of cu_seqlens: equal ones are a sequence, wherever they stand;
+            −1 is padding. A number that no token has is no sequence.
+        sequence_group: the ranks that hold parts of the same sequences (context parallelism): the same B or S each, in
+            the same order; T and N may differ. Sums and counts of a sequence, of the tokens and of the sequences are
+            then over its ranks, and the loss is this rank's share: the sum over the ranks is the loss of the whole
+            sequences, and each gradient is that of this sum. metrics are of this rank's tokens. Forward: one all_reduce
+            of [sums, B] numbers, with one to five sums; sequence_ids are gathered too, 8 bytes a token, for which the
+            host waits, and count as so many sequences. Backward: one all_reduce of the same size where a gradient flows
+            through a sum (importance_level other than "token", gmpo), else none. Every rank has to call, and to run
+            backward.
+        batch_group: the ranks that have the tokens of one batch, for entropy_quantile and cov_selection; the normalizer
+            stays this rank's. Each token is on one of them, so ranks of one `group` are in batch_groups of their own,
+            and "clip" wants the same random numbers on them. Counting 2,048 bins takes 3 all_reduces of 32 kB
+            (float32), whatever the number of tokens.
         temperature, vocab_size, backend: see `token_stats`.
 
     Returns:
@@ -173,8 +196,9 @@ def policy_loss(
         clip_fraction_cov, kl (the estimate), exact_kl, sampling_kl (log π_sampling − log π_old), off_policy_weight.
 
     Raises:
-        TypeError, ValueError: naming the argument, what it was and what is allowed. RuntimeError from a double
-        backward.
+        TypeError, ValueError: naming the argument, what it was and what is allowed; on all ranks of a group where one
+        raises, or has other options or another number of sequences (on CPUs; elsewhere with KLDIV_CHECK_VALUES=1).
+        RuntimeError from a double backward.
 
     >>> import torch, kldiv_kernels as kk
     >>> logits = torch.tensor([[[2.0, 0.5, -1.0], [0.0, 1.0, 0.0]]], requires_grad=True)
@@ -183,6 +207,10 @@ def policy_loss(
     >>> out.loss.backward()
     >>> round(out.loss.item(), 4), round(out.metrics["clip_fraction_high"].item(), 2)
     (-1.0829, 0.5)
+    >>> bounds = torch.tensor([0, 1, 2])  # the same tokens, packed: two sequences of one
+    >>> packed = kk.policy_loss(logits[0], tokens[0], torch.tensor([1.0, -1.0]), loss_type="gspo", cu_seqlens=bounds)
+    >>> packed.loss.item(), packed.per_token_loss.tolist()
+    (0.0, [-1.0, 1.0])
     """
     where = "policy_loss"
     options = resolve(
@@ -203,15 +231,15 @@ def policy_loss(
     )  # fmt: skip
     tensors = policy_inputs.Tensors(
         token_ids, advantages, mask, old_logprobs, reference_logprobs, reference_logits, sampling_logprobs,
-        anchor_logprobs, token_weights, kl_weights, normalizer,
+        anchor_logprobs, token_weights, kl_weights, normalizer, cu_seqlens, sequence_ids,
     )  # fmt: skip
     corrects = any(option is not None for option in (off_policy, off_policy_min, off_policy_max))
     frozen = reference_logits.detach() if isinstance(reference_logits, Tensor) else reference_logits
     source = logits_or_shared(where, logits, frozen, group, vocab_start, vocab_size, in_place_checked(where, in_place))
     return policy_loss_of(
-        where, source, tensors, options, corrects=corrects, per_token_gradient=per_token_gradient,
-        temperature=temperature, reference_temperature=reference_temperature, ignore_index=ignore_index,
-        vocab_size=vocab_size, backend=backend,
+        where, source, tensors, options, policy_inputs.Groups(sequence_group, batch_group), corrects=corrects,
+        per_token_gradient=per_token_gradient, temperature=temperature, reference_temperature=reference_temperature,
+        ignore_index=ignore_index, vocab_size=vocab_size, backend=backend,
     )  # fmt: skip
 
 
@@ -220,6 +248,7 @@ def policy_loss_of(
     source: Source,
     tensors: policy_inputs.Tensors,
     options: PolicyOptions,
+    groups: policy_inputs.Groups,
     *,
     corrects: bool,
     per_token_gradient: bool,
@@ -232,7 +261,9 @@ def policy_loss_of(
     """`policy_loss` of logits wherever they come from. `corrects`: an option of the off-policy correction was given."""
     logits, token_ids = source.logits, tensors.token_ids
     policy_inputs.check(where, logits, tensors, options, corrects)
+    groups = policy_inputs.groups_checked(where, groups, options)
     valid = policy_inputs.valid_tokens(tensors, ignore_index)
+    valid = in_sequences(valid, tensors.cu_seqlens, tensors.sequence_ids)
     if reference_temperature is not None and source.reference is None:
         raise ValueError(f"{where}: reference_temperature is given; it divides reference_logits, which are None")
     stats = ["logprob", "entropy"]
@@ -253,8 +284,16 @@ def policy_loss_of(
     if waits is None and not _has_one_read(chosen):
         waits = f"the {chosen} backend has no policy loss of one read"
     attach: Attach | None = None
+    sums: SequenceSums | None = None
+
+    def shared() -> Sequences:
+        policy_inputs.groups_agree(where, groups, tensors, options, logits)
+        return sequences_of(valid.shape, tensors.cu_seqlens, tensors.sequence_ids, groups.sequence)
+
     if source.known_beforehand(where, waits, call, chosen):
-        known = one_read.known(tensors, valid, options, call.stats)
+        sequences = shared()
+        known = one_read.known(tensors, valid, options, call.stats, sequences)
+        sums = known.sums
         values, attach = source.policy(call, chosen, known.tokens)
         # Of a KL that is a metric only the reference's log-probabilities come with the values.
         if "reference_logprob" not in call.stats:
@@ -262,8 +301,11 @@ def policy_loss_of(
             return replace(out, loss=attach(out.loss))
     else:
         values = source.statistics(call, chosen)
+        # Behind what may fail: a process that does tells the others instead.
+        sequences = shared()
     named = dict(zip(call.stats, values, strict=True))
-    out = assemble(policy_inputs.prepare(tensors, valid, named), options, token_ids.shape)
+    batch = policy_inputs.prepare(tensors, valid, named, sequences, groups.batch)
+    out = assemble(batch, options, token_ids.shape, sums)
     loss = out.loss if attach is None else attach(out.loss)
     per_token = out.per_token_loss if per_token_gradient else out.per_token_loss.detach()
     return PolicyLoss(loss, per_token, out.metrics, out.logprob, out.entropy)

@@ -12,11 +12,12 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from kldiv_kernels.policy.inputs import Batch, Tensors, prepare
+from kldiv_kernels.policy.inputs import Tensors, prepare
 from kldiv_kernels.policy.options import CLIPPED, EXACT_KL, INF, PolicyOptions, bounds
+from kldiv_kernels.policy.sequences import Sequences, SequenceSums
 from kldiv_kernels.policy.slopes import times
 from kldiv_kernels.policy.terms import ratio_bounds
-from kldiv_kernels.policy.weights import aggregation_weights, off_policy_weight, weighted
+from kldiv_kernels.policy.weights import aggregation_weights, off_policy_weight, summands, weighted
 from kldiv_kernels.sources import PolicyTokens
 
 _TERMS = ("cispo", "sapo", "reinforce", "topr", "dppo_tv", "dppo_kl")
@@ -41,7 +42,7 @@ class Known:
     """What a loss knows of its tokens before the pass, [N] each: what the pass is told, and what the metrics want.
 
     valid: of bool. scale: what a token counts in the loss. anchored: whether anchors were given. reference: whether
-    there is one for a sampled KL.
+    there is one for a sampled KL. sums: over sequences.
     """
 
     tokens: PolicyTokens
@@ -54,15 +55,21 @@ class Known:
     kl_weights: Tensor | None
     anchored: bool
     reference: bool
+    sums: SequenceSums
 
 
-def known(tensors: Tensors, valid: Tensor, options: PolicyOptions, stats: tuple[str, ...]) -> Known:
+def known(
+    tensors: Tensors, valid: Tensor, options: PolicyOptions, stats: tuple[str, ...], sequences: Sequences
+) -> Known:
     # The policy's own log-probabilities are not there yet. NaN is what the operator takes for them, where they stand in
     # for the anchor's.
     unknown = torch.zeros(valid.shape, dtype=torch.float32, device=valid.device).masked_fill(valid, torch.nan)
-    batch = prepare(tensors, valid, {"logprob": unknown, "entropy": unknown})
-    scale = _scale(batch, options)
-    weight = off_policy_weight(batch, options)
+    batch = prepare(tensors, valid, {"logprob": unknown, "entropy": unknown}, sequences)
+    sums = sequences.sums(summands(batch, options, batch.valid))
+    scale = aggregation_weights(
+        batch.valid, batch.logprob.dtype, options.aggregation, batch.normalizer, options.count_empty_sequences, sums
+    )
+    weight = off_policy_weight(batch, options, sums)
     nothing = torch.zeros_like(scale)
     policy_weight = weighted(scale, weight, options)
     if batch.weights is not None:
@@ -84,7 +91,9 @@ def known(tensors: Tensors, valid: Tensor, options: PolicyOptions, stats: tuple[
     ]
     coefficients = dict.fromkeys(stats, nothing)
     if options.entropy_coef != 0:
-        how = scale if options.entropy_aggregation == "loss" else aggregation_weights(batch.valid, scale.dtype)
+        how = scale
+        if options.entropy_aggregation == "token-mean":
+            how = aggregation_weights(batch.valid, scale.dtype, sums=sums)
         coefficients["entropy"] = -options.entropy_coef * how
     if exact and options.kl_coef != 0:
         coefficients[options.kl_estimator] = kl_weight
@@ -107,13 +116,8 @@ def known(tensors: Tensors, valid: Tensor, options: PolicyOptions, stats: tuple[
         told, valid.reshape(-1), scale.reshape(-1).contiguous(),
         None if tensors.old_logprobs is None else flat(batch.old), flat(batch.sampling), flat(weight),
         flat(batch.weights), flat(batch.kl_weights), anchored, batch.reference is not None and not exact,
+        sums,
     )  # fmt: skip
-
-
-def _scale(batch: Batch, options: PolicyOptions) -> Tensor:
-    return aggregation_weights(
-        batch.valid, batch.logprob.dtype, options.aggregation, batch.normalizer, options.count_empty_sequences
-    )
 
 
 def _rows(tensors: list[Tensor]) -> Tensor:

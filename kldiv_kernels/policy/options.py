@@ -116,6 +116,13 @@ def off_policy_given(given: Mapping[str, object]) -> bool:
     return any(given[name] is not None for name in ("off_policy", "off_policy_min", "off_policy_max"))
 
 
+def looks_at_the_batch(options: PolicyOptions) -> str:
+    """The option, with its value, that selects tokens among all of the batch; "" where there is none."""
+    if options.entropy_quantile < 1:
+        return f"entropy_quantile = {options.entropy_quantile}"
+    return "" if options.cov_selection == "none" else f"cov_selection = {options.cov_selection!r}"
+
+
 def resolve(where: str, preset: str | None, given: Mapping[str, Any]) -> PolicyOptions:
     """`given` over the preset's defaults; None leaves a default. Raises where a value or a combination is wrong."""
     if preset not in _LOSS_TYPE:

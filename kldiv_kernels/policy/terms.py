@@ -29,7 +29,9 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
+from kldiv_kernels.parallel import Group, largest, summed
 from kldiv_kernels.policy.options import CLIPPED, PolicyOptions, bounds
+from kldiv_kernels.policy.sequences import SequenceSums, rows
 from kldiv_kernels.policy.slopes import exp, sigmoid, times, with_slope
 
 # TRL's limits of the log of VESPO's sequence weight: 1e-8 to e^20, and of a token's contribution to it.
@@ -42,7 +44,8 @@ _ALMOST_ZERO = 1e-8
 class Tokens:
     """What a policy term is made of, each [B, T] and finite where the mask is False.
 
-    `logprob` and the log-ratios carry the gradient; `log_ratio` is d, `level_log_ratio` is w, clamped.
+    `logprob` and the log-ratios carry the gradient; `log_ratio` is d, `level_log_ratio` is w, clamped. sums: those of
+    `summands`. batch_group: the ranks whose tokens a selection is made of.
     """
 
     logprob: Tensor
@@ -51,6 +54,8 @@ class Tokens:
     mask: Tensor
     log_ratio: Tensor
     level_log_ratio: Tensor
+    sums: SequenceSums
+    batch_group: Group | None = None
 
 
 @dataclass(frozen=True)
@@ -61,12 +66,33 @@ class PolicyTerm:
     clipped: dict[str, Tensor] = field(default_factory=dict)
 
 
-def level_log_ratio(log_ratio: Tensor, mask: Tensor, options: PolicyOptions) -> Tensor:
-    """w [B, T]: the log-ratio at the importance level, clamped."""
+def summands(
+    log_ratio: Tensor, advantages: Tensor, mask: Tensor, options: PolicyOptions, log_weight: Tensor | None = None
+) -> dict[str, Tensor]:
+    """What the term sums over the tokens of a sequence, by name, each [B, T]; `log_weight`: see `policy_term`."""
+    found = {"tokens": mask}
     if options.importance_level != "token":
-        total = (log_ratio * mask).sum(-1, keepdim=True)
+        found["log_ratio"] = log_ratio * mask
+    if options.loss_type == "gmpo":
+        found["gmpo"] = _against(log_ratio, advantages, options) * mask
+    if options.loss_type == "vespo":
+        contributions = log_ratio.detach().clamp(-20.0, 20.0)
+        if log_weight is not None:
+            contributions = contributions + log_weight.clamp(_VESPO_LOW, _VESPO_HIGH)
+        found["vespo"] = contributions * mask
+    return found
+
+
+def level_log_ratio(
+    log_ratio: Tensor, mask: Tensor, options: PolicyOptions, sums: SequenceSums | None = None
+) -> Tensor:
+    """w [B, T]: the log-ratio at the importance level, clamped. `sums`: its own and the tokens'; None: of rows."""
+    if options.importance_level != "token":
+        if sums is None:
+            sums = rows(mask).sums({"tokens": mask, "log_ratio": log_ratio * mask})
+        total = sums.at("log_ratio")
         if options.importance_level == "sequence":
-            total = total / mask.sum(-1, keepdim=True).clamp_min(1)
+            total = total / sums.at("tokens").clamp_min(1)
         log_ratio = total.expand_as(log_ratio)
     low, high = bounds(options.log_ratio_clamp)
     return log_ratio if low == -math.inf and high == math.inf else log_ratio.clamp(low, high)
@@ -78,12 +104,12 @@ def ratio_bounds(options: PolicyOptions) -> tuple[float, float]:
     return 1 - options.clip_low, 1 + options.clip_high
 
 
-def policy_term(tokens: Tokens, options: PolicyOptions, log_weight: Tensor | None) -> PolicyTerm:
-    """The term of `options.loss_type`; `log_weight` [B, T] is the log of the off-policy weight that VESPO takes in."""
+def policy_term(tokens: Tokens, options: PolicyOptions) -> PolicyTerm:
+    """The term of `options.loss_type`."""
     if options.loss_type in CLIPPED:
         return clipped_surrogate(tokens, options)
     if options.loss_type == "vespo":
-        return vespo(tokens, options, log_weight)
+        return vespo(tokens, options)
     return {
         "cispo": cispo, "sapo": sapo, "gmpo": gmpo, "reinforce": reinforce, "topr": topr, "dppo_tv": dppo,
         "dppo_kl": dppo,
@@ -140,12 +166,11 @@ def clipped_surrogate(tokens: Tokens, options: PolicyOptions) -> PolicyTerm:
 
 def covariance(tokens: Tokens) -> Tensor:
     """(A − mean A)(log π − mean log π) over the batch's tokens: how much a token's update lowers the entropy."""
-    count = tokens.mask.sum().clamp_min(1)
-
-    def centred(x: Tensor) -> Tensor:
-        return x - (x * tokens.mask).sum() / count
-
-    return centred(tokens.advantages) * centred(tokens.logprob.detach())
+    both = torch.stack([tokens.advantages, tokens.logprob.detach()])
+    found = torch.stack([*(both * tokens.mask).flatten(1).sum(1), tokens.mask.sum().to(both.dtype)])
+    totals = summed(found, tokens.batch_group)
+    advantages, logprob = (both - (totals[:2] / totals[2].clamp_min(1))[:, None, None]).unbind()
+    return advantages * logprob
 
 
 def clip_cov(tokens: Tokens, options: PolicyOptions, already: Tensor) -> Tensor:
@@ -154,20 +179,23 @@ def clip_cov(tokens: Tokens, options: PolicyOptions, already: Tensor) -> Tensor:
     low, high = options.cov_bounds
     cov = covariance(tokens)
     candidates = tokens.mask & ~already & (cov > low) & (cov < high)
-    return _largest(torch.rand_like(cov), candidates, tokens.mask, options.cov_fraction)
+    return _largest(torch.rand_like(cov), candidates, tokens, options.cov_fraction)
 
 
 def kl_cov(tokens: Tokens, options: PolicyOptions) -> Tensor:
     """KL-Cov (arXiv 2505.22617): the `cov_fraction` of the tokens with the highest covariance; at least one."""
-    return _largest(covariance(tokens), tokens.mask, tokens.mask, options.cov_fraction)
+    return _largest(covariance(tokens), tokens.mask, tokens, options.cov_fraction)
 
 
-def _largest(key: Tensor, candidates: Tensor, mask: Tensor, fraction: float) -> Tensor:
-    """The candidates with the largest keys, `fraction` of the mask's tokens: by rank, so that no count leaves the
+def _largest(key: Tensor, candidates: Tensor, tokens: Tokens, fraction: float) -> Tensor:
+    """The candidates with the largest keys, `fraction` of the batch's tokens: by rank, so that no count leaves the
     device."""
-    order = torch.where(candidates, key, -torch.inf).reshape(-1).argsort(descending=True)
+    count = summed(tokens.mask.sum(), tokens.batch_group)
+    wanted = (count.double() * fraction).floor().clamp_min(1)
+    if tokens.batch_group is not None:
+        return largest(key, candidates, wanted.long(), tokens.batch_group)
+    order = torch.where(candidates, key, -torch.inf).reshape(-1).argsort(descending=True, stable=True)
     rank = torch.empty_like(order).scatter_(0, order, torch.arange(order.numel(), device=order.device))
-    wanted = (mask.sum().double() * fraction).floor().clamp_min(1)
     return (rank < wanted).reshape(key.shape) & candidates
 
 
@@ -192,12 +220,9 @@ def sapo(tokens: Tokens, options: PolicyOptions) -> PolicyTerm:
     return PolicyTerm(-torch.where(tokens.advantages > 0, positive, negative) * tokens.advantages)
 
 
-def vespo(tokens: Tokens, options: PolicyOptions, log_weight: Tensor | None) -> PolicyTerm:
+def vespo(tokens: Tokens, options: PolicyOptions) -> PolicyTerm:
     with torch.no_grad():
-        contributions = tokens.log_ratio.clamp(-20.0, 20.0)
-        if log_weight is not None:
-            contributions = contributions + log_weight.clamp(_VESPO_LOW, _VESPO_HIGH)
-        log_w = (contributions * tokens.mask).sum(-1, keepdim=True).clamp(_VESPO_LOW, _VESPO_HIGH)
+        log_w = tokens.sums.at("vespo").clamp(_VESPO_LOW, _VESPO_HIGH)
         positive, negative = (
             (max(rate, 1e-4) + k * log_w - max(rate, 1e-4) * log_w.exp()).exp()
             for k, rate in (options.vespo_positive, options.vespo_negative)
@@ -206,12 +231,17 @@ def vespo(tokens: Tokens, options: PolicyOptions, log_weight: Tensor | None) -> 
     return PolicyTerm(score(tokens, phi))
 
 
+def _against(log_ratio: Tensor, advantages: Tensor, options: PolicyOptions) -> Tensor:
+    """GMPO's d': the log-ratio, clipped where that lowers the objective."""
+    low, high = bounds(options.log_ratio_clamp)
+    inside = log_ratio.clamp(-options.clip_low, options.clip_high)
+    lower = torch.where(advantages > 0, torch.min(log_ratio, inside), torch.max(log_ratio, inside))
+    return lower.clamp(low, high)
+
+
 def gmpo(tokens: Tokens, options: PolicyOptions) -> PolicyTerm:
     ratio, advantages = tokens.log_ratio, tokens.advantages
-    low, high = bounds(options.log_ratio_clamp)
-    inside = ratio.clamp(-options.clip_low, options.clip_high)
-    against = torch.where(advantages > 0, torch.min(ratio, inside), torch.max(ratio, inside)).clamp(low, high)
-    mean = (against * tokens.mask).sum(-1, keepdim=True) / tokens.mask.sum(-1, keepdim=True).clamp_min(1)
+    mean = tokens.sums.at("gmpo") / tokens.sums.at("tokens").clamp_min(1)
     clipped = {
         "low": (ratio < -options.clip_low) & (advantages < 0),
         "high": (ratio > options.clip_high) & (advantages > 0),

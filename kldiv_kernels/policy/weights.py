@@ -20,8 +20,10 @@ import math
 import torch
 from torch import Tensor
 
+from kldiv_kernels.parallel import Group, at_positions, summed
 from kldiv_kernels.policy.inputs import Batch
-from kldiv_kernels.policy.options import PolicyOptions, bounds
+from kldiv_kernels.policy.options import INF, PolicyOptions, bounds
+from kldiv_kernels.policy.sequences import SequenceSums, rows
 from kldiv_kernels.policy.slopes import product, times, with_slope
 from kldiv_kernels.policy.terms import Tokens
 
@@ -49,7 +51,7 @@ def sampled_kl(tokens: Tokens, reference: Tensor, options: PolicyOptions) -> Ten
     value = product(k, scale)
     alone = (w > low) & (w < high)
     if options.importance_level != "token":
-        alone = alone & (tokens.mask.sum(-1, keepdim=True) == 1)
+        alone = alone & (tokens.sums.at("tokens") == 1)
     apart = torch.where(alone, 0.0, tokens.level_log_ratio - tokens.logprob)
     by_level = torch.where(slope == 0, value, product(rest, w.exp()))
     return with_slope(with_slope(value, apart, product(slope, scale)), tokens.level_log_ratio, by_level)
@@ -127,16 +129,30 @@ def _estimate(
     return k, torch.where(held, 0.0, slope), torch.where(held, k, rest), shift
 
 
-def off_policy_weight(batch: Batch, options: PolicyOptions) -> Tensor | None:
+def summands(batch: Batch, options: PolicyOptions, kept: Tensor) -> dict[str, Tensor]:
+    """What weights and selections sum over the tokens of a sequence, by name, each [B, T]; `kept`: of the quantile."""
+    found = {"tokens": batch.valid}
+    if options.entropy_quantile < 1 and options.entropy_coef != 0:
+        found["kept"] = kept
+    if batch.sampling is not None and options.off_policy.startswith("sequence"):
+        found["off_policy"] = (batch.old - batch.sampling) * batch.valid
+    if options.off_policy_threshold < INF:
+        sampling = batch.old if batch.sampling is None else batch.sampling
+        found["drift"] = (sampling - batch.logprob.detach()) * batch.valid
+    return found
+
+
+def off_policy_weight(batch: Batch, options: PolicyOptions, sums: SequenceSums | None = None) -> Tensor | None:
     """[B, T], π_old/π_sampling of a token or the product over its sequence: truncated to, or 0 outside, the bounds.
 
-    None where there is no such correction.
+    None where there is no such correction. `sums`: of `summands`, for the sequence's.
     """
     if batch.sampling is None or options.off_policy == "none":
         return None
-    log_weight = (batch.old - batch.sampling) * batch.valid
-    if options.off_policy.startswith("sequence"):
-        log_weight = log_weight.sum(-1, keepdim=True).expand_as(batch.old)
+    if sums is not None and options.off_policy.startswith("sequence"):
+        log_weight = sums.at("off_policy").expand_as(batch.old)
+    else:
+        log_weight = (batch.old - batch.sampling) * batch.valid
     weight = log_weight.exp()
     low, high = options.off_policy_min, options.off_policy_max
     if options.off_policy.endswith("truncate"):
@@ -144,27 +160,28 @@ def off_policy_weight(batch: Batch, options: PolicyOptions) -> Tensor | None:
     return torch.where((weight < low) | (weight > high), 0.0, weight)
 
 
-def on_policy_sequences(
-    logprob: Tensor, sampling: Tensor, advantages: Tensor, mask: Tensor, threshold: float
-) -> Tensor:
+def on_policy_sequences(sums: SequenceSums, advantages: Tensor, threshold: float) -> Tensor:
     """Off-policy sequence mask (DeepSeek-V3.2), bool [B, T]: False in a sequence whose mean log π_sampling − log π is
-    above the threshold, where the advantage is negative."""
-    drift = ((sampling - logprob.detach()) * mask).sum(-1, keepdim=True)
-    return (advantages >= 0) | (drift / mask.sum(-1, keepdim=True).clamp_min(1) <= threshold)
+    above the threshold, where the advantage is negative. `sums`: of `summands`."""
+    return (advantages >= 0) | (sums.at("drift") / sums.at("tokens").clamp_min(1) <= threshold)
 
 
-def highest_entropy(entropy: Tensor, mask: Tensor, fraction: float) -> Tensor:
+def highest_entropy(entropy: Tensor, mask: Tensor, fraction: float, group: Group | None = None) -> Tensor:
     """Bool [B, T]: the tokens whose entropy is at least the (1 − fraction)-quantile over the mask.
 
-    torch.quantile (linear interpolation), written so that the number of tokens stays on the device.
+    torch.quantile (linear interpolation), written so that the number of tokens stays on the device. group: over the
+    tokens of all its ranks.
     """
-    if entropy.numel() == 0:
+    if entropy.numel() == 0 and group is None:
         return mask
-    ordered = torch.where(mask, entropy.detach(), torch.inf).reshape(-1).sort().values
-    position = (mask.sum() - 1).clamp_min(0).double() * (1 - fraction)
+    position = (summed(mask.sum(), group) - 1).clamp_min(0).double() * (1 - fraction)
     below, above = position.floor(), position.ceil()
-    # gather, because indexing by a tensor without dimensions would wait for its value.
-    low, high = (ordered.gather(0, at.long().reshape(1)) for at in (below, above))
+    at = torch.stack([below, above]).long()
+    if group is None:
+        ordered = torch.where(mask, entropy.detach(), torch.inf).reshape(-1).sort().values
+        low, high = ordered[at].unbind()
+    else:
+        low, high = at_positions(entropy, mask, at, group).unbind()
     return mask & (entropy.detach() >= low + (high - low) * (position - below).to(low.dtype))
 
 
@@ -179,23 +196,36 @@ def aggregation_weights(
     aggregation: str = "token-mean",
     normalizer: float | Tensor | None = None,
     count_empty: bool = True,
+    sums: SequenceSums | None = None,
+    name: str = "tokens",
 ) -> Tensor:
-    """What each token counts in the loss: [B, T], 0 where the mask is False."""
-    counts = mask.sum(-1, keepdim=True)
+    """What each token counts in the loss: [B, T], 0 where the mask is False.
+
+    `sums` has under `name` the number of the mask's tokens in each sequence; None: the sequences are rows.
+    """
+    sums = rows(mask).sums({name: mask}) if sums is None else sums
+    counts = sums[name]
     if normalizer is None:
         if aggregation == "token-mean":
             normalizer = counts.sum().clamp_min(1)
         elif aggregation == "token-sum":
             normalizer = 1.0
         else:
-            normalizer = max(counts.numel(), 1) if count_empty else (counts > 0).sum().clamp_min(1)
+            number = sums.sequences.count if count_empty else (counts > 0).sum()
+            normalizer = number.clamp_min(1) if isinstance(number, Tensor) else max(number, 1)
     weights = mask.to(dtype) / normalizer
-    return weights / counts.clamp_min(1) if aggregation == "seq-mean-token-mean" else weights
+    return weights / sums.at(name).clamp_min(1) if aggregation == "seq-mean-token-mean" else weights
 
 
 def aggregate(
-    values: Tensor, mask: Tensor, aggregation: str, normalizer: float | Tensor | None, count_empty: bool
+    values: Tensor,
+    mask: Tensor,
+    aggregation: str,
+    normalizer: float | Tensor | None,
+    count_empty: bool,
+    sums: SequenceSums | None = None,
+    name: str = "tokens",
 ) -> Tensor:
-    """The scalar of per-token values [B, T]; 0 without tokens."""
-    weights = aggregation_weights(mask, values.dtype, aggregation, normalizer, count_empty)
+    """The scalar of per-token values [B, T]; 0 without tokens. `sums`, `name`: see `aggregation_weights`."""
+    weights = aggregation_weights(mask, values.dtype, aggregation, normalizer, count_empty, sums, name)
     return (torch.where(mask, values, 0.0) * weights).sum()

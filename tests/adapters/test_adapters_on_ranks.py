@@ -21,12 +21,12 @@ _MODULE = "adapter_cases"
 
 @pytest.fixture(scope="module")
 def outcomes() -> dict[str, list[str]]:
-    return ranks.run(_MODULE, 2)
+    return ranks.run(2, _MODULE)
 
 
 @pytest.mark.parametrize("name", ranks.cases_of(_MODULE))
 def test_on_two_ranks(name: str, outcomes: dict[str, list[str]]) -> None:
-    if name == "case_beside_verls_own_for_megatron" and find_spec("verl") is None:
+    if name == f"{_MODULE}.case_beside_verls_own_for_megatron" and find_spec("verl") is None:
         pytest.skip("verl is not installed")
     assert not outcomes["start"], outcomes["start"][0]
     assert not outcomes[name], outcomes[name][0]

@@ -42,7 +42,7 @@ def case_both_compute_the_loss_of_whole_rows(rank: int, world: int) -> None:
 
 
 def test_both_compute_the_loss_of_whole_rows() -> None:
-    failed = ranks.run(__name__, 2)
+    failed = ranks.run(2, __name__)
     assert not any(failed.values()), failed
 
 

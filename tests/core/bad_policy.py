@@ -23,6 +23,7 @@ def _policy(**options: object) -> Callable[[], object]:
 
 TOKENS = torch.zeros(2, 3)
 PACKED = {"logits": ROWS[0], "token_ids": LABELS[0], "advantages": TOKENS[0]}
+BOUNDS = torch.tensor([0, 2, 3])
 POLICY: dict[str, tuple[Callable[[], object], type[Exception], str]] = {
     "logits": (
         _policy(logits=torch.zeros(8)), ValueError,
@@ -195,6 +196,54 @@ POLICY: dict[str, tuple[Callable[[], object], type[Exception], str]] = {
     "packed off_policy": (
         _policy(**PACKED, loss_type="dapo", sampling_logprobs=TOKENS[0], off_policy="sequence_mask"), ValueError,
         "off_policy is 'sequence_mask', which needs sequences",
+    ),
+    "both forms of packing": (
+        _policy(**PACKED, cu_seqlens=BOUNDS, sequence_ids=LABELS[0]), ValueError,
+        "policy_loss: cu_seqlens and sequence_ids are both given; pass one",
+    ),
+    "packing of rows": (
+        _policy(cu_seqlens=BOUNDS), ValueError,
+        "policy_loss: cu_seqlens is given beside logits of shape [2, 3, 8], whose rows are sequences; expected",
+    ),
+    "sequence_ids": (
+        _policy(**PACKED, sequence_ids=LABELS), ValueError, "policy_loss: sequence_ids has shape [2, 3]; expected [3]",
+    ),
+    "sequence_ids dtype": (
+        _policy(**PACKED, sequence_ids=TOKENS[0]), TypeError, "sequence_ids has dtype torch.float32; expected int64",
+    ),
+    "cu_seqlens list": (_policy(**PACKED, cu_seqlens=[0, 3]), TypeError, "cu_seqlens is list; expected a torch.Tensor"),
+    "cu_seqlens dtype": (
+        _policy(**PACKED, cu_seqlens=torch.zeros(2)), TypeError,
+        "cu_seqlens has dtype torch.float32; expected int32 or int64",
+    ),
+    "cu_seqlens shape": (
+        _policy(**PACKED, cu_seqlens=BOUNDS[:0]), ValueError, "cu_seqlens has shape [0]; expected [sequences + 1]",
+    ),
+    "cu_seqlens device": (
+        _policy(**PACKED, cu_seqlens=BOUNDS.to("meta")), ValueError, "cu_seqlens is on meta; expected cpu like logits",
+    ),
+    **{
+        f"cu_seqlens {wrong}": (
+            _policy(**PACKED, cu_seqlens=torch.tensor(wrong)), ValueError,
+            f"cu_seqlens is {wrong}; expected numbers from 0 on that do not fall, to 3 at most, the number of tokens",
+        )
+        for wrong in ([1, 3], [0, 4], [0, 2, 1])
+    },
+    "advantages of bounds": (
+        _policy(**{**PACKED, "advantages": torch.zeros(1)}, cu_seqlens=BOUNDS), ValueError,
+        "advantages has shape [1]; expected [2], one a sequence of cu_seqlens, or [3]",
+    ),
+    "advantages of numbers": (
+        _policy(**{**PACKED, "advantages": torch.zeros(2)}, sequence_ids=torch.tensor([0, 1, 2])), ValueError,
+        "sequence_ids has 2; with advantages of shape [2] expected their places, 0 to 1, or -1 for padding",
+    ),
+    "sequence_group": (
+        _policy(sequence_group="world"), TypeError,
+        "policy_loss: sequence_group is str; expected None or a torch.distributed.ProcessGroup",
+    ),
+    "batch_group of a module": (
+        lambda: kk.nn.PolicyLoss(batch_group=3.0, entropy_quantile=0.5), TypeError,
+        "PolicyLoss: batch_group is float; expected None or a torch.distributed.ProcessGroup",
     ),
     "packed advantages": (
         _policy(**{**PACKED, "advantages": torch.zeros(2)}), ValueError, "advantages has shape [2]; expected [3], one",

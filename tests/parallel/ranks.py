@@ -20,16 +20,22 @@ import kldiv_kernels as kk  # noqa: F401  (its library is loaded before the proc
 _WAIT = timedelta(seconds=60)
 
 
-def cases_of(module: str) -> list[str]:
-    return [name for name in vars(importlib.import_module(module)) if name.startswith("case_")]
+def cases_of(*modules: str) -> list[str]:
+    """module.case, in their order."""
+    return [
+        f"{module}.{name}"
+        for module in modules
+        for name in vars(importlib.import_module(module))
+        if name.startswith("case_")
+    ]
 
 
-def run(module: str, world: int) -> dict[str, list[str]]:
+def run(world: int, *modules: str) -> dict[str, list[str]]:
     """What went wrong in each case, rank by rank; the first failure ends all of them."""
     context = get_context("spawn")
     said = context.Queue()
     with tempfile.TemporaryDirectory() as folder:
-        arguments = [(rank, world, module, os.path.join(folder, "meeting"), said) for rank in range(world)]
+        arguments = [(rank, world, modules, os.path.join(folder, "meeting"), said) for rank in range(world)]
         processes = [context.Process(target=_run, args=of_rank) for of_rank in arguments]
         for process in processes:
             process.start()
@@ -42,11 +48,11 @@ def run(module: str, world: int) -> dict[str, list[str]]:
         for process in processes:
             process.join(timeout=60)
             process.kill()
-    names = cases_of(module)
+    names = cases_of(*modules)
     return {name: [text for of_rank in found for of, text in of_rank if of == name] for name in [*names, "start"]}
 
 
-def _run(rank: int, world: int, module: str, meeting: str, said: Any) -> None:
+def _run(rank: int, world: int, modules: tuple[str, ...], meeting: str, said: Any) -> None:
     found: list[tuple[str, str]] = []
     name = "start"
     try:
@@ -54,10 +60,10 @@ def _run(rank: int, world: int, module: str, meeting: str, said: Any) -> None:
         distributed.init_process_group(
             "gloo", init_method=f"file://{meeting}", rank=rank, world_size=world, timeout=_WAIT
         )
-        cases = importlib.import_module(module)
-        for name in cases_of(module):
+        for name in cases_of(*modules):
+            module, _, case = name.rpartition(".")
             torch.manual_seed(0)
-            getattr(cases, name)(rank, world)
+            getattr(importlib.import_module(module), case)(rank, world)
             distributed.barrier()
         distributed.destroy_process_group()
     except BaseException:

@@ -77,6 +77,24 @@ def test_groups(name: str) -> None:
     assert torch.allclose(single.double(), got, rtol=1e-4, atol=1e-5)
 
 
+def test_scaled_by_the_batch() -> None:
+    rewards = _rewards()
+    got = advantages.group_relative(rewards, GROUPS, scale="batch", eps=0.1)
+    centred = torch.tensor(_per_group(lambda x, i: x[i] - _mean(x), rewards), dtype=torch.float64)
+    assert torch.allclose(got, centred / (_std(rewards.tolist()) + 0.1), rtol=1e-9, atol=1e-12)
+    assert not got[GROUPS == 300].any()
+    assert advantages.group_relative(torch.ones(1), torch.zeros(1).long(), scale="batch").item() == 0
+    with pytest.raises(ValueError, match=r"group_relative: scale is 'group'; expected True, False or 'batch'"):
+        advantages.group_relative(rewards, GROUPS, scale="group")
+
+
+def test_groups_with_variance() -> None:
+    for dtype in (torch.float64, torch.bfloat16):
+        kept = advantages.with_variance(_rewards().to(dtype), GROUPS)
+        assert kept.tolist() == [group in (9, -4) for group in GROUPS.tolist()]
+    assert advantages.with_variance(torch.ones(0), GROUPS[:0]).tolist() == []
+
+
 def test_leave_one_out_where_the_others_agree() -> None:
     """One success among equal failures: dividing by rounding instead of a deviation would be enormous."""
     for dtype in (torch.float32, torch.float64):

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, distributed
 from trl.models.utils import disable_gradient_checkpointing
 from trl.trainer import grpo_trainer
 from trl.trainer.utils import use_adapter
@@ -16,7 +16,7 @@ from kldiv_kernels.adapters.trl import grpo_entropy, grpo_metrics
 from kldiv_kernels.adapters.trl.grpo_options import is_windowed, policy_arguments, resolved
 from kldiv_kernels.adapters.trl.grpo_recipes import GRPORecipe
 from kldiv_kernels.adapters.trl.scoring import LogitsOfCompletion, Score, run_outside_autocast
-from kldiv_kernels.policy import DPPO, EXACT_KL, policy_loss
+from kldiv_kernels.policy import DPPO, EXACT_KL, looks_at_the_batch, policy_loss
 from kldiv_kernels.stats import selective_log_softmax, token_stats
 
 _SCORING_INPUTS = inspect.signature(grpo_trainer.GRPOTrainer._get_per_token_logps_and_entropies).parameters
@@ -32,6 +32,8 @@ class GRPOTrainer(grpo_trainer.GRPOTrainer):
       vocab], which TRL's fused head does not keep in memory. Under autocast accelerate returns them in float32.
     - `policy_loss_options` reaches the loss types, clips, KL estimators, off-policy corrections and aggregations that
       GRPOConfig has no field for.
+    - The quantile of `top_entropy_quantile`, and the selections of `cov_selection`, are over the tokens of all
+      processes.
     - Where vLLM's log-probability is NaN, off_policy_mask_threshold takes the old policy's; TRL takes the current one.
 
     Args:
@@ -71,12 +73,9 @@ class GRPOTrainer(grpo_trainer.GRPOTrainer):
         self._how = {"temperature": self.temperature} | {
             name: self._policy_arguments[name] for name in ("backend", "vocab_size") if name in self._policy_arguments
         }
-        if self._policy_options.entropy_quantile < 1 and self.accelerator.num_processes > 1:
-            raise ValueError(
-                f"GRPOTrainer: top_entropy_quantile is {self._policy_options.entropy_quantile} on "
-                f"{self.accelerator.num_processes} processes; expected 1.0, because policy_loss takes the quantile "
-                "over the tokens of one process and TRL over those of all"
-            )
+        # As TRL gathers over all processes for its quantile.
+        several = self.accelerator.num_processes > 1 and looks_at_the_batch(self._policy_options)
+        self._batch_group = distributed.group.WORLD if several else None
         if self.args.cast_lm_head_to_fp32:
             for model in (self.model, self.ref_model):
                 if model is not None:
@@ -158,12 +157,12 @@ class GRPOTrainer(grpo_trainer.GRPOTrainer):
         out = policy_loss(
             logits, inputs["completion_ids"], inputs["advantages"],
             preset="trl", mask=mask, temperature=self.temperature, entropy_coef=coefficient,
-            normalizer=self._normalizer(inputs, mask, accumulation),
+            normalizer=self._normalizer(inputs, mask, accumulation), batch_group=self._batch_group,
             **self._tensors(logits, inputs, mask) | self._policy_arguments | self._of_recipe(logits, inputs, mask),
         )  # fmt: skip
 
         metrics = self._metrics["train" if training else "eval"]
-        batch = grpo_metrics.Batch(out, self._policy_options, inputs, mask)
+        batch = grpo_metrics.Batch(out, self._policy_options, inputs, mask, self._batch_group)
         if self._entropy_bonus_enabled:
             plain = grpo_entropy.loss_without_bonus(batch, coefficient)
             plain = plain if is_windowed(self._policy_options) else plain * accumulation

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 from trl.trainer.utils import nanmax, nanmin
 
+from kldiv_kernels.parallel import Group
 from kldiv_kernels.policy import CLIPPED, PolicyLoss, PolicyOptions, highest_entropy, level_log_ratio, ratio_bounds
 
 _TRL_NAMES = {"entropy": "entropy", "kl": "kl", "exact_kl": "kl"}
@@ -22,18 +23,20 @@ _EXTREMES = {
 
 @dataclass(frozen=True)
 class Batch:
-    """One call of policy_loss and its mask [B, T]."""
+    """One call of policy_loss, its mask [B, T] and its batch_group."""
 
     out: PolicyLoss
     options: PolicyOptions
     inputs: Mapping[str, Any]
     mask: Tensor
+    batch_group: Group | None = None
 
     @property
     def entropy_of_kept(self) -> Tensor:
         """[2]: the sum of the entropies that the bonus acts on, and their number."""
         if self.options.entropy_quantile < 1:
-            kept = highest_entropy(self.out.entropy, self.mask != 0, self.options.entropy_quantile)
+            quantile = self.options.entropy_quantile
+            kept = highest_entropy(self.out.entropy, self.mask != 0, quantile, self.batch_group)
             return torch.stack([torch.where(kept, self.out.entropy, 0.0).sum(), kept.sum()])
         tokens = self.out.metrics["tokens"]
         return torch.stack([self.out.metrics["entropy"] * tokens, tokens])
