@@ -22,6 +22,9 @@ and in its header what `cache.json` says, its number, its counts and a CRC-32 of
 safetensors: random access by memory map, and any language reads them. (Parquet would pack ids smaller but be decoded
 page by page; a loss needs rows as they are.)
 
+Shards are read in the order of their numbers. A cache that several processes began may lack one between others, and
+is refused until `ParallelCacheWriter` has written it.
+
 Float16 halves the log-probs and rounds them by up to 2⁻¹¹ of their size, so that a row may sum to slightly more
 than 1. Needs the extra `kldiv_kernels[cache]`.
 """
@@ -30,12 +33,14 @@ from __future__ import annotations
 
 from kldiv_kernels.teacher_cache.adapters import Rows, from_prompt_logprobs, from_rows
 from kldiv_kernels.teacher_cache.info import CacheInfo
+from kldiv_kernels.teacher_cache.parallel import ParallelCacheWriter
 from kldiv_kernels.teacher_cache.reader import CachedSequence, TeacherCache
 from kldiv_kernels.teacher_cache.writer import TeacherCacheWriter
 
 __all__ = [
     "CacheInfo",
     "CachedSequence",
+    "ParallelCacheWriter",
     "Rows",
     "TeacherCache",
     "TeacherCacheWriter",

@@ -112,6 +112,28 @@ def write_record(folder: Path, info: CacheInfo, totals: Totals | None) -> None:
     write_whole(folder / RECORD, len(content), lambda path: path.write_bytes(content))
 
 
+def open_record(folder: Path, info: CacheInfo, *, resume: bool, shards: int, begin: bool = True) -> None:
+    """Begin the cache in `folder`, which has `shards` shards, or see to it that it can go on.
+
+    Raises ValueError where a cache is there and `resume` is not given, it is finished or of something else than `info`,
+    or where none is: with shards without a record, or without `begin`.
+    """
+    if begin and not (folder / RECORD).exists():
+        # Without the record nothing says whose shards these are.
+        if shards:
+            raise ValueError(f"{folder} holds {shards} shards but no {RECORD}; choose another folder")
+        write_record(folder, info, None)
+        return
+    found, finished = read_record(folder)
+    if not resume:
+        raise ValueError(f"{folder} holds a cache of {found.teacher!r}; expected none (resume=True continues it)")
+    difference = first_difference(info, found)
+    if difference is not None:
+        raise ValueError(f"info: {difference}, as the cache in {folder} began")
+    if finished is not None:
+        raise ValueError(f"{folder} is a finished cache of {finished.sequences} sequences; nothing can be added")
+
+
 def read_record(folder: Path) -> tuple[CacheInfo, Totals | None]:
     """Of the cache in `folder`; the totals are None while it is being written. ValueError where there is none."""
     path = folder / RECORD

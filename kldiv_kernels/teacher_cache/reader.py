@@ -52,7 +52,8 @@ class TeacherCache:
     Args:
         folder: of the cache.
         teacher, vocab_size, k, temperature, head: what the caller needs the cache to have; None (default) takes any.
-        partial: accept a cache whose writer has not finished, and read the shards that are there.
+        partial: accept a cache whose writer has not finished, and read the shards that are there. Several processes
+            may have left out one between others: such a cache is refused until it goes on.
         check: compare each shard's checksum when it is first read, which reads all of it (1.4 GB/s here). False
             leaves that to `verify`.
 
@@ -93,12 +94,12 @@ class TeacherCache:
             found = getattr(self.info, name)
             if value is not None and found != value:
                 raise ValueError(f"TeacherCache: {name} of the cache is {found!r}; expected {value!r}")
-        self._paths = shard.numbered(self.folder)
         if finished is None and not partial:
             raise ValueError(
-                f"TeacherCache: {folder} is not finished, {len(self._paths)} shards are there; "
+                f"TeacherCache: {folder} is not finished, {len(shard.present(self.folder))} shards are there; "
                 "expected a finished cache (continue its writer, or pass partial=True to read these)"
             )
+        self._paths = shard.numbered(self.folder)
         if finished is not None and len(self._paths) != finished.shards:
             raise ValueError(f"TeacherCache: {folder} has {len(self._paths)} shards; expected {finished.shards}")
         self._headers = [shard.read_header(path, self.info) for path in self._paths]

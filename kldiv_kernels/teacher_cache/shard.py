@@ -59,9 +59,17 @@ def path_of(folder: Path, number: int) -> Path:
     return folder / f"shard-{number:05d}.safetensors"
 
 
+def present(folder: Path) -> list[int]:
+    """The numbers of the shards in `folder`, increasing."""
+    return sorted(int(match[1]) for path in folder.iterdir() if (match := _NAME.fullmatch(path.name)))
+
+
 def numbered(folder: Path) -> list[Path]:
-    """The shards in `folder`, in order. Raises ValueError naming the first one that is missing."""
-    found = sorted(int(match[1]) for path in folder.iterdir() if (match := _NAME.fullmatch(path.name)))
+    """The shards in `folder`, in order. Raises ValueError naming the first one that is missing.
+
+    Read past it, all sequences behind it would have the numbers of others.
+    """
+    found = present(folder)
     for expected, number in enumerate(found):
         if number != expected:
             missing = path_of(folder, expected).name

@@ -2,33 +2,21 @@
 
 from __future__ import annotations
 
-import fcntl
-import os
 from pathlib import Path
 from types import TracebackType
 from typing import Any
 
-import numpy as np
-import torch
-
 from kldiv_kernels.linear import TeacherProjection
 from kldiv_kernels.teacher_cache import shard
-from kldiv_kernels.teacher_cache.info import (
-    RECORD,
-    CacheInfo,
-    Totals,
-    first_difference,
-    read_record,
-    write_record,
-)
-from kldiv_kernels.teacher_cache.rows import SequenceRows, checked
+from kldiv_kernels.teacher_cache.assembly import checked_batch, write_shard
+from kldiv_kernels.teacher_cache.info import CacheInfo, Totals, open_record, write_record
+from kldiv_kernels.teacher_cache.lock import Lock
+from kldiv_kernels.teacher_cache.rows import SequenceRows
 from kldiv_kernels.teacher_cache.shard import Header
-
-_LOCK = ".lock"
 
 
 class TeacherCacheWriter:
-    """Appends sequences to a cache in `folder`; one writer at a time.
+    """Appends sequences to a cache in `folder`; one writer at a time (`ParallelCacheWriter`: several processes).
 
     Where shards end depends on the sequences alone: a killed writer that is reopened and fed from sequence
     `writer.sequences` on leaves the same bytes as one that was not killed.
@@ -43,7 +31,7 @@ class TeacherCacheWriter:
 
     Raises:
         ValueError: a cache is there and `resume` is not given, it is of another teacher, K or vocabulary, it is
-            finished, or one of its shards is damaged.
+            finished, one of its shards is damaged, or one is missing between others, as several processes leave it.
         BlockingIOError: another writer has it open.
         OSError: the disk is full, or refuses otherwise, here or in `append` and `finish`: it names the folder and the
             bytes. The writer is then closed, and what was on disk before goes on with `resume`.
@@ -65,7 +53,7 @@ class TeacherCacheWriter:
         self._pending: list[SequenceRows] = []
         self._pending_rows = 0
         self._on_disk = Totals(shards=0, sequences=0, tokens=0, rows=0)
-        self._lock: int | None = _locked(self.folder)
+        self._lock: Lock | None = Lock(self.folder)
         try:
             self._open(resume)
         except BaseException:
@@ -99,26 +87,8 @@ class TeacherCacheWriter:
         """
         if self._lock is None:
             raise ValueError("append: the writer is closed; open the cache with resume=True to continue it")
-        ids, rows, logprobs = (torch.as_tensor(value) for value in (token_ids, topk_ids, topk_logprobs))
-        where = None if positions is None else torch.as_tensor(positions)
         first = self._on_disk.sequences + len(self._pending)
-        if (projection is None) != (self.info.hidden_size == 0):
-            raise ValueError(
-                f"append: projection is {'None' if projection is None else 'given'}, with hidden_size = "
-                f"{self.info.hidden_size} in info; expected {'one' if projection is None else 'none'}"
-            )
-        if ids.dim() == 2:
-            if rows.shape[:1] != ids.shape[:1] or logprobs.shape[:1] != ids.shape[:1]:
-                raise ValueError(
-                    f"append: token_ids, topk_ids and topk_logprobs have shapes {list(ids.shape)}, {list(rows.shape)} "
-                    f"and {list(logprobs.shape)}; expected the same number of sequences in each"
-                )
-            batch = [
-                checked(self.info, first + i, ids[i], where, rows[i], logprobs[i], _of_sequence(projection, i))
-                for i in range(ids.shape[0])
-            ]
-        else:
-            batch = [checked(self.info, first, ids, where, rows, logprobs, projection)]
+        batch = checked_batch(self.info, first, token_ids, topk_ids, topk_logprobs, positions, projection)
         try:
             for sequence in batch:
                 self._add(sequence)
@@ -141,7 +111,7 @@ class TeacherCacheWriter:
         """Let go of the cache without finishing it: what is in no whole shard yet is dropped."""
         self._pending.clear()
         if self._lock is not None:
-            os.close(self._lock)
+            self._lock.close()
             self._lock = None
 
     def __enter__(self) -> TeacherCacheWriter:
@@ -155,25 +125,8 @@ class TeacherCacheWriter:
         self.close()
 
     def _open(self, resume: bool) -> None:
-        paths = shard.numbered(self.folder)
-        if not (self.folder / RECORD).exists():
-            # Without the record nothing says whose shards these are.
-            if paths:
-                raise ValueError(f"{self.folder} holds {len(paths)} shards but no {RECORD}; choose another folder")
-            write_record(self.folder, self.info, None)
-            return
-        info, finished = read_record(self.folder)
-        if not resume:
-            raise ValueError(
-                f"{self.folder} holds a cache of {info.teacher!r}; expected none (resume=True continues it)"
-            )
-        difference = first_difference(self.info, info)
-        if difference is not None:
-            raise ValueError(f"info: {difference}, as the cache in {self.folder} began")
-        if finished is not None:
-            raise ValueError(
-                f"{self.folder} is a finished cache of {finished.sequences} sequences; nothing can be added"
-            )
+        open_record(self.folder, self.info, resume=resume, shards=len(shard.present(self.folder)))
+        paths, info = shard.numbered(self.folder), self.info
         headers = [shard.read_header(path, info) for path in paths]
         if paths:
             # The others were read back, or written over, by nobody since they were whole; this one is the newest.
@@ -194,21 +147,7 @@ class TeacherCacheWriter:
     def _flush(self) -> None:
         if not self._pending:
             return
-        mass = np.concatenate([sequence.mass for sequence in self._pending])
-        arrays = {
-            name: np.concatenate([getattr(sequence, name) for sequence in self._pending])
-            for name in ("token_ids", "positions", "topk_ids", "topk_logprobs")
-        }
-        for name in self._pending[0].projected:
-            arrays[name] = np.concatenate([sequence.projected[name] for sequence in self._pending])
-        arrays["token_offsets"] = _offsets([len(sequence.token_ids) for sequence in self._pending])
-        arrays["row_offsets"] = _offsets([len(sequence.positions) for sequence in self._pending])
-        header = Header(
-            number=self._on_disk.shards, sequences=len(self._pending), tokens=len(arrays["token_ids"]),
-            rows=len(mass), mass_sum=float(mass.sum()), mass_min=float(mass.min()),
-        )  # fmt: skip
-        shard.write(self.folder, self.info, header, arrays)
-        self._count(header)
+        self._count(write_shard(self.folder, self.info, self._on_disk.shards, self._pending))
         self._pending, self._pending_rows = [], 0
 
     def _count(self, header: Header) -> None:
@@ -219,27 +158,3 @@ class TeacherCacheWriter:
             tokens=before.tokens + header.tokens,
             rows=before.rows + header.rows,
         )
-
-
-def _of_sequence(batch: TeacherProjection | None, number: int) -> TeacherProjection | None:
-    if batch is None:
-        return None
-    projection, offset, entropy = batch.projection[number], batch.offset[number], batch.entropy[number]
-    return TeacherProjection(projection, offset, entropy, batch.vocab_size)
-
-
-def _locked(folder: Path) -> int:
-    """A lock that ends with its process, however that ends."""
-    descriptor = os.open(folder / _LOCK, os.O_CREAT | os.O_RDWR, 0o644)
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError as error:
-        os.close(descriptor)
-        if isinstance(error, BlockingIOError):
-            raise BlockingIOError(error.errno, f"another writer has the cache in {folder} open") from None
-        raise
-    return descriptor
-
-
-def _offsets(lengths: list[int]) -> np.ndarray[Any, Any]:
-    return np.concatenate([[0], np.cumsum(lengths)]).astype(np.int64)

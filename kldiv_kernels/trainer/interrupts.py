@@ -18,6 +18,8 @@ from typing import TYPE_CHECKING, Any
 
 import typer
 
+from kldiv_kernels.trainer.ranks import RankLostError
+
 if TYPE_CHECKING:
     from kldiv_kernels.trainer.arguments import DistillationArguments
 
@@ -75,7 +77,7 @@ class Request:
 
 
 def resumable(command: Callable[..., None]) -> Callable[..., None]:
-    """The command, which says when it is interrupted how its run in `output` goes on."""
+    """The command, which says when it is interrupted, or loses another rank, how its run in `output` goes on."""
 
     @functools.wraps(command)
     def run(**options: Any) -> None:
@@ -84,6 +86,10 @@ def resumable(command: Callable[..., None]) -> Callable[..., None]:
             command(**options)
         except Stopped as stopped:
             _end(stopped.number, f"Stopped after step {stopped.step}, whose checkpoint is written.")
+        except RankLostError as lost:
+            what = f"{str(lost).rstrip('.')}. What is on disk is kept, and this continues the run:"
+            typer.echo(f"{what}\n  {_continuing()}", err=True)
+            raise typer.Exit(1) from lost
         except KeyboardInterrupt:
             # Until then nothing was written, and there is nothing to resume.
             if not (output / "options.json").exists():

@@ -104,10 +104,11 @@ def load_tokenizer(source: str, option: str) -> PreTrainedTokenizerBase:
     return tokenizer
 
 
-def load_model(source: str, option: str, dtype: str = "float32") -> PreTrainedModel:
+def load_model(source: str, option: str, dtype: str = "float32", **options: Any) -> PreTrainedModel:
+    """`options` are more of `from_pretrained`."""
     from transformers import AutoModelForCausalLM
 
-    model: PreTrainedModel = _loaded(AutoModelForCausalLM, source, option, dtype=dtype)
+    model: PreTrainedModel = _loaded(AutoModelForCausalLM, source, option, dtype=dtype, **options)
     return model
 
 

@@ -147,16 +147,16 @@ def test_a_teacher_in_bfloat16(folder: Path, cached: Path, tmp_path: Path) -> No
     assert not torch.equal(rounded, exact)
 
 
-# Of the five blocks that the killed run has appended, the first three are in a shard.
+# Of the six blocks that the killed run has appended, the first three are in a shard.
 KILLED = """
 import os, signal, sys
-from kldiv_kernels.teacher_cache import writer
-append = writer.TeacherCacheWriter._add
-def killed(self, sequence):
-    if self.sequences + len(self._pending) == 5:
+from kldiv_kernels.teacher_cache import parallel
+write = parallel.write_shard
+def killed(folder, info, number, sequences):
+    if number == 1:
         os.kill(os.getpid(), signal.SIGKILL)
-    append(self, sequence)
-writer.TeacherCacheWriter._add = killed
+    return write(folder, info, number, sequences)
+parallel.write_shard = killed
 sys.argv[0] = "kldiv"
 from kldiv_kernels.cli import main
 main()
