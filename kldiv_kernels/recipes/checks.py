@@ -28,3 +28,17 @@ def of_sequences_checked(tokens: Tensor, **given: Tensor | None) -> None:
     for name, x in given.items():
         if x is not None and x.shape != tokens.shape[:1]:
             raise ValueError(f"{name} has shape {list(x.shape)}; expected {list(tokens.shape[:1])}, one a sequence")
+
+
+def like_checked(name: str, tensor: Tensor, **given: Tensor | None) -> None:
+    """ValueError for one that has another shape than the tensor of that name.
+
+    >>> import torch
+    >>> like_checked("values", torch.zeros(2), returns=torch.ones(1))
+    Traceback (most recent call last):
+        ...
+    ValueError: returns has shape [1]; expected [2] like values
+    """
+    for other, x in given.items():
+        if x is not None and x.shape != tensor.shape:
+            raise ValueError(f"{other} has shape {list(x.shape)}; expected {list(tensor.shape)} like {name}")

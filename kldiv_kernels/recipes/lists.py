@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
 from torch.nn.functional import logsigmoid
+
+from kldiv_kernels.recipes.reductions import batch_mean, valid_tokens
+from kldiv_kernels.stats import TokenStats, token_stats
 
 Link = Literal["logistic", "ipo", "hinge"]
 
@@ -61,3 +64,47 @@ def preference_loss(
     if link == "ipo":
         return (margin - 1 / (2 * beta)).square()
     return (1 - beta * margin).clamp_min(0)
+
+
+def pairs_checked(logits: Tensor) -> None:
+    """ValueError for what is not [2B, T, V]: B preferred answers, then the B others."""
+    if logits.dim() != 3 or logits.shape[0] % 2:
+        raise ValueError(
+            f"logits has shape {list(logits.shape)}; expected [2·pairs, tokens, vocab], the preferred first"
+        )
+
+
+def pair_statistics(
+    logits: Tensor,
+    reference_logits: Tensor,
+    labels: Tensor,
+    names: tuple[str, ...],
+    *,
+    mask: Tensor | None = None,
+    ignore_index: int = -100,
+    **options: Any,
+) -> tuple[TokenStats, Tensor]:
+    """(statistics of the tokens of pairs, bool of the tokens that count), [2B, T] each, from one read of both logits.
+
+    Args: logits, reference_logits: [2B, T, V], B preferred answers, then the B others; the reference gets no gradient.
+        labels: [2B, T]. names: of the registry. options: of `kk.token_stats`.
+
+    >>> stats, valid = pair_statistics(
+    ...     torch.zeros(2, 1, 4), torch.zeros(2, 1, 4), torch.tensor([[1], [-100]]), ("logprob", "forward_kl"))
+    >>> stats.logprob.exp().flatten(), valid.flatten()
+    (tensor([0.2500, 1.0000]), tensor([ True, False]))
+    """
+    pairs_checked(logits)
+    valid = valid_tokens(labels, mask, ignore_index)
+    ids = torch.where(valid, labels, 0)
+    return token_stats(logits, reference_logits.detach(), ids, stats=names, mask=valid, **options), valid
+
+
+def pair_mean(losses: Tensor, valid: Tensor) -> Tensor:
+    """The mean of losses [B] over the pairs that have a token in one answer at least, by valid [2B, T]; 0 without one.
+
+    >>> pair_mean(torch.tensor([1.0, 9.0]), torch.tensor([[True], [False], [True], [False]]))
+    tensor(1.)
+    """
+    chosen, rejected = valid.any(-1).chunk(2)
+    return batch_mean(losses, chosen | rejected)

@@ -1,9 +1,11 @@
-"""Combinations of logits, the mean of a batch's softmaxes, and Gaussians."""
+"""Combinations of logits and of weights, the mean of a batch's softmaxes, and Gaussians."""
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
+
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from kldiv_kernels.recipes.reductions import widened
 
@@ -72,3 +74,37 @@ def gaussian_kl(
     square = apart.square() if other_log_variance is None else apart.square() * (-other_log_variance).exp()
     # Not e^x − 1 − x, which has no digits left where the variances are close.
     return 0.5 * (square + torch.expm1(log_ratio) - log_ratio).sum(-1)
+
+
+@torch.no_grad()
+def average_weights(
+    models: Sequence[nn.Module | Mapping[str, Tensor]], weights: Sequence[float] = (0.5, 0.5)
+) -> dict[str, Tensor]:
+    """Σ w·θ of models of one architecture, as a state dict: a reference between fine-tuned models; paper 18 (SALSA).
+
+    Args: models: modules or their state dicts. weights: one each, with the sum 1; the middle of two is the paper's.
+
+    Returns new tensors, in the dtypes of the first model, summed in float32 at least; what is no floating point, such
+    as a counter, is the first model's. Raises ValueError for models of other tensors, and for other weights.
+
+    >>> average_weights([{"w": torch.tensor([0.0])}, {"w": torch.tensor([1.0])}], (0.25, 0.75))
+    {'w': tensor([0.7500])}
+    """
+    states = [model.state_dict() if isinstance(model, nn.Module) else model for model in models]
+    if len(states) != len(weights) or not states or abs(sum(weights) - 1) > 1e-6:
+        raise ValueError(
+            f"average_weights: weights is {list(weights)} for {len(states)} models; expected one each, with the sum 1"
+        )
+    for number, state in enumerate(states[1:], 1):
+        if {name: x.shape for name, x in state.items()} != {name: x.shape for name, x in states[0].items()}:
+            raise ValueError(f"average_weights: model {number} has other tensors than model 0; expected the same")
+    out = {}
+    for name, first in states[0].items():
+        if not first.is_floating_point():
+            out[name] = first.clone()
+            continue
+        total = torch.zeros_like(widened(first))
+        for weight, state in zip(weights, states, strict=True):
+            total += weight * state[name].to(total)
+        out[name] = total.to(first.dtype)
+    return out

@@ -21,6 +21,14 @@ FAMILIES = (
     "action_policies",
     "token_credit",
     "reward_shaping",
+    "regularized_policy",
+    "divergence_penalties",
+    "entropy_control",
+    "rare_tokens",
+    "preference",
+    "sequence_preference",
+    "listwise",
+    "preference_games",
 )
 
 

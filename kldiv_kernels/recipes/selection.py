@@ -91,32 +91,35 @@ def quantile_band(x: Tensor, mask: Tensor, low: float, high: float) -> tuple[Ten
     return torch.nanquantile(kept, low, dim=-1), torch.nanquantile(kept, high, dim=-1)
 
 
-def otsu_threshold(x: Tensor, mask: Tensor, bins: int = 100) -> Tensor:
+def otsu_threshold(x: Tensor, mask: Tensor, bins: int = 100, *, per_sequence: bool = False) -> Tensor:
     """Otsu's threshold (1979) of x over the mask, a scalar: where the variance between the two sides is largest.
 
     Of a histogram of `bins` between the lowest and the highest; a value on the threshold is above it. Where all x are
-    equal it is their value, and 0 where the mask has none.
+    equal it is their value, and 0 where the mask has none. per_sequence: one of each sequence, [B, T] -> [B].
 
     >>> 0.2 < otsu_threshold(torch.tensor([0.0, 0.1, 1.0, 1.1]), torch.ones(4, dtype=torch.bool)).item() < 1.0
     True
     """
+    x, mask = widened(x.detach()), mask != 0
+    if not per_sequence:
+        x, mask = x.reshape(1, -1), mask.reshape(1, -1)
     if x.numel() == 0:
-        return x.new_zeros(())
-    x, mask = widened(x), mask != 0
-    some = mask.any()
-    low = torch.where(some, torch.where(mask, x.detach(), torch.inf).amin(), 0.0)
-    high = torch.where(some, torch.where(mask, x.detach(), -torch.inf).amax(), 0.0)
+        return x.new_zeros(len(x) if per_sequence else ())
+    some = mask.any(-1, keepdim=True)
+    low = torch.where(some, torch.where(mask, x, torch.inf).amin(-1, keepdim=True), 0.0)
+    high = torch.where(some, torch.where(mask, x, -torch.inf).amax(-1, keepdim=True), 0.0)
     width = (high - low) / bins
-    place = ((x.detach() - low) / width).nan_to_num(0.0).clamp(0, bins - 1).long()
-    counts = x.new_zeros(bins).scatter_add(0, place.reshape(-1), mask.reshape(-1).to(x.dtype))
+    place = ((x - low) / width).nan_to_num(0.0).clamp(0, bins - 1).long()
+    counts = x.new_zeros(len(x), bins).scatter_add(-1, place, mask.to(x.dtype))
     numbers = torch.arange(bins, device=x.device)
-    below, total = counts.cumsum(0), counts.sum()
+    below, total = counts.cumsum(-1), counts.sum(-1, keepdim=True)
     # In bins from the lowest on: the width changes nothing about which cut is best.
-    sums = (counts * numbers).cumsum(0)
+    sums = (counts * numbers).cumsum(-1)
     above = total - below
-    means_apart = sums / below.clamp_min(1) - (sums[-1] - sums) / above.clamp_min(1)
+    means_apart = sums / below.clamp_min(1) - (sums[:, -1:] - sums) / above.clamp_min(1)
     between = below * above * means_apart.square()
     # Behind any of the empty bins between two heaps the cut is the same: the middle of them.
-    together = below == below.gather(0, between.argmax().reshape(1))
-    at = (together * numbers).sum() / together.sum()
-    return low + width * (at + 1)
+    together = below == below.gather(-1, between.argmax(-1, keepdim=True))
+    at = (together * numbers).sum(-1, keepdim=True) / together.sum(-1, keepdim=True)
+    cut = (low + width * (at + 1))[:, 0]
+    return cut if per_sequence else cut[0]

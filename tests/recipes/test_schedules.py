@@ -80,3 +80,30 @@ def test_what_is_wrong_is_named() -> None:
         schedules.growing_window(0, every=0)
     with pytest.raises(ValueError, match="prefix_window: every is 0"):
         schedules.prefix_window(0, 4, every=0)
+
+
+def test_the_reference_is_reset_when_the_score_stands_still() -> None:
+    reset = schedules.ReferenceReset(3)
+    scores = [0.1, 0.3, 0.3, 0.2, 0.4, 0.1, 0.4, 0.3, 0.0, 0.0, 0.1, 0.1, 0.0, 0.1]
+    found = []
+    for score in scores:
+        found.append(reset.update(score))
+        other = schedules.ReferenceReset(3)
+        other.load_state_dict(json.loads(json.dumps(reset.state_dict())))
+        reset = other
+    assert [place for place, now in enumerate(found) if now] == [7, 13]
+    with pytest.raises(ValueError, match="ReferenceReset: patience is 0"):
+        schedules.ReferenceReset(0)
+
+
+@pytest.mark.parametrize("forgets", [True, False])
+def test_a_reset_copies_the_policy(forgets: bool) -> None:
+    policy, reference = torch.nn.Linear(2, 2), torch.nn.Linear(2, 2)
+    optimizer = torch.optim.AdamW(policy.parameters())
+    policy(torch.ones(2)).sum().backward()
+    optimizer.step()
+    schedules.ReferenceReset(1, reset_optimizer=forgets).apply(policy, reference, optimizer)
+    assert torch.equal(reference.weight, policy.weight)
+    assert reference.weight.data_ptr() != policy.weight.data_ptr()
+    assert (len(optimizer.state) == 0) == forgets
+    optimizer.step()
