@@ -1,8 +1,9 @@
 """Methods of papers by name, each a few lines of PyTorch over `token_stats`, `policy_loss` and the top-k losses.
 
 `kk.recipes.find("tsd_kd")` and `kk.recipes.listing()` say which there are and what paper and code disagree on; a module
-is a family. `schedules` has numbers that change with the step. `reductions`, `selection`, `lists`, `f_divergences`,
-`mixtures` and `composed` are what the methods are built of.
+is a family. `cross_tokenizer` has losses for a teacher of another vocabulary. `schedules` has numbers that change with
+the step. `reductions`, `selection`, `lists`, `f_divergences`, `mixtures`, `token_spans`, `vocabularies` and `composed`
+are what the methods are built of.
 """
 
 from __future__ import annotations
@@ -15,8 +16,42 @@ from kldiv_kernels.recipes.action_policies import (
     grpo_guard_loss,
     hinge_discriminator_loss,
 )
+from kldiv_kernels.recipes.batch_coupling import (
+    dro_loss,
+    frequency_sharpened_targets,
+    marginal_kl,
+    repri_loss,
+    sinkd_loss,
+    soft_cross_entropy,
+)
+from kldiv_kernels.recipes.class_margins import (
+    dkd_loss,
+    kdpp_loss,
+    klom,
+    logit_matching_loss,
+    norm_direction_loss,
+    target_margin,
+)
+from kldiv_kernels.recipes.classifier import (
+    nkd_loss,
+    ofa_loss,
+    uskd_loss,
+)
 from kldiv_kernels.recipes.clipped_kl import (
     clipped_divergence_rows,
+)
+from kldiv_kernels.recipes.consistency import (
+    legogcd_loss,
+    local_entropy,
+    mean_entropy_maximisation,
+    mutual_kl,
+    semixup_loss,
+    softmax_mse,
+)
+from kldiv_kernels.recipes.cross_tokenizer import (
+    gold_loss,
+    mapped_divergence_loss,
+    uld_loss,
 )
 from kldiv_kernels.recipes.distillation import (
     activation_threshold_loss,
@@ -131,6 +166,14 @@ from kldiv_kernels.recipes.selective_distillation import (
     scope_loss,
     tsd_kd_loss,
 )
+from kldiv_kernels.recipes.sequence_divergences import (
+    acceptance_kl,
+    f_dpg_loss,
+    f_dpg_rewards,
+    implicit_reward_loss,
+    posterior_logits,
+    running_log_z,
+)
 from kldiv_kernels.recipes.sequence_preference import (
     diffusion_dpo_loss,
     f_dpo_loss,
@@ -154,15 +197,27 @@ from kldiv_kernels.recipes.token_credit import (
     process_advantages,
     steer_weights,
 )
+from kldiv_kernels.recipes.token_spans import (
+    Spans,
+    align_spans,
+)
+from kldiv_kernels.recipes.vocabularies import (
+    VocabularyMap,
+    vocabulary_map,
+)
 
 __all__ = [
     "FAMILIES",
     "RECIPES",
     "Recipe",
+    "Spans",
     "SparseMask",
+    "VocabularyMap",
+    "acceptance_kl",
     "activation_threshold_loss",
     "adaptive_tau",
     "adpo_loss",
+    "align_spans",
     "answer_entropy",
     "apo_loss",
     "asft_loss",
@@ -187,7 +242,9 @@ __all__ = [
     "difficulty_mask",
     "difficulty_sampling_weights",
     "diffusion_dpo_loss",
+    "dkd_loss",
     "dph_loss",
+    "dro_loss",
     "drpo_loss",
     "ensemble_rewards",
     "entropy_aware_kl",
@@ -195,60 +252,85 @@ __all__ = [
     "entropy_change",
     "extragradient_step",
     "f_divergences",
+    "f_dpg_loss",
+    "f_dpg_rewards",
     "f_dpo_loss",
     "fg_expo_loss",
     "find",
+    "frequency_sharpened_targets",
     "gaussian_grpo_loss",
     "genarm_loss",
     "gere_kd_loss",
+    "gold_loss",
     "gopd_advantages",
     "gopd_loss",
     "grpo_guard_loss",
     "gtpo_loss",
     "hinge_discriminator_loss",
     "hypo_loss",
+    "implicit_reward_loss",
     "inpo_loss",
     "kd_loss",
+    "kdpp_loss",
     "kdrl_loss",
     "kdrl_mask",
     "kl_cov_loss",
     "kl_shaped_rewards",
+    "klom",
     "leaky_hinge",
+    "legogcd_loss",
     "listing",
     "lists",
+    "local_entropy",
+    "logit_matching_loss",
     "lp_reg_full_loss",
     "lp_reg_loss",
     "mapo_weights",
+    "mapped_divergence_loss",
+    "marginal_kl",
+    "mean_entropy_maximisation",
     "memorization_metrics",
     "min_p_proxy",
     "mirror_prox_loss",
     "mixtures",
+    "mutual_kl",
     "mvar_advantages",
+    "nkd_loss",
+    "norm_direction_loss",
     "occupancy_reward_penalty",
+    "ofa_loss",
     "online_ipo_loss",
     "oreal_loss",
     "paced_loss",
     "pld_loss",
+    "posterior_logits",
     "process_advantages",
     "prorl_loss",
     "rapo_loss",
     "reductions",
+    "repri_loss",
     "reward_targets",
     "reward_weighted_loss",
     "rrpo_loss",
+    "running_log_z",
     "safe_loss",
     "safe_value_loss",
     "schedules",
     "scope_advantages",
     "scope_loss",
     "selection",
+    "semixup_loss",
+    "sinkd_loss",
     "skill_sd_loss",
+    "soft_cross_entropy",
     "soft_min",
+    "softmax_mse",
     "sparsepo_loss",
     "spine_loss",
     "sqrt_chi2_penalty",
     "stcr_advantages",
     "steer_weights",
+    "target_margin",
     "tcod_loss",
     "tdpo_loss",
     "token_reward_loss",
@@ -257,7 +339,10 @@ __all__ = [
     "trrd_loss",
     "tsd_kd_loss",
     "two_vocabulary_cross_entropy",
+    "uld_loss",
+    "uskd_loss",
     "velocity_anchor",
+    "vocabulary_map",
     "vopd_advantages",
     "vopd_loss",
     "win_transform",

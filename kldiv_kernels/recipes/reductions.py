@@ -106,6 +106,25 @@ def batch_mean(x: Tensor, mask: Tensor | None = None) -> Tensor:
     return masked(widened(x), mask).sum() / count
 
 
+def over_rows(
+    where: str, x: Tensor, mask: Tensor, reduction: str = "mean", normalizer: float | Tensor | None = None
+) -> Tensor:
+    """What `kk.divergence_loss` makes of its rows: "mean", over `normalizer` where it is given, "sum" or "none".
+
+    Raises ValueError, which begins with `where`, for another reduction.
+
+    >>> over_rows("loss", torch.tensor([1.0, 2.0]), torch.tensor([False, True]))
+    tensor(2.)
+    """
+    if reduction not in ("mean", "sum", "none"):
+        raise ValueError(f"{where}: reduction is {reduction!r}; expected mean, sum or none")
+    x = masked(widened(x), mask)
+    if reduction == "none":
+        return x
+    how = "token-mean" if reduction == "mean" else "token-sum"
+    return aggregate(x, mask, how, normalizer if reduction == "mean" else None, True)
+
+
 def segment_sum(x: Tensor, segments: Tensor, count: int) -> Tensor:
     """Sums of the tokens of a segment: [B, T] -> [B, count]; a token of segment −1 is left out.
 

@@ -29,6 +29,11 @@ FAMILIES = (
     "sequence_preference",
     "listwise",
     "preference_games",
+    "classifier",
+    "class_margins",
+    "batch_coupling",
+    "consistency",
+    "sequence_divergences",
 )
 
 
