@@ -67,8 +67,6 @@ def _check_all(x: Given, mesh: DeviceMesh, placements: list[Placement]) -> None:
     replicated = Given(*(distribute_tensor(tensor, mesh, [Replicate()] * mesh.ndim) for tensor in x))
     local = Given(*(tensor.to_local() for tensor in everything))
     for name, call in CALLS.items():
-        if name == "policy_loss of sequences" and Shard(1) in rows:
-            continue
         exact, theirs = x.logits.double().requires_grad_(), x.teacher.double().requires_grad_()
         expected = call.definition(x._replace(logits=exact, teacher=theirs))
         expected.sum().backward()
@@ -140,6 +138,38 @@ def case_everything_returned(rank: int, world: int) -> None:
             assert torch.equal(top.ids.full_tensor(), largest.indices)
 
 
+def case_sequences_in_parts_and_packed(rank: int, world: int) -> None:
+    """Without a normalizer, since the group counts; thresholds over the batch; sequences by numbers."""
+    x = given(4, 6, vocab=11)
+    numbers = torch.arange(4)[:, None].expand(4, 6)
+    calls: dict[str, dict[str, Any]] = {
+        "gspo": {"loss_type": "gspo"},
+        "gmpo": {"loss_type": "gmpo"},
+        "quantile": {"aggregation": "token-mean", "entropy_quantile": 0.5, "entropy_coef": 0.1},
+    }
+    (mesh, *_) = _meshes(world)
+    for name, options in calls.items():
+        plain = x.logits.clone().requires_grad_()
+        expected = kk.policy_loss(plain, x.labels, x.advantages, old_logprobs=x.old, mask=x.mask, **options).loss
+        expected.backward()
+        assert plain.grad is not None
+        for packed in (False, True):
+
+            def on(y: Tensor, packed: bool = packed) -> DTensor:
+                return distribute_tensor(y.flatten(0, 1) if packed else y, mesh, [Shard(0 if packed else 1)])
+
+            leaf = on(x.logits).requires_grad_()
+            more = {"sequence_ids": on(numbers)} if packed else {}
+            loss = kk.policy_loss(
+                leaf, on(x.labels), on(x.advantages), old_logprobs=on(x.old), mask=on(x.mask), **more, **options
+            ).loss
+            loss.backward()
+            assert isinstance(loss, DTensor)
+            torch.testing.assert_close(loss.full_tensor(), expected.detach(), rtol=1e-5, atol=1e-6)
+            error = (leaf.grad.full_tensor().reshape(plain.grad.shape) - plain.grad).abs().max()
+            assert error <= 1e-5 * plain.grad.abs().max(), (name, packed, error)
+
+
 def case_a_whole_teacher_beside_columns(rank: int, world: int) -> None:
     """A teacher's logits that are no DTensor: of this process's columns, or of all."""
     (mesh, *_), x = _meshes(world), given(2, 3, vocab=13)
@@ -165,6 +195,7 @@ def case_what_is_refused(rank: int, world: int) -> None:
             call()
 
     columns, rows = on(x.logits, Shard(2)), on(x.logits, Shard(0))
+    kwargs = {"entropy_coef": 0.1, "entropy_aggregation": "token-mean", "normalizer": 3, "aggregation": "token-mean"}
     partial = on(x.logits, Partial())
     spread = r"is a DTensor with placements \(Partial\(sum\),\); expected Shard or Replicate"
     refused(lambda: kk.entropy(partial), rf"^token_stats: logits {spread}")
@@ -175,6 +206,16 @@ def case_what_is_refused(rank: int, world: int) -> None:
     refused(lambda: kk.entropy(columns, group=distributed.group.WORLD), r"^token_stats: group is given beside logits")
     refused(lambda: kk.forward_kl(rows, x.teacher), r"^divergence_loss: normalizer is None, but rows are spread")
     refused(lambda: kk.policy_loss(rows, x.labels, x.advantages), r"^policy_loss: normalizer is None, but rows are")
+    refused(
+        lambda: kk.policy_loss(rows, x.labels, x.advantages, **kwargs),
+        r"^policy_loss: entropy_aggregation is 'token-mean', but rows are spread",
+    )
+    refused(
+        lambda: kk.policy_loss(
+            on(x.logits[0], Shard(0)), x.labels[0], x.advantages[0], cu_seqlens=torch.tensor([0, 6])
+        ),
+        r"^policy_loss: cu_seqlens is given, but tokens are spread",
+    )
     tokens = on(x.logits, Shard(1))
     refused(lambda: kk.token_stats(tokens, shift=True), r"^token_stats: shift is True, but tokens are spread")
     refused(
@@ -186,6 +227,14 @@ def case_what_is_refused(rank: int, world: int) -> None:
         r"^token_stats: labels is a DTensor with placements .*; expected \(Replicate\(\),\)",
     )
     for grid in more:
+        refused(
+            lambda: kk.policy_loss(
+                on(x.logits, Shard(1), Shard(1), mesh=grid),
+                x.labels,
+                x.advantages,  # noqa: B023
+            ),
+            r"^policy_loss: sequence_group is None, but rows are spread over 2 dimensions",
+        )
         refused(
             lambda: kk.entropy(on(x.logits, Shard(2), Shard(2), mesh=grid)),  # noqa: B023
             r"^token_stats: logits is a DTensor .*; expected its columns to be spread over one dimension",
