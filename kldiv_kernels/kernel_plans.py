@@ -139,7 +139,7 @@ def _why_again(wanted: Wanted) -> str:
 
 def _of_triton(wanted: Wanted, reason: str) -> Plan:
     from kldiv_kernels.backends.triton.bind import bound_for
-    from kldiv_kernels.backends.triton.launch import GPU_TILE, Shape
+    from kldiv_kernels.backends.triton.sizes import GPU_TILE, Shape
 
     # Many rows are a program's each, few are cut into slices; a row is swept as often either way. What a cache may
     # still hold of it, when rows are short or few, counts as read: as in the plan of the two-sweep kernels of `cuda`.

@@ -63,6 +63,7 @@ struct Job : Call {
 
 // The code of a statistic's name, -1 for a name that this backend does not have, and their names.
 int statistic_code(const std::string& name);
+const char* statistic_name(int code);
 std::vector<std::string> statistic_names();
 bool needs_labels(int code);
 bool per_label(int code);
@@ -85,6 +86,16 @@ CudaPlan plan(const Job& job);
 void run_forward(const Job& job, const CudaPlan& plan);
 // Gradients from a saved state.
 void run_backward(const Job& job);
+
+// A row whose columns are spread over processes. Floats a row: what a process says of its columns, and of the sums over
+// them. Those of all processes are [shards, N, ...]; `workspace` is needed as above.
+int64_t shard_state_floats(const Job& job);
+int64_t shard_sums_floats(const Job& job);
+// `first_column` is added to the place of a largest logit. A row that the mask leaves out has the state of no columns.
+void run_shard_state(const Job& job, int64_t first_column, float* states);
+void run_shard_sums(const Job& job, const float* states, int64_t shards, float* sums);
+// Values and state of `job`, with the logits at its labels in `picked`.
+void run_shard_finish(const Job& job, const float* states, const float* sums, int64_t shards);
 
 // The losses of tokens and the sums of a batch, [kPolicySums]; `partial` has `policy_outcome_warps` times as many.
 int64_t policy_outcome_warps(int64_t rows);

@@ -8,30 +8,13 @@
 #include "two_sweep/coefficients.cuh"
 #include "two_sweep/finish.cuh"
 #include "two_sweep/gradient.cuh"
+#include "two_sweep/merge.cuh"
 #include "two_sweep/sweeps.cuh"
 #include "one_read/topk_kernel.cuh"
 
 namespace kldiv::gpu {
 
 namespace {
-
-struct Named {
-    const char* name;
-    int code;
-};
-constexpr Named kNames[] = {{"logprob", kLogprob},          {"reference_logprob", kReferenceLogprob},
-                            {"tail_logprob", kTailLogprob}, {"logsumexp", kLogsumexp},
-                            {"max_logprob", kMaxLogprob},   {"argmax", kArgmaxCode},
-#define KLDIV_NAME(name, D) {#name, k_##name},
-                            KLDIV_DIVERGENCES(KLDIV_NAME)
-#undef KLDIV_NAME
-};
-
-const char* name_of(int code) {
-    for (const Named& named : kNames)
-        if (named.code == code) return named.name;
-    return "";
-}
 
 int sums_count(const Job& job) {
     return static_cast<int>(
@@ -50,7 +33,7 @@ int64_t slices_of(const Job& job) {
 SweepArguments sweep_arguments(const Job& job) {
     SweepArguments a{};
     a.call = job;
-    a.slices = slices_of(job);
+    a.slices = a.states_a_row = slices_of(job);
     a.slice = slice_columns(job.columns);
     a.sums_count = sums_count(job);
     a.states = job.workspace;
@@ -74,6 +57,14 @@ void launch_sweep(Kernel<Arguments> kernel, int64_t blocks, const Job& job, cons
     shape.threads = kSweepThreads;
     shape.shared_bytes = kSweepSharedBytes + (labels ? label_bytes(job.columns) : 0);
     launch(kernel, shape, job.stream, arguments, [&] { return std::string("two-sweep kernel ") + what; });
+}
+
+// A warp for each of `count`.
+template <class Arguments>
+void launch_warps(Kernel<Arguments> kernel, int64_t count, const Job& job, const Arguments& arguments,
+                  const char* what) {
+    constexpr int64_t warps = kSweepThreads / 32;
+    launch_sweep(kernel, (count + warps - 1) / warps, job, arguments, what);
 }
 
 // What the first sweep takes for these statistics, and the kernel that takes as little more as possible.
@@ -112,6 +103,35 @@ Kernel<SweepArguments> sweep_kernel(int first) {
     return std::find_if(std::begin(variants), std::end(variants),
                         [&](const Variant& v) { return (first & ~v.first) == 0 && !((v.first & ~first) & kTeacher); })
         ->kernel;
+}
+
+// Floats of things: from item to item, and from part to part of one.
+struct From {
+    const float* at;
+    int64_t item, part;
+};
+struct To {
+    float* at;
+    int64_t item;
+};
+// `items` of every row, from parts.
+template <class X>
+void merge(const Job& job, int64_t items, const From& from, int64_t parts, const To& to, int64_t first_column = 0) {
+    const MergeArguments a{job.mask,  job.rows * items,
+                           items,     from.at,
+                           from.item, from.part,
+                           parts,     to.at,
+                           to.item,   static_cast<int>(first_column)};
+    launch_warps(merge_parts<X>, a.items, job, a, "merge");
+}
+
+// One state a row, and tail, from those of all processes.
+void merge_shards(const Job& job, const float* states, int64_t shards, SweepArguments* a) {
+    const int64_t width = shard_state_floats(job);
+    merge<State>(job, 1, {states, width, job.rows * width}, shards, {a->states, kStateFloats});
+    if (a->tails)
+        merge<Softmax>(job, 1, {states + kStateFloats, width, job.rows * width}, shards, {a->tails, kTailFloats});
+    a->states_a_row = 1;
 }
 
 // The one statistic beside log-probabilities that a one-read call has, as its rows take it; entropy, with a
@@ -175,43 +195,6 @@ void run_one_read(const Job& job, const CudaPlan& plan) {
 
 }  // namespace
 
-int statistic_code(const std::string& name) {
-    for (const Named& named : kNames)
-        if (name == named.name) return named.code;
-    return -1;
-}
-
-std::vector<std::string> statistic_names() {
-    std::vector<std::string> names;
-    for (const Named& named : kNames)
-        if (named.code != k_alpha_below_half) names.emplace_back(named.name);
-    return names;
-}
-
-bool per_label(int code) { return code == kLogprob || code == kReferenceLogprob; }
-bool needs_labels(int code) { return per_label(code) || code == kTailLogprob; }
-
-bool needs_reference(int code) {
-    switch (code) {
-        case kReferenceLogprob:
-            return true;
-#define KLDIV_CASE(name, ...) \
-    case k_##name:            \
-        return __VA_ARGS__::needs_p;
-            KLDIV_DIVERGENCES(KLDIV_CASE)
-#undef KLDIV_CASE
-        default:
-            return false;
-    }
-}
-
-bool compares_two(int code) { return code > k_entropy && code != k_reference_entropy && needs_reference(code); }
-
-int64_t value_rows(const Job& job, int stats) {
-    const int64_t labelled = std::count_if(job.stats, job.stats + stats, per_label);
-    return stats + labelled * (job.labels_per_row - 1);
-}
-
 std::string refusal() { return driver_refusal(); }
 
 int64_t state_rows(const Job& job) { return kStateOfRow + kStateOfStatistic * job.stat_count; }
@@ -247,7 +230,7 @@ CudaPlan plan(const Job& job) {
     shape.labels_per_row = job.labels_per_row;
     shape.topk_outcomes = job.topk.teacher ? job.topk.outcomes : 0;
     shape.float16 = job.student.element == kFloat16;
-    for (int i = 0; i < job.stat_count; ++i) shape.stats.emplace_back(name_of(job.stats[i]));
+    for (int i = 0; i < job.stat_count; ++i) shape.stats.emplace_back(statistic_name(job.stats[i]));
     CudaPlan plan = plan_cuda(shape, target);
     // Clusters of 16 may be refused, and any shape by a device that is shared.
     std::string refused;
@@ -271,13 +254,11 @@ void run_forward(const Job& job, const CudaPlan& plan) {
         a.backwards = true;
         launch_sweep(sums, job.rows * a.slices, job, a, "sums");
     }
-    constexpr int64_t rows_a_block = kSweepThreads / 32;
-    const int64_t blocks = (job.rows + rows_a_block - 1) / rows_a_block;
-    launch_sweep(finish, blocks, job, a, "finish");
+    launch_warps(finish, job.rows, job, a, "finish");
     Job known = job;
     if (job.completed) known.coefficients = job.completed;
     if (job.topk.teacher) {
-        launch_sweep(outcomes, blocks, job, OutcomeArguments{job, job.topk}, "outcomes");
+        launch_warps(outcomes, job.rows, job, OutcomeArguments{job, job.topk}, "outcomes");
         known.coefficients = job.topk.coefficients;
     }
     if (!known.coefficients) return;
@@ -289,6 +270,40 @@ void run_backward(const Job& job) {
     SweepArguments a = sweep_arguments(job);
     a.backwards = a.sums_count == 0;
     if (a.student || a.teacher) launch_sweep(gradient, job.rows * a.slices, job, a, "gradient", labels_apart(job));
+}
+
+int64_t shard_state_floats(const Job& job) { return kStateFloats + kTailFloats * has_tail(job); }
+int64_t shard_sums_floats(const Job& job) { return kSumsFloats * sums_count(job); }
+
+void run_shard_state(const Job& job, int64_t first_column, float* states) {
+    if (job.rows == 0) return;
+    const SweepArguments a = sweep_arguments(job);
+    launch_sweep(sweep_kernel(first_of(job)), job.rows * a.slices, job, a, "sweep", a.tails != nullptr);
+    const int64_t width = shard_state_floats(job);
+    merge<State>(job, 1, {a.states, a.slices * kStateFloats, kStateFloats}, a.slices, {states, width}, first_column);
+    if (a.tails)
+        merge<Softmax>(job, 1, {a.tails, a.slices * kTailFloats, kTailFloats}, a.slices,
+                       {states + kStateFloats, width});
+}
+
+void run_shard_sums(const Job& job, const float* states, int64_t shards, float* to) {
+    if (job.rows == 0) return;
+    SweepArguments a = sweep_arguments(job);
+    merge_shards(job, states, shards, &a);
+    a.backwards = true;
+    launch_sweep(sums, job.rows * a.slices, job, a, "sums");
+    merge<Sums>(job, a.sums_count, {a.sums, a.slices * kSumsFloats, kSumsFloats}, a.slices, {to, kSumsFloats});
+}
+
+void run_shard_finish(const Job& job, const float* states, const float* sums, int64_t shards) {
+    if (job.rows == 0) return;
+    SweepArguments a = sweep_arguments(job);
+    merge_shards(job, states, shards, &a);
+    a.slices = 1;
+    if (a.sums_count > 0)
+        merge<Sums>(job, a.sums_count, {sums, kSumsFloats, job.rows * shard_sums_floats(job)}, shards,
+                    {a.sums, kSumsFloats});
+    launch_warps(finish, job.rows, job, a, "finish");
 }
 
 }  // namespace kldiv::gpu

@@ -2,21 +2,13 @@
 //
 // Under KLDIV_CUDA_HOST it is the library kldiv_cuda_host of tests/cuda_host: the same operators on CPU tensors, above
 // a model of the machine.
-#include "../op_arguments.h"
-#include "job.h"
-
 #include <tuple>
 #include <vector>
 
+#include "op_job.h"
+
 #ifdef KLDIV_CUDA_HOST
-#define KLDIV_LIBRARY kldiv_cuda_host
-#define KLDIV_DEVICE_KEY CPU
 #define KLDIV_CUDA_ARCHS "host"
-#else
-#define KLDIV_LIBRARY kldiv_kernels_native
-#define KLDIV_DEVICE_KEY CUDA
-#include <dlfcn.h>
-#include <torch/csrc/stable/accelerator.h>
 #endif
 
 namespace {
@@ -24,84 +16,9 @@ namespace {
 using kldiv::ScalarType;
 using kldiv::Tensor;
 using kldiv::gpu::Job;
+using kldiv::gpu::make_job;
+using kldiv::gpu::OnDevice;
 using torch::stable::new_empty;
-
-#ifdef KLDIV_CUDA_HOST
-struct OnDevice {
-    explicit OnDevice(const Tensor&) {}
-    void* stream() const { return nullptr; }
-};
-#else
-// The current device while it lives, and PyTorch's stream there.
-class OnDevice {
-  public:
-    explicit OnDevice(const Tensor& tensor) : index_(tensor.get_device_index()), guard_(index_) {}
-
-    void* stream() const {
-        using CurrentStream = AOTITorchError (*)(int32_t, void**);
-        // A CPU-only PyTorch does not have it, and this library has to load there; nor is it in reach of the linker
-        // where it exists, since the library names libtorch_cpu alone among its needs.
-        static const auto current = []() -> CurrentStream {
-            void* library = dlopen("libtorch_cuda.so", RTLD_LAZY | RTLD_NOLOAD);
-            return library ? reinterpret_cast<CurrentStream>(dlsym(library, "aoti_torch_get_current_cuda_stream"))
-                           : nullptr;
-        }();
-        STD_TORCH_CHECK(current, "this PyTorch does not say which CUDA stream is current");
-        void* stream = nullptr;
-        STD_TORCH_CHECK(current(index_, &stream) == AOTI_TORCH_SUCCESS, "PyTorch has no current CUDA stream");
-        return stream;
-    }
-
-  private:
-    int32_t index_;
-    torch::stable::accelerator::DeviceGuard guard_;
-};
-#endif
-
-// backends/strides.py joins dimensions in the same way.
-kldiv::gpu::Rows rows_of(const Tensor& tensor, const Tensor& logits, int64_t columns, const char* name) {
-    kldiv::check_rows(tensor, logits, columns, name);
-    kldiv::gpu::Rows rows;
-    rows.data = kldiv::address(tensor);
-    rows.element = kldiv::element_of(tensor, name);
-    int last = -1;
-    for (int64_t i = 0; i < tensor.dim() - 1; ++i) {
-        const int64_t size = tensor.size(i), stride = tensor.stride(i);
-        if (size == 1) continue;
-        if (last < 0 || rows.strides[last] != size * stride) {
-            ++last;
-            STD_TORCH_CHECK(last < kldiv::gpu::kMostDimensions, name, " has strides that need more than ",
-                            kldiv::gpu::kMostDimensions, " leading dimensions");
-            rows.sizes[last] = 1;
-        }
-        rows.sizes[last] *= static_cast<uint32_t>(size);
-        rows.strides[last] = stride;
-    }
-    rows.dimensions = last + 1;
-    return rows;
-}
-
-// The arguments that describe the rows, the same for every operator.
-Job make_job(const Tensor& logits, const std::optional<Tensor>& reference, const std::optional<Tensor>& labels,
-             const std::optional<Tensor>& mask, const std::optional<Tensor>& exclude,
-             const std::optional<Tensor>& token_parameters, const std::vector<double>& parameters,
-             const std::vector<std::string>& stats, int64_t vocab_size) {
-    Job job;
-    job.columns = vocab_size;
-    job.student = rows_of(logits, logits, vocab_size, "logits");
-    if (reference) job.teacher = rows_of(*reference, logits, vocab_size, "reference");
-    kldiv::take_tokens(job, logits, labels, mask, exclude, token_parameters);
-    kldiv::take_parameters(parameters, job.parameters);
-    STD_TORCH_CHECK(stats.size() <= kldiv::gpu::kMostStatistics, "at most ", kldiv::gpu::kMostStatistics, " stats");
-    for (const std::string& name : stats) {
-        const int code = kldiv::gpu::statistic_code(name);
-        STD_TORCH_CHECK(code >= 0, "the cuda backend has no ", name);
-        STD_TORCH_CHECK(job.labels || !kldiv::gpu::needs_labels(code), name, " needs labels");
-        STD_TORCH_CHECK(job.teacher.data || !kldiv::gpu::needs_reference(code), name, " needs reference");
-        job.stats[job.stat_count++] = code;
-    }
-    return job;
-}
 
 Tensor new_gradient(const Tensor& like, kldiv::gpu::Gradient* gradient) {
     const Tensor out = new_empty(like, like.sizes());
@@ -252,6 +169,9 @@ STABLE_TORCH_LIBRARY(kldiv_cuda_host, m) {
     m.def(KLDIV_POLICY);
     m.def(KLDIV_POLICY_OUTCOME);
     m.def(KLDIV_TOPK);
+    m.def(KLDIV_SHARD_STATE);
+    m.def(KLDIV_SHARD_SUMS);
+    m.def(KLDIV_SHARD_FINISH);
 #else
 STABLE_TORCH_LIBRARY_FRAGMENT(kldiv_kernels_native, m) {
 #endif

@@ -53,6 +53,9 @@ def backward(
 
 def statistics(shard: Shard, call: Call, logits: Tensor, reference: Tensor | None, backend: str) -> Tensor:
     """Values [value_rows, N], differentiable."""
+    # The backend was chosen for whole rows that have no strides of their own.
+    if get(backend).unsupported(replace(call, logits=logits, reference=reference)) is not None:
+        logits, reference = logits.contiguous(), None if reference is None else reference.contiguous()
     found: Tensor = _Statistics.apply(shard, call, backend, logits, reference)  # type: ignore[no-untyped-call]
     return found
 

@@ -17,7 +17,7 @@ import triton
 import triton.language as tl
 
 import kldiv_kernels as kk
-from kldiv_kernels.backends.triton import launch
+from kldiv_kernels.backends.triton import launch, sizes
 from kldiv_kernels.backends.triton.formulas import table
 from kldiv_kernels.registry import STATISTICS
 
@@ -80,7 +80,7 @@ def test_leading_dimensions(shape: tuple[int, ...], view: Any, expected: tuple[i
 def test_a_row_is_cut_by_its_length_alone() -> None:
     for vocab in (1, 257, 32_000, 151_936, 262_144, 600_001):
         for size in (2, 4):
-            shape = launch.Shape.of(vocab, size, False)
+            shape = sizes.Shape.of(vocab, size, False)
             assert shape.slices * shape.slice_columns >= vocab > (shape.slices - 1) * shape.slice_columns
             assert shape.slices <= shape.padded_slices <= 32
             assert shape.lanes * shape.columns <= 8192
@@ -90,7 +90,7 @@ def test_the_plan_of_top_k(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("KLDIV_BACKEND", "triton")
     found = kk.plan(rows=8, vocab=1000, stats=("logprob", "tail_logprob"), device="sm_90")
     # The marks of labels are a bit a column of the slice that a row is cut into, cleared and read.
-    marks = 2 * 4 * 8 * launch.Shape.of(1000, 2, False).mark_words
+    marks = 2 * 4 * 8 * sizes.Shape.of(1000, 2, False).mark_words
     assert (found.backend, found.sweeps, found.bytes) == ("triton", 2, 3 * 8 * 1000 * 2 + marks)
 
 

@@ -19,15 +19,15 @@ import triton
 import triton.language as tl
 import triton_aot as aot
 from torch import Tensor
-from triton_launches import DTYPES, SETS, launches, source_of
+from triton_launches import DTYPES, SETS, launches, shard_launches, source_of
 from triton_processors import PROCESSORS, programs_resident
 
 import kldiv_kernels as kk
 from kldiv_kernels.backends.triton import bind
 from kldiv_kernels.registry import STATISTICS
 
-# Arguments of 32 bits: no more than a row is long.
-OF_ONE_ROW = {"vocab", "slices", "label_count", "value_rows"}
+# Arguments of 32 bits: no more than a row is long, or the processes that have its columns are many.
+OF_ONE_ROW = {"vocab", "slices", "parts", "first_column", "label_count", "value_rows"}
 
 
 TOP_K = ("logprob", "tail_logprob")
@@ -64,6 +64,24 @@ def _check(kernels: list[aot.Compiled]) -> None:
 
 def test_kernels_fit_and_are_of_the_right_widths() -> None:
     _check(list(aot.compile_all(_fast_jobs())))
+
+
+@pytest.mark.parametrize("target", ["sm_90", "gfx942"])
+@pytest.mark.parametrize("everything", [False, True])
+def test_kernels_of_vocabulary_shards_fit(everything: bool, target: str) -> None:
+    """What is not launched for whole rows as well."""
+    processor = PROCESSORS[target]
+    for stats in ((*TOP_K, "entropy"), ("forward_kl", "js", "renyi", "argmax")):
+        noted = shard_launches(stats, "bf16", everything, processor.target.backend == "cuda")
+        names = {"merge_states_kernel", "finish_kernel", *(["merge_sums_kernel"] if "js" in stats else [])}
+        for name in names:
+            kernel, arguments, warps = noted[name]
+            binary, log = aot.compile_for(processor.target, source_of(kernel, arguments), warps)
+            ttir = aot.without_places(binary.asm["ttir"])
+            assert not narrow(ttir), name
+            assert "f64" not in ttir, name
+            if processor.target.backend == "cuda":
+                assert " 0 bytes spill stores" in log, (name, log)
 
 
 @pytest.mark.parametrize("target", ["sm_80", "sm_90"])

@@ -17,15 +17,15 @@ from triton_labels import TOP_K, check, some_labels
 
 import kldiv_kernels as kk
 from kldiv_kernels.backends import Call
-from kldiv_kernels.backends.triton import launch
+from kldiv_kernels.backends.triton import launch, sizes
 
 # As many blocks a slice as on a GPU, of few lanes: a lane then has several words of marks.
-LIKE_ON_A_GPU = launch.Tile(lanes=4, blocks=16, warps=1)
+LIKE_ON_A_GPU = sizes.Tile(lanes=4, blocks=16, warps=1)
 
 
 @pytest.fixture
 def small_lanes(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(launch, "interpreter_tile", lambda vocab, columns: LIKE_ON_A_GPU)
+    monkeypatch.setattr(sizes, "interpreter_tile", lambda vocab, columns: LIKE_ON_A_GPU)
 
 
 @pytest.mark.usefixtures("small_lanes")
@@ -48,7 +48,7 @@ def test_marks_are_the_labels(dtype: torch.dtype) -> None:
     columns, labels = 1095, torch.randint(-1, 1095, (3, 300))
     labels[1:] = some_labels(2, columns, 300)
     labels[2, :9] = 1200  # beyond the vocabulary: none of them is a column
-    shape = launch.Shape.of(columns, dtype.itemsize, True)
+    shape = sizes.Shape.of(columns, dtype.itemsize, True)
     marks, duplicates = torch.zeros(3, shape.mark_words, dtype=torch.int32), torch.full((3,), 7, dtype=torch.int32)
     call = Call(torch.empty(3, columns, dtype=dtype), None, labels, None, None, None, (1.0,) * 4, TOP_K, columns)
     kernel = launch.Launch(call, True).bound.mark_kernel

@@ -9,7 +9,7 @@ import torch
 from triton.compiler import ASTSource
 
 from kldiv_kernels.backends import Call
-from kldiv_kernels.backends.triton import launch
+from kldiv_kernels.backends.triton import launch, shards
 from kldiv_kernels.backends.triton.device import kernels
 from kldiv_kernels.registry import STATISTICS
 
@@ -40,6 +40,10 @@ class _Recorded(launch.Launch):
 
     def _run(self, kernel: Any, programs: int, warps: int, arguments: dict[str, Any]) -> None:
         self.noted[kernel.__name__] = kernel, arguments, warps
+
+
+class _RecordedShards(_Recorded, shards.ShardLaunch):
+    pass
 
 
 def _call(stats: tuple[str, ...], dtype: torch.dtype, everything: bool, labels: int) -> Call:
@@ -79,6 +83,19 @@ def launches(
             recorded.noted |= one.noted
         scaled = {"data_ptr": call.logits, "factor_ptr": coefficients, "size": 1, "BLOCK": 4096}
         recorded.noted["scale_kernel"] = kernels.scale_kernel, scaled, 4
+    return recorded.noted
+
+
+def shard_launches(
+    stats: tuple[str, ...], dtype: str, everything: bool, nvidia: bool
+) -> dict[str, tuple[Any, dict[str, Any], int]]:
+    """The same of a process that has some of the columns, with three more that have the others."""
+    call = _call(stats, DTYPES[dtype], everything, 2)
+    recorded = _RecordedShards(call, nvidia)
+    states = torch.stack([recorded.state(0)] * 4)
+    sums = recorded.sums(states)
+    picked = None if call.labels is None else torch.zeros(2, *call.labels.shape)
+    recorded.finish(states, None if sums is None else torch.stack([sums] * 4), picked)
     return recorded.noted
 
 

@@ -15,7 +15,7 @@ ROOT = Path(__file__).resolve().parents[2]
 
 def sources(root: Path = ROOT) -> list[Path]:
     folder = root / "csrc" / "cuda"
-    return [*sorted(folder.rglob("*.cu")), folder / "ops.cpp", root / "csrc" / "plan.cpp"]
+    return [*sorted(folder.rglob("*.cu")), *sorted(folder.glob("*.cpp")), root / "csrc" / "plan.cpp"]
 
 
 @functools.cache

@@ -1,6 +1,7 @@
 // Small problems for the kernels: what is asked, of which tensors, in which plan.
 #pragma once
 
+#include <algorithm>
 #include <cmath>
 #include <cstdlib>
 #include <cstring>
@@ -32,6 +33,7 @@ struct Problem {
     int64_t labels_per_row = 1, repeated = 1;  // each label so many times
     const char* topk = nullptr;                // the divergence of a top-k loss on the statistics
     const char* clusters = "2";                // KLDIV_HOST_CLUSTERS
+    int64_t shards = 0;                        // processes that have its columns; 0: one call
 };
 
 // Numbers that depend on nothing but where they stand.
@@ -112,6 +114,71 @@ inline int64_t value_rows_of(const Problem& p) {
     return count;
 }
 
+// The answer of processes that have some of the columns each, in their order. `whole` has coefficients.
+inline std::string solve_in_shards(const Job& whole, int64_t shards) {
+    const int64_t n = whole.rows, cells = n * whole.labels_per_row;
+    std::vector<Memory> kept;
+    const auto keep = [&](int64_t bytes) { return kept.emplace_back(bytes > 0 ? bytes : 16).data(); };
+    const auto floats = [&](int64_t count) { return reinterpret_cast<float*>(keep(4 * count)); };
+    const auto start = [&](int64_t shard) { return shard * whole.columns / shards; };
+    float* picked = floats(2 * cells);
+    std::fill(picked, picked + 2 * cells, 0.0f);
+    std::vector<Job> jobs;
+    for (int64_t shard = 0; shard < shards; ++shard) {
+        const int64_t begin = start(shard), end = start(shard + 1);
+        const auto here = [&](int64_t column) { return column >= begin && column < end; };
+        Job job = whole;
+        job.columns = end - begin;
+        job.coefficients = nullptr;
+        job.picked = picked;
+        for (Rows* side : {&job.student, &job.teacher})
+            if (side->data) side->data = static_cast<const char*>(side->data) + begin * element_bytes(side->element);
+        for (Gradient* gradient : {&job.d_student, &job.d_teacher})
+            if (gradient->data) *gradient = {keep(n * job.columns * element_bytes(job.student.element)), job.columns};
+        int64_t* labels = reinterpret_cast<int64_t*>(keep(8 * cells));
+        int64_t* exclude = reinterpret_cast<int64_t*>(keep(8 * n));
+        for (int64_t i = 0; i < n; ++i)
+            exclude[i] = whole.exclude && here(whole.exclude[i]) ? whole.exclude[i] - begin : -1;
+        for (int64_t i = 0; i < cells; ++i) {
+            const int64_t label = whole.labels[i], row = i / whole.labels_per_row;
+            labels[i] = here(label) ? label - begin : label < 0 ? kNoLabel : kElsewhere;
+            if (!here(label) || (whole.mask && !whole.mask[row])) continue;
+            const bool left_out = whole.exclude && label == whole.exclude[row];
+            int side = 0;
+            for (const Rows& rows : {whole.student, whole.teacher}) {
+                if (rows.data)
+                    picked[side * cells + i] = left_out ? -std::numeric_limits<float>::infinity()
+                                                        : load_column(static_cast<const char*>(rows.data), rows.element,
+                                                                      row * rows.strides[0] + label);
+                ++side;
+            }
+        }
+        job.labels = labels;
+        if (whole.exclude) job.exclude = exclude;
+        job.workspace = floats(workspace_floats(job));
+        job.values = floats(value_rows(job, job.stat_count) * n);
+        job.state = floats(state_rows(job) * n);
+        jobs.push_back(job);
+    }
+    const int64_t of_state = n * shard_state_floats(whole), of_sums = n * shard_sums_floats(whole);
+    float* states = floats(shards * of_state);
+    float* sums = floats(shards * of_sums);
+    for (int64_t i = 0; i < shards; ++i) run_shard_state(jobs[i], start(i), states + i * of_state);
+    for (int64_t i = 0; i < shards && of_sums > 0; ++i) run_shard_sums(jobs[i], states, shards, sums + i * of_sums);
+    std::string all;
+    for (Job& job : jobs) {
+        run_shard_finish(job, states, sums, shards);
+        job.coefficients = whole.coefficients;
+        run_backward(job);
+        all.append(reinterpret_cast<const char*>(job.values), 4 * value_rows(job, job.stat_count) * n);
+        for (const Gradient& gradient : {job.d_student, job.d_teacher})
+            if (gradient.data)
+                all.append(static_cast<const char*>(gradient.data),
+                           n * job.columns * element_bytes(job.student.element));
+    }
+    return all;
+}
+
 // The bytes of everything that the problem's answer is.
 inline std::string solve(const Problem& p) {
     setenv("KLDIV_CUDA_PLAN", p.plan, 1);
@@ -157,6 +224,7 @@ inline std::string solve(const Problem& p) {
         job.topk.coefficients = found.as<float>();
     }
     if (!p.saved && !p.topk) job.coefficients = coefficients.as<float>();
+    if (p.shards) return solve_in_shards(job, p.shards);
     const CudaPlan chosen = plan(job);
     if (chosen.one_read() != (p.plan[0] == 'c')) throw std::runtime_error("another plan: " + chosen.reason);
     Memory state(chosen.one_read() ? 16 : state_rows(job) * p.rows * 4);

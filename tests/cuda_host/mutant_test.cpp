@@ -91,6 +91,9 @@ std::vector<Problem> problems_of(const std::string& group) {
     add(topk,
         [&](Problem& p) { few(p), p.stats = {"logprob"}, p.columns = 15 * 64 + 8, p.plan = "cluster=16,stages=4"; });
     add(topk, [&](Problem& p) { few(p), p.columns = 4099, p.gap = 3, p.offset = 1, p.plan = "two-sweep"; });
+    add(many, [](Problem& p) { p.columns = 203, p.shards = 3, p.offset = 1, p.teacher_gradient = p.mask = true; });
+    add(labels, [](Problem& p) { p.columns = 37, p.shards = 35, p.labels_per_row = 9, p.repeated = 2; });
+    add(sums, [](Problem& p) { p.columns = 33000, p.shards = 2, p.rows = 2, p.exclude = true; });
     for (const int64_t columns : {1, 7, 8, 9})
         for (const int element : {kFloat32, kBfloat16, kFloat16})
             add(many, [=](Problem& p) {

@@ -105,7 +105,8 @@ def program(*, sanitize: bool = False) -> Path:
         unfinished = to.with_name(f"{to.name}.{os.getpid()}")
         unfinished.write_text(text)
         unfinished.rename(to)
-    sources = [HERE / "mutant_test.cpp", copy / "cuda" / "launch.cu", copy / "plan.cpp"]
+    sources = [HERE / "mutant_test.cpp", *(copy / "cuda" / f"{name}.cu" for name in ("launch", "statistics"))]
+    sources.append(copy / "plan.cpp")
     return build("mutant_test", sources, sanitize=sanitize, optimise="-O1", extra_includes=[copy])
 
 

@@ -55,14 +55,17 @@ KLDIV_KERNEL(kSweepThreads, 1) finish(SweepArguments a) {
         if (code == kLogprob || code == kReferenceLogprob) {
             const bool student = code == kLogprob;
             for (int64_t j = lane; j < call.labels_per_row; j += 32) {
-                const int64_t label = call.labels[index * call.labels_per_row + j];
+                const int64_t cell = index * call.labels_per_row + j, label = call.labels[cell];
                 const bool beyond = label >= call.columns;
                 float x = beyond ? std::numeric_limits<float>::quiet_NaN() : 0.0f;
-                if (label >= 0 && !beyond)
-                    x = student ? log_softmax(load_column(row.student, call.student.element, label), row.s, normal.ms,
-                                              normal.zs, normal.log_zs, label == row.exclude)
-                                : log_softmax(load_column(row.teacher, call.teacher.element, label), row.t, normal.mt,
-                                              normal.zt, normal.log_zt, label == row.exclude);
+                if (call.picked ? label != kNoLabel : label >= 0 && !beyond) {
+                    const float logit = call.picked ? call.picked[(student ? 0 : n * call.labels_per_row) + cell]
+                                        : student   ? load_column(row.student, call.student.element, label)
+                                                    : load_column(row.teacher, call.teacher.element, label);
+                    const bool left_out = label == row.exclude;
+                    x = student ? log_softmax(logit, row.s, normal.ms, normal.zs, normal.log_zs, left_out)
+                                : log_softmax(logit, row.t, normal.mt, normal.zt, normal.log_zt, left_out);
+                }
                 if (!active) x = 0;
                 value[j * n] = x;
                 if (call.completed) complete(value + j * n, student, x);

@@ -35,7 +35,8 @@ KLDIV_DEVICE Shares shares_of(const Call& call, int64_t index) {
             for (int64_t j = thread_index() % 32; j < call.labels_per_row; j += 32) {
                 const float c = coefficient[j * n];
                 any |= c != 0;
-                sum += call.labels[index * call.labels_per_row + j] < 0 ? 0 : c;
+                // Those of other processes take their shares here, too.
+                sum += call.labels[index * call.labels_per_row + j] == kNoLabel ? 0 : c;
             }
             (code == kLogprob ? out.s : out.t) -= warp_sum(sum);
             out.any |= any_lane(any);

@@ -67,7 +67,7 @@ KLDIV_DEVICE X merge_block(X x, int floats, Merge merge, Load load) {
 KLDIV_DEVICE State row_state(const SweepArguments& a, int64_t index) {
     const int lane = thread_index() % 32;
     State state;
-    if (lane < a.slices) state = saved_state(a.states + (index * a.slices + lane) * kStateFloats);
+    if (lane < a.states_a_row) state = saved_state(a.states + (index * a.states_a_row + lane) * kStateFloats);
     merge_lanes<kEverything>(state);
     return state;
 }
@@ -75,8 +75,8 @@ KLDIV_DEVICE State row_state(const SweepArguments& a, int64_t index) {
 KLDIV_DEVICE Softmax row_tail(const SweepArguments& a, int64_t index) {
     const int lane = thread_index() % 32;
     Softmax tail;
-    if (lane < a.slices) {
-        const float* from = a.tails + (index * a.slices + lane) * kTailFloats;
+    if (lane < a.states_a_row) {
+        const float* from = a.tails + (index * a.states_a_row + lane) * kTailFloats;
         tail = {from[0], from[1]};
     }
     merge_lanes(tail);

@@ -7,6 +7,7 @@
 //
 //   sweep     sweeps.cuh        the state of each slice           reads 2u
 //   sums      sweeps.cuh        sums of normalised terms, if any  reads 2u; more statistics find a slice in the caches
+//   merge     merge.cuh         columns spread over processes     a warp a row
 //   finish    finish.cuh        merges slices; values, state      a warp a row
 //   outcomes  coefficients.cuh  coefficients of a top-k loss      a warp a row
 //   gradient  gradient.cuh      from coefficients                 reads 2u, writes 1u a gradient
@@ -21,10 +22,11 @@ namespace kldiv::gpu {
 
 struct SweepArguments {
     Call call;
-    float* states;          // [N, slices, kStateFloats]
+    float* states;          // [N, states_a_row, kStateFloats]
     float* sums;            // [N, sums_count, slices, kSumsFloats]
-    float* tails;           // [N, slices, kTailFloats], or null
+    float* tails;           // [N, states_a_row, kTailFloats], or null
     int64_t slices, slice;  // of a row; columns of one
+    int64_t states_a_row;   // its slices, or 1: the whole row's, most of whose columns other processes may have
     int sums_count;         // statistics that take normalised sums
     bool backwards;         // the order of the slices
     bool student, teacher;  // gradients wanted

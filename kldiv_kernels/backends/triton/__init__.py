@@ -3,7 +3,9 @@
 formulas/    the statistics, a few functions each
 device/      the kernels, the same for every statistic, and the hooks that a set of statistics gives them
 bind.py, hook_text.py    bring the two together
-launch.py    sizes and launches
+sizes.py     how a row is cut
+launch.py    launches
+shards.py    those for rows whose columns are spread over processes
 ops.py       the operators that torch.compile sees through
 """
 
@@ -23,6 +25,7 @@ from kldiv_kernels.tracing import constant
 
 if TYPE_CHECKING:
     from kldiv_kernels.backends.triton.launch import Launch
+    from kldiv_kernels.backends.triton.shards import ShardLaunch
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 DEVICES = ("cuda", "xpu")
@@ -122,3 +125,19 @@ class TritonBackend:
         self, call: Call, coefficients: Tensor, student: bool, reference: bool, in_place: bool = False
     ) -> tuple[Tensor, Tensor | None, Tensor | None]:
         return self._launch(call).loss(coefficients.contiguous(), student, reference, in_place)
+
+    def _shard(self, call: Call) -> ShardLaunch:
+        from kldiv_kernels.backends.triton import shards
+
+        return shards.ShardLaunch(call, interpreted())
+
+    def shard_state(self, call: Call, first_column: int) -> Tensor:
+        return self._shard(call).state(first_column)
+
+    def shard_sums(self, call: Call, states: Tensor) -> Tensor | None:
+        return self._shard(call).sums(states)
+
+    def shard_finish(
+        self, call: Call, states: Tensor, sums: Tensor | None, picked: Tensor | None
+    ) -> tuple[Tensor, Tensor]:
+        return self._shard(call).finish(states, sums, picked)

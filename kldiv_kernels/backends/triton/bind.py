@@ -22,7 +22,7 @@ import triton
 import triton.language as tl
 
 from kldiv_kernels import registry
-from kldiv_kernels.backends.triton.device import kernels, label_kernels, labels, row, rows, slices, state
+from kldiv_kernels.backends.triton.device import kernels, label_kernels, labels, row, rows, shard_kernels, slices, state
 from kldiv_kernels.backends.triton.formulas import distances, kl, math, mixtures, powers, quadratic, table
 from kldiv_kernels.backends.triton.formulas.statistic import TritonStatistic, of_user
 from kldiv_kernels.backends.triton.hook_text import Hooks
@@ -40,6 +40,8 @@ class Bound:
     loss_kernel: Any
     mark_kernel: Any
     label_gradient_kernel: Any
+    merge_states_kernel: Any
+    merge_sums_kernel: Any
     first: int
     sums: int
     state_rows: int
@@ -73,7 +75,7 @@ def bind(statistics: tuple[Statistic, ...], functions: tuple[TritonStatistic, ..
     hooks = Hooks(statistics, functions)
     namespace: dict[str, Any] = {"__name__": f"{__name__}.bound", "triton": triton, "tl": tl}
     formulas = (math, kl, mixtures, distances, powers, quadratic)
-    for module in (*formulas, rows, state, row, labels, slices, kernels, label_kernels):
+    for module in (*formulas, rows, state, row, labels, slices, kernels, label_kernels, shard_kernels):
         namespace.update({name: value for name, value in vars(module).items() if _is_triton(value)})
     namespace["NVIDIA"] = tl.constexpr(nvidia)
     namespace["INFINITY"] = tl.constexpr(_Infinity("inf"))

@@ -135,12 +135,14 @@ class Hooks:
         for name in self.names:
             row = self._value_row(name)
             if self.statistics[name].per_label:
-                row_of = "s_side, ms, log_zs" if name == "logprob" else "t_side, mt, log_zt"
+                student = name == "logprob"
+                row_of = "s_side, ms, log_zs" if student else "t_side, mt, log_zt"
+                picked = "picked + numbers" if student else "picked + n * label_count + numbers"
                 lines += [
                     "for first in range(0, label_count, LABELS):",
                     "    numbers = first + tl.arange(0, LABELS)",
                     "    label = tl.load(labels + numbers, mask=numbers < label_count, other=-1).to(tl.int32)",
-                    f"    value = log_softmax_at({row_of}, label, exclude, vocab)",
+                    f"    value = log_softmax_at({row_of}, label, {picked}, exclude, vocab, SHARED)",
                     f"    tl.store(out + ({row} + numbers) * n, value, mask=numbers < label_count)",
                 ]
                 continue
@@ -148,7 +150,7 @@ class Hooks:
             lines.append(f"tl.store(out + ({row}) * n, {value})")
         head = (
             "write_values(finished, out, n, lse, max_logprob, argmax, tail_logprob, s_side, ms, log_zs, "
-            "t_side, mt, log_zt, exclude, vocab, labels, label_count)"
+            "t_side, mt, log_zt, exclude, vocab, labels, label_count, picked, SHARED: tl.constexpr)"
         )
         return _function(head, lines)
 

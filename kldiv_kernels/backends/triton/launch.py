@@ -16,58 +16,27 @@ from kldiv_kernels.backends.interface import Call, value_rows
 from kldiv_kernels.backends.strides import leading
 from kldiv_kernels.backends.triton.bind import bound_for, unspecialised
 from kldiv_kernels.backends.triton.device import kernels, state
-
-# The slices of a row are merged by a warp.
-_MOST_SLICES = 32
+from kldiv_kernels.backends.triton.sizes import Shape, padded
 
 
 @dataclass(frozen=True)
-class Tile:
-    """A block is `lanes` x `columns` neighbouring columns, a slice of a row is `blocks` of them.
+class Parts:
+    """What a row is merged from: states of its slices, or with `shared` of its shards.
 
-    On a GPU: 16 bytes a thread and access, one such access a thread, tensor and block, three blocks under way at a
-    time; slices of 16 blocks, 16,384 bf16 columns, so that a single row of 152k gives 10 programs work. Programs of
-    4 warps, because most kernels need up to 128 registers a thread: a processor then holds 4 programs or more.
+    `row` of them are from row to row, and `step` from part to part.
     """
 
-    lanes: int
-    blocks: int
-    warps: int
+    states: Tensor
+    count: int
+    row: int
+    step: int
+    shared: bool = False
 
-
-GPU_TILE = Tile(lanes=128, blocks=16, warps=4)
-
-
-def interpreter_tile(vocab: int, columns: int) -> Tile:
-    """Several blocks and slices a row at any size, and few of them: the interpreter is slow by the operation."""
-    return Tile(lanes=max(2, triton.next_power_of_2(vocab // (4 * columns))), blocks=2, warps=1)
-
-
-@dataclass(frozen=True)
-class Shape:
-    """How a row is cut: a function of its length and dtype alone, so that its bits do not depend on the batch."""
-
-    lanes: int
-    columns: int
-    slice_columns: int
-    slices: int
-    padded_slices: int
-    warps: int
-
-    @property
-    def mark_words(self) -> int:
-        """32-bit words of a row's marks (labels.py): each lane's bits start a new one."""
-        return self.slices * self.lanes * -(-self.slice_columns // (32 * self.lanes))
-
-    @staticmethod
-    def of(vocab: int, element_bytes: int, interpreted: bool) -> Shape:
-        columns = 16 // element_bytes
-        tile = interpreter_tile(vocab, columns) if interpreted else GPU_TILE
-        slice_columns = tile.lanes * columns * tile.blocks
-        while triton.cdiv(vocab, slice_columns) > _MOST_SLICES:
-            slice_columns *= 2
-        slices = triton.cdiv(vocab, slice_columns)
-        return Shape(tile.lanes, columns, slice_columns, slices, max(2, triton.next_power_of_2(slices)), tile.warps)
+    def arguments(self) -> dict[str, Any]:
+        return {
+            "partial_ptr": self.states, "parts": self.count, "part_row": self.row, "part_step": self.step,
+            "WIDTH": self.states.shape[-1], "S_PAD": padded(self.count),
+        }  # fmt: skip
 
 
 @functools.cache
@@ -96,18 +65,18 @@ class Launch:
         assert s is not None
         assert t is not None
         self.row_arguments: dict[str, Any] = {
-            "s_ptr": logits, "t_ptr": second, "mask_ptr": _or(call.mask, logits),
-            "exclude_ptr": _or(call.exclude, logits),
-            "token_ptr": _or(call.token_parameters, logits),
+            "s_ptr": logits, "t_ptr": second, "mask_ptr": or_instead(call.mask, logits),
+            "exclude_ptr": or_instead(call.exclude, logits),
+            "token_ptr": or_instead(call.token_parameters, logits),
             "s_inner": s[0], "s_outer": s[1], "s_stride": s[2], "t_inner": t[0], "t_outer": t[1], "t_stride": t[2],
-            "n": self.rows, "slices": self.shape.slices,
+            "n": self.rows,
             "temperature": call.parameters[0], "reference_temperature": call.parameters[1],
             "alpha": call.parameters[2], "beta": call.parameters[3],
             "FIRST": self.bound.first, "MASK": call.mask is not None, "EXCLUDE": call.exclude is not None,
             "PER_TOKEN": call.token_parameters is not None, "ALIGNED": self.aligned,
         }  # fmt: skip
         self.block_arguments: dict[str, Any] = {
-            "vocab": call.vocab_size, "SLICE": self.shape.slice_columns,
+            "vocab": call.vocab_size, "slices": self.shape.slices, "SLICE": self.shape.slice_columns,
             "EVEN": call.vocab_size % self.shape.columns == 0, "R": self.shape.lanes, "C": self.shape.columns,
         }  # fmt: skip
         self.many = call.labels_per_row > 1
@@ -131,51 +100,67 @@ class Launch:
         self._run(kernel, self.rows, warps, {name: arguments[name] for name in kernel.arg_names})
 
     def statistics(self, with_state: bool) -> tuple[Tensor, Tensor]:
-        call, shape, bound = self.call, self.shape, self.bound
-        f32 = {"dtype": torch.float32, "device": self.device}
-        values = torch.empty((self.value_rows, self.rows), **f32)  # type: ignore[call-overload]
-        # Nothing is saved for a masked row, and no output holds what happened to be in memory.
-        make = torch.empty if call.mask is None else torch.zeros
-        saved = make((bound.state_rows if with_state else 0, self.rows), **f32)  # type: ignore[call-overload]
-        partial = torch.empty((self.rows, shape.slices, state.STATE_SIZE.value), **f32)  # type: ignore[call-overload]
-        sums = partial
-        if bound.sums:
-            sums = torch.empty((self.rows, shape.slices, bound.sums), **f32)  # type: ignore[call-overload]
-        programs = self.rows * shape.slices
+        with self._on_device():
+            states, duplicates = self.swept()
+            parts = Parts(states, self.shape.slices, self.shape.slices, 1)
+            return self.finished(parts, self.summed(parts), duplicates, with_state)
+
+    def swept(self) -> tuple[Tensor, Tensor]:
+        """The states of slices [N, slices, STATE_SIZE], and for a tail how many labels occur twice [N]."""
+        call, shape = self.call, self.shape
+        partial = self.floats(self.rows, shape.slices, state.STATE_SIZE.value)
         marks, duplicates = call.logits, call.logits
-        if bound.tail:
+        if self.bound.tail:
             marks = torch.zeros((self.rows, shape.mark_words), dtype=torch.int32, device=self.device)
             duplicates = torch.empty(self.rows, dtype=torch.int32, device=self.device)
-        with self._on_device():
-            if bound.tail:
-                self._run_for_labels(
-                    bound.mark_kernel, shape.warps,
-                    {
-                        "marks_ptr": marks, "duplicates_ptr": duplicates, "labels_ptr": call.labels,
-                        "label_count": call.labels_per_row, **self.row_arguments, **self.block_arguments,
-                    },
-                )  # fmt: skip
-            self._run(
-                bound.sweep_kernel, programs, shape.warps,
-                {"partial_ptr": partial, "marks_ptr": marks, **self.row_arguments, **self.block_arguments},
-            )  # fmt: skip
-            padded = {"S_PAD": shape.padded_slices}
-            if bound.sums:
-                self._run(
-                    bound.sums_kernel, programs, shape.warps,
-                    {"sums_ptr": sums, "partial_ptr": partial, **self.row_arguments, **self.block_arguments, **padded},
-                )  # fmt: skip
-            self._run(
-                bound.finish_kernel, self.rows, 1,
+            self._run_for_labels(
+                self.bound.mark_kernel, shape.warps,
                 {
-                    "values_ptr": values, "state_ptr": saved, "partial_ptr": partial, "sums_ptr": sums,
-                    "labels_ptr": _or(call.labels, call.logits), "label_count": call.labels_per_row,
-                    "duplicates_ptr": duplicates, "value_rows": self.value_rows, "SAVE": with_state,
-                    "vocab": call.vocab_size,
-                    **self.row_arguments, **padded,
+                    "marks_ptr": marks, "duplicates_ptr": duplicates, "labels_ptr": call.labels,
+                    "label_count": call.labels_per_row, **self.row_arguments, **self.block_arguments,
                 },
             )  # fmt: skip
+        self._run(
+            self.bound.sweep_kernel, self.rows * shape.slices, shape.warps,
+            {"partial_ptr": partial, "marks_ptr": marks, **self.row_arguments, **self.block_arguments},
+        )  # fmt: skip
+        return partial, duplicates
+
+    def summed(self, parts: Parts) -> Tensor:
+        """The sums of slices [N, slices, sums], of the terms that need the row's softmaxes; `parts` are its state."""
+        shape = self.shape
+        if not self.bound.sums:
+            return parts.states
+        sums = self.floats(self.rows, shape.slices, self.bound.sums)
+        self._run(
+            self.bound.sums_kernel, self.rows * shape.slices, shape.warps,
+            {"sums_ptr": sums, **parts.arguments(), **self.row_arguments, **self.block_arguments},
+        )  # fmt: skip
+        return sums
+
+    def finished(
+        self, parts: Parts, sums: Tensor, duplicates: Tensor, with_state: bool, picked: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """Values [value_rows, N], and what the gradient needs [state_rows, N]; `sums` has as many parts."""
+        call = self.call
+        values = self.floats(self.value_rows, self.rows)
+        # Nothing is saved for a masked row, and no output holds what happened to be in memory.
+        saved = self.floats(self.bound.state_rows if with_state else 0, self.rows, zeroed=call.mask is not None)
+        self._run(
+            self.bound.finish_kernel, self.rows, 1,
+            {
+                "values_ptr": values, "state_ptr": saved, "sums_ptr": sums,
+                "labels_ptr": or_instead(call.labels, call.logits), "label_count": call.labels_per_row,
+                "duplicates_ptr": duplicates, "picked_ptr": or_instead(picked, call.logits), "SHARED": parts.shared,
+                "value_rows": self.value_rows, "SAVE": with_state, "vocab": call.vocab_size,
+                **parts.arguments(), **self.row_arguments,
+            },
+        )  # fmt: skip
         return values, saved
+
+    def floats(self, *shape: int, zeroed: bool = False) -> Tensor:
+        make = torch.zeros if zeroed else torch.empty
+        return make(shape, dtype=torch.float32, device=self.device)
 
     def gradients(
         self, state: Tensor, coefficients: Tensor, student: bool, reference: bool, in_place: bool = False
@@ -236,9 +221,9 @@ class Launch:
         row = {**self.row_arguments, **self.block_arguments}
         row["ALIGNED"] = self.aligned and all(g is None or self._is_aligned(g) for g in (ds, dt))
         return ds, dt, {
-            "ds_ptr": _or(ds, call.logits), "dt_ptr": _or(dt, second),
+            "ds_ptr": or_instead(ds, call.logits), "dt_ptr": or_instead(dt, second),
             "s_width": call.logits.shape[-1], "t_width": second.shape[-1],
-            "coefficients_ptr": coefficients, "labels_ptr": _or(call.labels, call.logits),
+            "coefficients_ptr": coefficients, "labels_ptr": or_instead(call.labels, call.logits),
             "label_count": call.labels_per_row, "STUDENT": student, "REFERENCE": reference,
             "LABEL_S": self.bound.label_s and not self.apart, "LABEL_T": self.bound.label_t and not self.apart,
             "MANY": self.many, **row,
@@ -287,6 +272,6 @@ def _options(interpreted: bool) -> dict[str, Any]:
     return {} if interpreted else {"enable_fp_fusion": False}
 
 
-def _or(tensor: Tensor | None, instead: Tensor) -> Tensor:
+def or_instead(tensor: Tensor | None, instead: Tensor) -> Tensor:
     """A pointer for an argument that the kernel does not read."""
     return instead if tensor is None else tensor

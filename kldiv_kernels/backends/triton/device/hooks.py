@@ -40,9 +40,9 @@ def finish(first, sums, q_is_zero, p_is_zero, bad_s, bad_t, alpha, beta):
 @triton.jit
 def write_values(
     finished, out, n, lse, max_logprob, argmax, tail_logprob, s_side, ms, log_zs, t_side, mt, log_zt,
-    exclude, vocab, labels, label_count,
+    exclude, vocab, labels, label_count, picked, SHARED: tl.constexpr,
 ):  # fmt: skip
-    """A row's column of the table of values [value_rows, n]."""
+    """A row's column of the table of values [value_rows, n]. SHARED: see `rows.log_softmax_at`."""
     pass
 
 

@@ -11,6 +11,9 @@ Many rows: `loss_kernel` does all of that for one row in one program. It calls t
 the same order, so that a row gets the same bits either way. Traffic (u: one pass over one [N, V] tensor): a loss of two
 tensors 5u, 7u with sums; of one tensor 3u; statistics alone 2u (4u) and 1u.
 
+Rows whose columns are spread over processes take the first form: what the slices of a process left is merged by
+`shard_kernels.py`, and sums_kernel and finish_kernel merge what all processes say of a row instead of its slices.
+
 Many labels a row, and what is left without them, always take the first form, with kernels of `label_kernels.py` before
 the sweep and after the gradient.
 """
@@ -21,11 +24,11 @@ import triton
 import triton.language as tl
 
 from kldiv_kernels.backends.triton.device.hooks import merge_sums, save_finished, zero_sums
-from kldiv_kernels.backends.triton.device.labels import tail_value, take_tail
+from kldiv_kernels.backends.triton.device.labels import merge_labels, no_labels, sum_of_labels, tail_value, take_tail
 from kldiv_kernels.backends.triton.device.row import finish_row, load_row, open_row, take_row, write_nothing, write_row
 from kldiv_kernels.backends.triton.device.rows import softmaxes
 from kldiv_kernels.backends.triton.device.slices import slice_state, slice_sums, write_gradient, write_zeros
-from kldiv_kernels.backends.triton.device.state import STATE_SIZE, TAIL, TEACHER, empty, load_slices, merge, put
+from kldiv_kernels.backends.triton.device.state import STATE_SIZE, TAIL, TEACHER, empty, load_parts, merge, put
 
 
 @triton.jit
@@ -60,13 +63,14 @@ def sweep_kernel(
 def sums_kernel(
     sums_ptr, partial_ptr, s_ptr, t_ptr, mask_ptr, exclude_ptr, token_ptr,
     s_inner: tl.int64, s_outer: tl.int64, s_stride: tl.int64, t_inner: tl.int64, t_outer: tl.int64, t_stride: tl.int64,
-    n: tl.int64, vocab: tl.int32, slices: tl.int32,
+    n: tl.int64, vocab: tl.int32, slices: tl.int32, parts: tl.int32, part_row: tl.int64, part_step: tl.int64,
     temperature: tl.float32, reference_temperature: tl.float32, alpha: tl.float32, beta: tl.float32,
     FIRST: tl.constexpr, MASK: tl.constexpr, EXCLUDE: tl.constexpr, PER_TOKEN: tl.constexpr,
-    ALIGNED: tl.constexpr, EVEN: tl.constexpr, SLICE: tl.constexpr, S_PAD: tl.constexpr,
+    ALIGNED: tl.constexpr, EVEN: tl.constexpr, SLICE: tl.constexpr, WIDTH: tl.constexpr, S_PAD: tl.constexpr,
     R: tl.constexpr, C: tl.constexpr,
 ):  # fmt: skip
-    """sums_ptr [n, slices, sums]: the sums of each slice's terms. One read of the logits."""
+    """sums_ptr [n, slices, sums]: the sums of each slice's terms, with the row's state merged from its `parts` at
+    partial_ptr (see `load_parts`). One read of the logits."""
     program = tl.program_id(0).to(tl.int64)
     index = program // slices
     if MASK:
@@ -77,7 +81,8 @@ def sums_kernel(
         index, s_ptr, s_inner, s_outer, s_stride, t_ptr, t_inner, t_outer, t_stride, exclude_ptr, token_ptr, n,
         temperature, reference_temperature, alpha, beta, TWO, EXCLUDE, PER_TOKEN, ALIGNED,
     )  # fmt: skip
-    state = merge(load_slices(partial_ptr, index, slices, empty(S_PAD)), s_side[1], t_side[1], FIRST)
+    found = load_parts(partial_ptr, index, parts, part_row, part_step, empty(S_PAD), 0, WIDTH)
+    state = merge(found, s_side[1], t_side[1], FIRST)
     m_and_z, _ = take_row(state, s_side, t_side, FIRST)
     ms, zs, mt, zt = m_and_z
     begin = (program % slices).to(tl.int32) * SLICE
@@ -90,15 +95,20 @@ def sums_kernel(
 
 @triton.jit
 def finish_kernel(
-    values_ptr, state_ptr, partial_ptr, sums_ptr, s_ptr, t_ptr, labels_ptr, duplicates_ptr, mask_ptr, exclude_ptr,
-    token_ptr,
+    values_ptr, state_ptr, partial_ptr, sums_ptr, s_ptr, t_ptr, labels_ptr, duplicates_ptr, picked_ptr, mask_ptr,
+    exclude_ptr, token_ptr,
     s_inner: tl.int64, s_outer: tl.int64, s_stride: tl.int64, t_inner: tl.int64, t_outer: tl.int64, t_stride: tl.int64,
-    n: tl.int64, vocab: tl.int32, slices: tl.int32, label_count: tl.int32, value_rows: tl.int32,
+    n: tl.int64, vocab: tl.int32, parts: tl.int32, part_row: tl.int64, part_step: tl.int64, label_count: tl.int32,
+    value_rows: tl.int32,
     temperature: tl.float32, reference_temperature: tl.float32, alpha: tl.float32, beta: tl.float32,
     FIRST: tl.constexpr, MASK: tl.constexpr, EXCLUDE: tl.constexpr, PER_TOKEN: tl.constexpr,
-    ALIGNED: tl.constexpr, SAVE: tl.constexpr, S_PAD: tl.constexpr,
+    ALIGNED: tl.constexpr, SAVE: tl.constexpr, SHARED: tl.constexpr, WIDTH: tl.constexpr, S_PAD: tl.constexpr,
 ):  # fmt: skip
-    """values_ptr [value_rows, n], and with SAVE state_ptr [state_rows, n] for the gradient. O(n) bytes."""
+    """values_ptr [value_rows, n], and with SAVE state_ptr [state_rows, n] for the gradient. O(n) bytes.
+
+    The row's parts at partial_ptr and sums_ptr are its slices; with SHARED its shards, what these say of their labels
+    stands behind their states, and picked_ptr has the logits at all labels.
+    """
     index = tl.program_id(0).to(tl.int64)
     if MASK:
         if tl.load(mask_ptr + index) == 0:
@@ -109,23 +119,32 @@ def finish_kernel(
         index, s_ptr, s_inner, s_outer, s_stride, t_ptr, t_inner, t_outer, t_stride, exclude_ptr, token_ptr, n,
         temperature, reference_temperature, alpha, beta, TWO, EXCLUDE, PER_TOKEN, ALIGNED,
     )  # fmt: skip
-    state = merge(load_slices(partial_ptr, index, slices, empty(S_PAD)), s_side[1], t_side[1], FIRST)
+    found = load_parts(partial_ptr, index, parts, part_row, part_step, empty(S_PAD), 0, WIDTH)
+    state = merge(found, s_side[1], t_side[1], FIRST)
     if FIRST & TAIL:
-        duplicates = tl.load(duplicates_ptr + index)
-        state, tail = take_tail(
-            state, s_side, labels_ptr + index * label_count, label_count, exclude, vocab, duplicates != 0, FIRST
-        )
+        if SHARED:
+            ml, zl, twice = load_parts(
+                partial_ptr, index, parts, part_row, part_step, no_labels(S_PAD), STATE_SIZE, WIDTH
+            )
+            of_labels = merge_labels(ml, zl, s_side[1])
+            duplicates = tl.max(twice, axis=0)
+        else:
+            duplicates = tl.load(duplicates_ptr + index)
+            of_labels = sum_of_labels(
+                s_side, labels_ptr + index * label_count, label_count, exclude, vocab, duplicates != 0
+            )
+        state, tail = take_tail(state, s_side, of_labels, FIRST)
     m_and_z, first = take_row(state, s_side, t_side, FIRST)
     tail_logprob = 0.0
     if FIRST & TAIL:
         tail_logprob = tail_value(s_side, m_and_z, tail)
     sums = zero_sums(S_PAD)
     if len(sums) > 0:
-        sums = load_slices(sums_ptr, index, slices, sums)
+        sums = load_parts(sums_ptr, index, parts, part_row, part_step, sums, 0, len(sums))
     finished = finish_row(state, m_and_z, first, merge_sums(sums), s_side, t_side, alpha, beta, FIRST)
     write_row(
         finished, state, m_and_z, tail_logprob, s_side, t_side, exclude, vocab, values_ptr, index, n,
-        labels_ptr, label_count, TWO,
+        labels_ptr, label_count, picked_ptr, TWO, SHARED,
     )  # fmt: skip
     if SAVE:
         saved = m_and_z
@@ -223,7 +242,7 @@ def loss_kernel(
     finished = finish_row(state, m_and_z, first, merge_sums(sums), s_side, t_side, alpha, beta, FIRST)
     write_row(
         finished, state, m_and_z, 0.0, s_side, t_side, exclude, vocab, values_ptr, index, n, labels_ptr, label_count,
-        TWO,
+        labels_ptr, TWO, False,
     )  # fmt: skip
     # A gradient in place: every warp has read the label's logit.
     tl.debug_barrier()

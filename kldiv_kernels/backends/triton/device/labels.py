@@ -71,12 +71,13 @@ def label_weight(coefficients, labels, n, label_count, MANY: tl.constexpr):
         for first in range(0, label_count, LABELS):
             numbers = first + tl.arange(0, LABELS)
             there = numbers < label_count
-            there = there & (tl.load(labels + numbers, mask=there, other=-1) >= 0)
+            # Those that other processes have take their shares here, too.
+            there = there & (tl.load(labels + numbers, mask=there, other=-1) != -1)
             x = tl.load(coefficients + numbers * n, mask=there, other=0.0)
             total += tl.sum(x, axis=0)
             count += tl.sum((x != 0.0).to(tl.int32), axis=0)
     else:
-        total = tl.where(tl.load(labels) < 0, 0.0, tl.load(coefficients))
+        total = tl.where(tl.load(labels) == -1, 0.0, tl.load(coefficients))
         count = (total != 0.0).to(tl.int32)
     return total, count
 
@@ -104,13 +105,9 @@ def summed_coefficients(numbers, label, labels, coefficients, n, label_count, du
 
 
 @triton.jit
-def take_tail(state, s_side, labels, label_count, exclude, vocab, duplicates, FIRST: tl.constexpr):
-    """(state with the sums of all columns, (m_r, z_r, q_L)).
-
-    z_r is infinite where the tail has no mass: then every r is 0; and NaN where the row has no softmax.
-    """
+def sum_of_labels(s_side, labels, label_count, exclude, vocab, duplicates):
+    """(m, z) of the columns that are labels, each of them once."""
     pointer, c, floor = s_side
-    ms, zs, es, bs, mt, zt, et, bt, forward, reverse, hellinger, best, column, mr, zr = state
     m = tl.full([LABELS], NOTHING, tl.float32)
     z = tl.zeros([LABELS], tl.float32)
     for first in range(0, label_count, LABELS):
@@ -125,8 +122,32 @@ def take_tail(state, s_side, labels, label_count, exclude, vocab, duplicates, FI
         to = tl.maximum(m, x)
         z = z * tl.exp2((m - to) * c) + tl.where(there, tl.exp2((x - to) * c), 0.0)
         m = to
-    ml = merged_reference(m, z, c)
-    zl = tl.sum(z * tl.exp2((m - ml) * c), axis=0)
+    return merge_labels(m, z, c)
+
+
+@triton.jit
+def no_labels(R: tl.constexpr):
+    """What a shard says of its labels, of none of them, R times: (m, z), and how many occur twice."""
+    zero = tl.zeros([R], tl.float32)
+    return tl.full([R], NOTHING, tl.float32), zero, zero
+
+
+@triton.jit
+def merge_labels(m, z, c):
+    """(m, z) of lanes [R], merged into one (scalars)."""
+    to = merged_reference(m, z, c)
+    return to, tl.sum(z * tl.exp2((m - to) * c), axis=0)
+
+
+@triton.jit
+def take_tail(state, s_side, of_labels, FIRST: tl.constexpr):
+    """(state with the sums of all columns, (m_r, z_r, q_L)), with m and z of the labels.
+
+    z_r is infinite where the tail has no mass: then every r is 0; and NaN where the row has no softmax.
+    """
+    c = s_side[1]
+    ms, zs, es, bs, mt, zt, et, bt, forward, reverse, hellinger, best, column, mr, zr = state
+    ml, zl = of_labels
     if (FIRST & BOTH) == 0:
         mr, zr = ms, zs
         ms = tl.maximum(mr, ml)

@@ -84,9 +84,9 @@ def finish_row(state, m_and_z, first, sums, s_side, t_side, alpha, beta, FIRST: 
 @triton.jit
 def write_row(
     finished, state, m_and_z, tail_logprob, s_side, t_side, exclude, vocab, values_ptr, index, n,
-    labels_ptr, label_count, TWO: tl.constexpr,
+    labels_ptr, label_count, picked_ptr, TWO: tl.constexpr, SHARED: tl.constexpr,
 ):  # fmt: skip
-    """A row's column of the table of values."""
+    """A row's column of the table of values. SHARED: the logits at its labels are at picked_ptr [2, n, labels]."""
     ms, zs, mt, zt = m_and_z
     log_zs = tl.log(zs)
     log_zt = tl.log(zt) if TWO else 0.0
@@ -96,7 +96,7 @@ def write_row(
     write_values(
         finished, values_ptr + index, n, lse, max_logprob, argmax, tail_logprob,
         s_side, ms, log_zs, t_side, mt, log_zt, exclude, vocab,
-        labels_ptr + index * label_count, label_count,
+        labels_ptr + index * label_count, label_count, picked_ptr + index * label_count, SHARED,
     )  # fmt: skip
 
 

@@ -118,14 +118,22 @@ def with_share(g, share, softmax):
 
 
 @triton.jit
-def log_softmax_at(one_side, m, log_z, label, exclude, vocab):
-    """log softmax at some columns; 0 for label −1, −inf where a column has no mass, NaN beyond the vocabulary."""
+def log_softmax_at(one_side, m, log_z, label, picked, exclude, vocab, SHARED: tl.constexpr):
+    """log softmax at some columns; 0 for label −1, −inf where a column has no mass, NaN beyond the vocabulary.
+
+    SHARED: some of them are elsewhere, and the logits of all are at `picked`, −inf where a column is excluded.
+    """
     pointer, c, floor = one_side
     nothing = tl.where(log_z != log_z, float("nan"), float("-inf"))
-    x = tl.load(pointer + tl.where((label < 0) | (label >= vocab), 0, label)).to(tl.float32)
-    value = tl.fma((x - m) * c, LN2, -log_z)
-    value = tl.where((x <= floor) | (label == exclude), nothing, value)
-    return tl.where(label < 0, 0.0, tl.where(label >= vocab, float("nan"), value))
+    if SHARED:
+        x = tl.load(picked, mask=label != -1, other=0.0)
+        value = tl.where(x <= floor, nothing, tl.fma((x - m) * c, LN2, -log_z))
+        return tl.where(label == -1, 0.0, value)
+    else:
+        x = tl.load(pointer + tl.where((label < 0) | (label >= vocab), 0, label)).to(tl.float32)
+        value = tl.fma((x - m) * c, LN2, -log_z)
+        value = tl.where((x <= floor) | (label == exclude), nothing, value)
+        return tl.where(label < 0, 0.0, tl.where(label >= vocab, float("nan"), value))
 
 
 @triton.jit

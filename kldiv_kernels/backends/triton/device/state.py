@@ -223,12 +223,16 @@ def put(slices, at, lanes, one):
 
 
 @triton.jit
-def load_slices(pointer, index, slices, nothing):
-    """What a row's slices left at `pointer` [n, slices, len(nothing)], in lanes; `nothing` in those behind them."""
+def load_parts(pointer, index, parts, row, step, nothing, BEGIN: tl.constexpr, WIDTH: tl.constexpr):
+    """What a row's slices, or the shards of it, left at `pointer`, in lanes; `nothing` in those behind them.
+
+    Each has `WIDTH` numbers there, which are read from `BEGIN` on. From row to row there are `row` such parts, and from
+    part to part of a row `step`.
+    """
     lanes = tl.arange(0, nothing[0].shape[0])
     out = ()
     for i in tl.static_range(len(nothing)):
-        at = pointer + (index * slices + lanes) * len(nothing) + i
-        value = tl.load(at, mask=lanes < slices, other=0.0).to(nothing[i].dtype)
-        out = out + (tl.where(lanes < slices, value, nothing[i]),)
+        at = pointer + (index * row + lanes * step) * WIDTH + (BEGIN + i)
+        value = tl.load(at, mask=lanes < parts, other=0.0).to(nothing[i].dtype)
+        out = out + (tl.where(lanes < parts, value, nothing[i]),)
     return out
