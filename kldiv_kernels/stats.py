@@ -58,7 +58,9 @@ def token_stats(
 
     Args:
         logits: [*, V], the student (policy); any leading strides, unit stride in V. float32, bfloat16, float16, or
-            float64 (reference backend). A DTensor here or below: replicated; the results are then, too.
+            float64 (reference backend). A DTensor may be replicated, or spread its columns over one dimension of the
+            mesh, and its rows over others: results are DTensors with its rows' placements, replicated where columns
+            are spread.
         reference_logits: [*, V], the teacher; needed by statistics that compare two rows. May require grad.
         labels: [*] integers for logprob and reference_logprob, or [*, K] for K labels a token. A label equal to
             `ignore_index` (default -100) makes those statistics 0 there, without gradient.

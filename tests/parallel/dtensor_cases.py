@@ -229,9 +229,9 @@ def case_what_is_refused(rank: int, world: int) -> None:
     for grid in more:
         refused(
             lambda: kk.policy_loss(
-                on(x.logits, Shard(1), Shard(1), mesh=grid),
+                on(x.logits, Shard(1), Shard(1), mesh=grid),  # noqa: B023
                 x.labels,
-                x.advantages,  # noqa: B023
+                x.advantages,
             ),
             r"^policy_loss: sequence_group is None, but rows are spread over 2 dimensions",
         )
