@@ -15,6 +15,7 @@ if TYPE_CHECKING:
 READS = {
     "R0": "one, value and gradient together",
     "R0+f": "one without gradient, then one for value and gradient",
+    "f": "one, without gradient",
     "R1": "two, the second for the gradient",
     "torch": "tensors of the logits' size in PyTorch",
     "none": "it has no logits",

@@ -42,3 +42,24 @@ def like_checked(name: str, tensor: Tensor, **given: Tensor | None) -> None:
     for other, x in given.items():
         if x is not None and x.shape != tensor.shape:
             raise ValueError(f"{other} has shape {list(x.shape)}; expected {list(tensor.shape)} like {name}")
+
+
+def alike_checked(where: str, first: Tensor, **others: Tensor) -> None:
+    """ValueError, which begins with `where`, for one that has another shape than the first.
+
+    >>> import torch
+    >>> alike_checked("f", torch.zeros(2, 3), other=torch.zeros(3))
+    Traceback (most recent call last):
+        ...
+    ValueError: f: other has shape [3]; expected [2, 3]
+    """
+    for name, x in others.items():
+        if x.shape != first.shape:
+            raise ValueError(f"{where}: {name} has shape {list(x.shape)}; expected {list(first.shape)}")
+
+
+def of_rows_checked(where: str, rows: Tensor, **given: Tensor) -> None:
+    """ValueError for one that is not [*], of rows [*, V]."""
+    for name, x in given.items():
+        if x.shape != rows.shape[:-1]:
+            raise ValueError(f"{where}: {name} has shape {list(x.shape)}; expected {list(rows.shape[:-1])}, one a row")

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
-LogitPart = Literal["R0", "R1", "R0+f", "torch", "none"]
+LogitPart = Literal["R0", "R1", "R0+f", "f", "torch", "none"]
 Confidence = Literal["code", "paper", "restated", "derived"]
 
 
@@ -18,7 +18,8 @@ class Recipe:
     is none, `differs` says which call of the package it is.
 
     logit_part: how often the [N, V] logits are read. R0: value and gradient in one read. R0+f: that, after a read
-    without gradient. R1: one read, and one more for the gradient. torch: tensors of [N, V] in PyTorch. none: no logits.
+    without gradient. f: one read without gradient. R1: one read, and one more for the gradient. torch: tensors of
+    [N, V] in PyTorch. none: no logits.
 
     confidence: where the formula was seen. code: in the authors' code. paper: in the paper's text. restated: in
     somebody else's words or code. derived: nowhere; it follows from the abstract and what is known.

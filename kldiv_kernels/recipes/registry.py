@@ -34,6 +34,10 @@ FAMILIES = (
     "batch_coupling",
     "consistency",
     "sequence_divergences",
+    "diffusion",
+    "continuous",
+    "inference",
+    "diagnostics",
 )
 
 

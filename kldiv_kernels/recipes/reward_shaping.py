@@ -19,6 +19,14 @@ from kldiv_kernels.recipes.selection import first_tokens
 
 PAPERS = (
     Recipe(
+        21, "RECAP",
+        "Beyond Reasoning Gains: Mitigating General Capabilities Forgetting in Large Reasoning Models", 2025, (),
+        "none", "code", link="github.com/VietHoang1512/recap",
+        differs="kk.recipes.schedules.RecapWeights has the weights of its losses: a policy_loss for each reward, and "
+        "cross-entropy on replayed text. Seen in the code's README. Its ½c + ½i is the paper's c + i with twice the "
+        "temperature.",
+    ),
+    Recipe(
         39, "WCO, UWO", "Reward Model Ensembles Help Mitigate Overoptimization", 2023,
         ("ensemble_rewards", "kl_shaped_rewards"), "none", "code", link="github.com/tlc4418/llm_optimization",
         differs="The variance is the unbiased one of the code's PPO; its best-of-n divides by K. The code logs "

@@ -75,6 +75,66 @@ def _at_least_one(where: str, every: int) -> None:
         raise ValueError(f"{where}: every is {every}; expected a number of steps of 1 or more")
 
 
+class RecapWeights:
+    """Weights of K losses that grow where a loss has stopped falling, or swings: paper 21 (RECAP).
+
+    λ = K·softmax((c + i)/T) with mean 1: the loss is (1/K)·Σ_k λ_k·L_k. c = μ/μ̃ is the mean of a loss over its last
+    `window` values, over that of the window before; i = σ/(μ + μ̃), σ the deviation of the last window. Until both
+    windows are full, all weights are 1. A ratio whose denominator is 0 counts as of a loss that does not change. The
+    code's ½c + ½i is this with twice the temperature.
+
+    Args: count: K. window, temperature: the paper's 10 and 5. σ is the population's, which was not seen.
+
+    Raises ValueError where one of them is not above 0.
+
+    >>> weights = RecapWeights(2, window=1, temperature=1.0)
+    >>> weights.update([1.0, 1.0])
+    (1.0, 1.0)
+    >>> [round(x, 4) for x in weights.update([1.0, 0.5])]
+    [1.2449, 0.7551]
+    """
+
+    def __init__(self, count: int, *, window: int = 10, temperature: float = 5.0) -> None:
+        for name, value in (("count", count), ("window", window), ("temperature", temperature)):
+            if not value > 0:
+                raise ValueError(f"RecapWeights: {name} is {value}; expected a number above 0")
+        self.count, self.window, self.temperature = count, window, temperature
+        self._losses: list[list[float]] = []
+
+    def update(self, losses: Iterable[float]) -> tuple[float, ...]:
+        """Takes the K losses of a step, and returns `weights()`. Raises ValueError for another number of them."""
+        found = [float(x) for x in losses]
+        if len(found) != self.count:
+            raise ValueError(f"RecapWeights: losses has {len(found)} numbers; expected {self.count}")
+        self._losses = [*self._losses, found][-2 * self.window :]
+        return self.weights()
+
+    def weights(self) -> tuple[float, ...]:
+        """λ of each loss, K numbers with mean 1."""
+        if len(self._losses) < 2 * self.window:
+            return (1.0,) * self.count
+        scores = [self._score(of_one) / self.temperature for of_one in zip(*self._losses, strict=True)]
+        powers = [math.exp(score - max(scores)) for score in scores]
+        return tuple(self.count * power / sum(powers) for power in powers)
+
+    def _score(self, losses: Sequence[float]) -> float:
+        before, now = losses[: self.window], losses[self.window :]
+        old, new = math.fsum(before) / self.window, math.fsum(now) / self.window
+        deviation = math.sqrt(math.fsum((x - new) ** 2 for x in now) / self.window)
+        return (new / old if old != 0 else 1.0) + (deviation / (new + old) if new + old != 0 else 0.0)
+
+    def state_dict(self) -> dict[str, Any]:
+        """What a resumed run needs, of numbers and lists alone."""
+        return {"losses": [list(of_step) for of_step in self._losses]}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Goes on from a `state_dict`. Raises ValueError where it is of another number of losses."""
+        losses = [[float(x) for x in of_step] for of_step in state["losses"]]
+        if any(len(of_step) != self.count for of_step in losses):
+            raise ValueError(f"RecapWeights: the state has steps of {len(losses[0])} losses; expected {self.count}")
+        self._losses = losses[-2 * self.window :]
+
+
 class QuantileTracker:
     """Running quantiles of scores, as paper 108 (RiskPO) and its code follow them.
 

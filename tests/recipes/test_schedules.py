@@ -64,7 +64,41 @@ def test_a_resumed_run_goes_on_exactly() -> None:
         assert other.q == tracker.q
 
 
+def test_the_weights_of_recap() -> None:
+    weights = schedules.RecapWeights(3, window=4, temperature=2.0)
+    torch.manual_seed(0)
+    losses = torch.rand(11, 3, dtype=torch.float64) + torch.tensor([0.1, 1.0, 5.0])
+    for step, row in enumerate(losses.tolist()):
+        found = weights.update(row)
+        assert sum(found) / 3 == pytest.approx(1)
+        if step < 7:
+            assert found == (1.0, 1.0, 1.0)
+    before, now = losses[3:7], losses[7:]
+    score = now.mean(0) / before.mean(0) + now.std(0, correction=0) / (now.mean(0) + before.mean(0))
+    assert found == pytest.approx((3 * (score / 2).softmax(-1)).tolist(), rel=1e-12)
+    # Losses in proportion have equal statistics, and one loss alone is what it is.
+    alike = schedules.RecapWeights(2, window=2)
+    for loss in (1.0, 3.0, 2.0, 0.5, 0.1):
+        assert alike.update([loss, 10 * loss]) == pytest.approx((1.0, 1.0))
+    alone = schedules.RecapWeights(1, window=1)
+    assert alone.update([4.0]) == alone.update([0.0]) == alone.update([0.0]) == (1.0,)
+    # The code's ½c + ½i is the paper's with twice the temperature.
+    half = schedules.RecapWeights(3, window=4, temperature=4.0)
+    half.load_state_dict(json.loads(json.dumps(weights.state_dict())))
+    assert half.weights() == pytest.approx((3 * (score / 4).softmax(-1)).tolist(), rel=1e-12)
+    assert half.update([1.0, 2.0, 3.0]) != weights.update([1.0, 2.0, 3.0])
+    half.temperature = 2.0
+    assert half.weights() == weights.weights()
+
+
 def test_what_is_wrong_is_named() -> None:
+    for wrong in ({"count": 0}, {"count": 2, "window": 0}, {"count": 2, "temperature": 0.0}):
+        with pytest.raises(ValueError, match=r"RecapWeights: \w+ is 0"):
+            schedules.RecapWeights(**wrong)
+    with pytest.raises(ValueError, match="RecapWeights: losses has 1 numbers; expected 2"):
+        schedules.RecapWeights(2).update([1.0])
+    with pytest.raises(ValueError, match="the state has steps of 1 losses; expected 2"):
+        schedules.RecapWeights(2).load_state_dict({"losses": [[1.0]]})
     for wrong in ([], [0.0], [0.5, 1.0], [-0.1], [float("nan")]):
         with pytest.raises(ValueError, match="QuantileTracker: levels is"):
             schedules.QuantileTracker(wrong)
