@@ -16,6 +16,7 @@ if shutil.which("c++filt") is None:
     pytest.skip("needs c++filt", allow_module_level=True)
 
 import cuda_resources as resources
+from cuda_instructions import cuobjdump
 
 LIBRARY = resources.ROOT / "kldiv_kernels" / "libkldiv_kernels.so"
 # The file that is compiled anew: the kernels that most calls run.
@@ -115,18 +116,12 @@ def test_the_numbers_are_those_of_the_kernels_here(table: dict[str, Any], tmp_pa
     assert compiled == {name: recorded.get(name) for name in compiled}, "run: python tests/building/cuda_resources.py"
 
 
-def _cuobjdump() -> str | None:
-    triton = pytest.importorskip("triton", reason="its package has cuobjdump")
-    beside = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
-    return shutil.which("cuobjdump") or (str(beside) if beside.exists() else None)
-
-
 def test_the_numbers_are_those_of_the_library(table: dict[str, Any]) -> None:
     """Every kernel and target of the library that stands here."""
     from kldiv_kernels.backends import cuda
 
     _same_compiler(table)
-    tool = _cuobjdump()
+    tool = cuobjdump()
     if tool is None:
         pytest.skip("needs cuobjdump")
     if not cuda.architectures():

@@ -1,6 +1,7 @@
 // csrc/cuda/machine/ptx.cuh for the host: the same names, on the machine of machine.h.
 #pragma once
 
+#include <algorithm>
 #include <cmath>
 #include <cstdint>
 #include <cstring>
@@ -113,6 +114,14 @@ KLDIV_DEVICE uint32_t min_f16x2(uint32_t a, uint32_t b) {
 }
 KLDIV_DEVICE uint32_t pack_bf16x2(float low, float high) { return host::pair(host::to_bf16(low), host::to_bf16(high)); }
 KLDIV_DEVICE uint32_t pack_f16x2(float low, float high) { return host::pair(host::to_f16(low), host::to_f16(high)); }
+KLDIV_DEVICE uint32_t pack_finite_f16x2(float low, float high) {
+    const auto finite = [](float x) { return x < -65504.0f ? -65504.0f : (x > 65504.0f ? 65504.0f : x); };
+    return pack_f16x2(finite(low), finite(high));
+}
+KLDIV_DEVICE uint32_t max_u16x2(uint32_t a, uint32_t b, uint32_t c) {
+    using namespace host;
+    return pair(std::max({low(a), low(b), low(c)}), std::max({high(a), high(b), high(c)}));
+}
 KLDIV_DEVICE void unpack_f16x2(uint32_t both, float* low, float* high) {
     *low = host::from_f16(host::low(both));
     *high = host::from_f16(host::high(both));

@@ -238,3 +238,9 @@ def test_the_table_of_compiled_cuda_kernels() -> None:
             assert f"| `{name}` | {numbers} |" in BACKENDS
             shown += 1
     assert shown >= 6
+
+
+def test_the_table_of_instructions() -> None:
+    for row in json.loads((ROOT / "benchmarks/cuda_instructions.json").read_text())["kernels"]:
+        passes = (f"{row[name]:.1f}" if name in row else "" for name in ("look", "sweep", "sums", "gradient", "total"))
+        assert f"| `{row['kernel'].removesuffix(' bfloat16')}` | {' | '.join(passes)} |" in BACKENDS

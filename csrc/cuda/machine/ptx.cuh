@@ -81,6 +81,12 @@ KLDIV_DEVICE uint32_t pack_f16x2(float low, float high) {
     asm("cvt.rn.f16x2.f32 %0, %1, %2;" : "=r"(both) : "f"(high), "f"(low));
     return both;
 }
+// The same, beyond float16's range its largest numbers.
+KLDIV_DEVICE uint32_t pack_finite_f16x2(float low, float high) {
+    uint32_t both;
+    asm("cvt.rn.satfinite.f16x2.f32 %0, %1, %2;" : "=r"(both) : "f"(high), "f"(low));
+    return both;
+}
 KLDIV_DEVICE void unpack_f16x2(uint32_t both, float* low, float* high) {
     const float2 floats = __half22float2(*reinterpret_cast<const __half2*>(&both));
     *low = floats.x;
@@ -126,6 +132,8 @@ KLDIV_DEVICE void store_words(void* to, const Words& x) {
 
 // --- clusters, mbarriers, bulk copies: sm_90 and later ---------------------------------------------------------------
 #if !defined(__CUDA_ARCH__) || __CUDA_ARCH__ >= 900
+// The largest of three, as unsigned numbers, in each half of a word: an instruction from sm_90 on.
+KLDIV_DEVICE uint32_t max_u16x2(uint32_t a, uint32_t b, uint32_t c) { return __vimax3_u16x2(a, b, c); }
 KLDIV_DEVICE uint32_t cluster_rank() {
     uint32_t rank;
     asm("mov.u32 %0, %%cluster_ctarank;" : "=r"(rank));

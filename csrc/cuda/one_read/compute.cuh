@@ -1,7 +1,7 @@
 // The compute warps of the one-read kernel: they sweep a CTA's slice of a row, and turn it into the gradient.
 #pragma once
 
-#include "parts.cuh"
+#include "usual_sums.cuh"
 
 namespace kldiv::gpu {
 
@@ -15,44 +15,58 @@ struct Compute : Cta<D, element> {
     // 2^-11 of it where a bfloat16 result is by up to 2^-8, and exactly where the logits are float32.
     static constexpr bool parks = D::parks && element != kFloat16;
     static constexpr int parked_element = element == kFloat32 ? kFloat32 : kFloat16;
-    // Keeps small ratios, of rows that are close, above float16's subnormal numbers. Where q is not 0 in float32 a
-    // ratio is at most 88.
-    static constexpr float parked_scale = 512;
 
     KLDIV_DEVICE explicit Compute(const OneReadArguments& arguments) : Base(arguments) {}
 
-    // The columns that a sweep takes as having no mass, in both rows.
-    KLDIV_DEVICE static void leave_out(const StageRow& row, int column, Columns& s, Columns& t) {
-        replace(row.excluded - column, row.s.floor, s);
-        replace(row.excluded - column, row.t.floor, t);
-        raise_to(row.s.floor, s);
-        raise_to(row.t.floor, t);
+    // body(column, its logits) for this thread's columns. `raise`: those without mass come at the floor.
+    template <class Body>
+    KLDIV_DEVICE void for_columns(const StageRow& row, bool raise, const char* student, const char* teacher,
+                                  Body body) const {
+        for (int column = thread_index() * kColumns; column < count; column += kComputeThreads * kColumns) {
+            Columns s = unpack<element>(raw_at(student, column));
+            Columns t = two ? unpack<element>(raw_at(teacher, column)) : s;
+            if (raise) {
+                raise_to(row.s.floor, s);
+                raise_to(row.t.floor, t);
+            }
+            body(column, s, t);
+        }
     }
 
-    // The first sweep of row k; false where there is none. `masses` becomes false where some column of this thread has
-    // no mass.
+    // The first sweep of row k; false where there is none. `masses` becomes false where some column of this warp has no
+    // mass. A look at all columns comes before their exponentials: it costs less than asking at every few columns
+    // whether a reference has to move, and lanes with the same references merge by sums.
     KLDIV_DEVICE bool sweep(int k, const Stage& stage, bool* masses) const {
         mbarrier_wait(&shared->full[stage.index], stage.parity);
         const StageRow row = shared->row[stage.index];
         if (row.index < 0) return false;
-        const char *student = this->student_slot(stage.index), *teacher = this->teacher_slot(stage.index);
-        State state;
-        *masses = true;
-        for (int column = thread_index() * kColumns; column < count; column += kComputeThreads * kColumns) {
-            const Raw<element> raw_s = raw_at(student, column), raw_t = two ? raw_at(teacher, column) : raw_s;
-            Columns s = unpack<element>(raw_s), t = unpack<element>(raw_t);
-            Range range_s = range<element>(raw_s, s), range_t = two ? range<element>(raw_t, t) : range_s;
-            if (range_s.smallest <= row.s.floor || (two && range_t.smallest <= row.t.floor) ||
-                holds(column, row.excluded)) {
-                *masses = false;
-                leave_out(row, column, s, t);
-                range_s = range_of(s);
-                range_t = range_of(t);
-                if constexpr (two) note_blocked(state, s, t, row.s.floor, row.t.floor);
-            }
-            add_columns<T::first>(state, s, t, range_s.largest, range_t.largest, row.s.c, row.t.c, 0);
+        char *student = this->student_slot(stage.index), *teacher = this->teacher_slot(stage.index);
+        if (this->sweeps(row.excluded)) {
+            store_column(student, element, row.excluded, -std::numeric_limits<float>::infinity());
+            if constexpr (two) store_column(teacher, element, row.excluded, -std::numeric_limits<float>::infinity());
         }
-        T::merge(state);
+        Extremes<element> of_s, of_t;
+        for (int column = thread_index() * kColumns; column < count; column += kComputeThreads * kColumns) {
+            of_s.add(raw_at(student, column));
+            if constexpr (two) of_t.add(raw_at(teacher, column));
+        }
+        const Range range_s = of_s.range(), range_t = of_t.range();
+        State state;
+        state.s.m = max(kNoReference, warp_max(range_s.largest) * row.s.c);
+        if constexpr (two) state.t.m = max(kNoReference, warp_max(range_t.largest) * row.t.c);
+        *masses = !any_lane(range_s.smallest <= ::fmaxf(row.s.floor, kUsualLogit) ||
+                            (two && range_t.smallest <= ::fmaxf(row.t.floor, kUsualLogit)));
+        if (*masses) {
+            for_columns(row, false, student, teacher, [&](int, const Columns& s, const Columns& t) {
+                add_exponentials<T::first>(state, s, t, row.s.c, row.t.c);
+            });
+        } else {
+            for_columns(row, true, student, teacher, [&](int, const Columns& s, const Columns& t) {
+                if constexpr (two) note_blocked(state, s, t, row.s.floor, row.t.floor);
+                add_exponentials<T::first>(state, s, t, row.s.c, row.t.c);
+            });
+        }
+        merge_alike<T::first>(state);
         if (thread_index() % 32 == 0) {
             shared->left[k % 2][thread_index() / 32] = T::exchange(state);
             mbarrier_arrive(&shared->swept[k % 2]);
@@ -69,64 +83,112 @@ struct Compute : Cta<D, element> {
         const char* student = this->student_slot(stage.index);
         char* teacher = this->teacher_slot(stage.index);
         Sums total;
-        for (int column = thread_index() * kColumns; column < count; column += kComputeThreads * kColumns) {
-            Columns s = unpack<element>(raw_at(student, column));
-            Columns t = two ? unpack<element>(raw_at(teacher, column)) : s;
-            if (!masses) leave_out(row, column, s, t);
+        const auto park = [&](int column, const Columns& ratio) {
+            if constexpr (parks)
+                *reinterpret_cast<Raw<parked_element>*>(teacher + column * bytes) = pack_finite<parked_element>(ratio);
+        };
+        const auto add = [&](int column, const Columns& s, const Columns& t) {
             add_terms<D>(total, constants, n, s, t);
             if constexpr (parks) {
                 Columns ratio;
 #pragma unroll
                 for (int i = 0; i < kColumns; ++i)
                     ratio.x[i] =
-                        ::fmaxf(-6e4f, parked_scale * D::grad_logq_over_q(element_of<D>(n, s.x[i], t.x[i]), constants));
-                *reinterpret_cast<Raw<parked_element>*>(teacher + column * bytes) = pack<parked_element>(ratio);
+                        ::fmaxf(-6e4f, kParkedScale * D::grad_logq_over_q(element_of<D>(n, s.x[i], t.x[i]), constants));
+                park(column, ratio);
             }
+        };
+        if constexpr (UsualSums<D>::exists) {
+            if (masses) {
+                UsualSums<D> usual(n, constants);
+                for_columns(row, false, student, teacher, [&](int column, const Columns& s, const Columns& t) {
+                    Columns ratio;
+#pragma unroll
+                    for (int i = 0; i < kColumns; ++i) ratio.x[i] = usual.add(s.x[i], t.x[i]);
+                    park(column, ratio);
+                });
+                usual.finish(total);
+            } else {
+                for_columns(row, true, student, teacher, add);
+            }
+        } else {
+            for_columns(row, !masses, student, teacher, add);
         }
-        merge_lanes(total);
+        merge_lanes<D>(total);
         if (thread_index() % 32 == 0) {
             shared->left_sums[k % 2][thread_index() / 32] = T::exchange(total);
             mbarrier_arrive(&shared->summed[k % 2]);
         }
     }
 
-    // The gradient of eight columns, the label's apart.
-    KLDIV_DEVICE Columns gradient_of(const StageRow& row, const RowResult& result, bool bounded, bool masses,
-                                     const typename D::template Constants<float>& constants, int column,
-                                     const char* student, const char* teacher) const {
-        const Normalised& n = result.n;
-        Columns s = unpack<element>(raw_at(student, column)), g;
-        Columns t = two && !parks ? unpack<element>(raw_at(teacher, column)) : s;
-        if (!masses) leave_out(row, column, s, t);
+    // What the gradient of a column is made of beside the student's logits.
+    KLDIV_DEVICE static Columns others_at(const char* teacher, int column) {
         if constexpr (parks) {
-            const Columns ratio =
-                unpack<parked_element>(*reinterpret_cast<const Raw<parked_element>*>(teacher + column * bytes));
-            const float weight = result.weight / parked_scale;
-#pragma unroll
-            for (int i = 0; i < kColumns; ++i)
-                g.x[i] = exp2(fma(s.x[i], n.cs, -n.ms)) * n.over_zs * fma(weight, ratio.x[i], result.share);
-        } else if constexpr (T::forward) {
-            // w (q - p) + share q with what q and p are multiplied by taken together; exactly 0 where the rows are
-            // equal.
-            const float of_q = (result.weight + result.share) * n.over_zs, of_p = result.weight * n.over_zt;
-#pragma unroll
-            for (int i = 0; i < kColumns; ++i)
-                g.x[i] = exp2(fma(s.x[i], n.cs, -n.ms)) * of_q - exp2(fma(t.x[i], n.ct, -n.mt)) * of_p;
-        } else if (bounded) {
-#pragma unroll
-            for (int i = 0; i < kColumns; ++i) {
-                const Element<float> e = element_of<D>(n, s.x[i], t.x[i]);
-                g.x[i] = fma(result.weight, D::grad_logq(e, constants), result.share * e.q);
-            }
+            // A copy: of a reference the compiler makes four loads, not one.
+            const Raw<parked_element> raw = *reinterpret_cast<const Raw<parked_element>*>(teacher + column * bytes);
+            return unpack<parked_element>(raw);
         } else {
-#pragma unroll
-            for (int i = 0; i < kColumns; ++i) {
-                const Element<float> e = element_of<D>(n, opaque(s.x[i]), opaque(t.x[i]));
-                // 0 * inf: a column without mass takes no share of an infinite sum, which outweighs all own terms.
-                g.x[i] = e.q == 0 ? 0.0f : result.share * e.q;
-            }
+            return unpack<element>(raw_at(teacher, column));
         }
-        return g;
+    }
+
+    // The label's column is read before its neighbours are written, and written after them.
+    template <class Usual>
+    KLDIV_DEVICE void usual_gradient(const RowResult& result, const Usual& usual, char* student,
+                                     const char* teacher) const {
+        const bool labelled = this->sweeps(result.label);
+        float label_s = 0;
+        if (labelled) label_s = load_column(student, element, result.label);
+        for (int column = thread_index() * kColumns; column < count; column += kComputeThreads * kColumns) {
+            const Columns s = unpack<element>(raw_at(student, column)), t = two ? others_at(teacher, column) : s;
+            Columns g;
+#pragma unroll
+            for (int i = 0; i < kColumns; ++i) g.x[i] = usual.of(s.x[i], t.x[i]);
+            this->store(student, column, g);
+        }
+        if (labelled) {
+            const float t = two ? load_column(teacher, parks ? parked_element : element, result.label) : label_s;
+            store_column(student, element, result.label, usual.of(label_s, t) + result.label_weight);
+        }
+    }
+
+    // The gradient of any row.
+    KLDIV_DEVICE void any_gradient(const StageRow& row, const RowResult& result, bool masses, char* student,
+                                   const char* teacher) const {
+        const Normalised& n = result.n;
+        const typename D::template Constants<float> constants(this->alpha_of(row.alpha), row.beta, result.k);
+        const bool bounded = abs(result.share) < infinity;
+        for (int column = thread_index() * kColumns; column < count; column += kComputeThreads * kColumns) {
+            Columns s = unpack<element>(raw_at(student, column)), t = two ? others_at(teacher, column) : s, g;
+            if (!masses) {
+                raise_to(row.s.floor, s);
+                if constexpr (!parks) raise_to(row.t.floor, t);
+            }
+            if constexpr (parks) {
+                const UsualGradient<D> usual(result);
+#pragma unroll
+                for (int i = 0; i < kColumns; ++i) g.x[i] = usual.of(s.x[i], t.x[i]);
+            } else if (bounded) {
+#pragma unroll
+                for (int i = 0; i < kColumns; ++i) {
+                    const Element<float> e = element_of<D>(n, s.x[i], t.x[i]);
+                    g.x[i] = fma(result.weight, D::grad_logq(e, constants), result.share * e.q);
+                }
+            } else {
+#pragma unroll
+                for (int i = 0; i < kColumns; ++i) {
+                    const Element<float> e = element_of<D>(n, opaque(s.x[i]), opaque(t.x[i]));
+                    // 0 * inf: a column without mass takes no share of an infinite sum, which outweighs all own terms.
+                    g.x[i] = e.q == 0 ? 0.0f : result.share * e.q;
+                }
+            }
+            if (holds(column, result.label)) {
+#pragma unroll
+                for (int i = 0; i < kColumns; ++i) g.x[i] += result.label - column == i ? result.label_weight : 0.0f;
+            }
+            if (holds(column, row.excluded)) replace(row.excluded - column, 0.0f, g);
+            this->store(student, column, g);
+        }
     }
 
     KLDIV_DEVICE void gradient(int k, const Stage& stage, bool masses) const {
@@ -135,22 +197,17 @@ struct Compute : Cta<D, element> {
         const StageRow row = shared->row[stage.index];
         char* student = this->student_slot(stage.index);
         const char* teacher = this->teacher_slot(stage.index);
-        if (result.any) {
-            const typename D::template Constants<float> constants(this->alpha_of(row.alpha), row.beta, result.k);
-            const bool bounded = abs(result.share) < infinity;
-            for (int column = thread_index() * kColumns; column < count; column += kComputeThreads * kColumns) {
-                Columns g = gradient_of(row, result, bounded, masses, constants, column, student, teacher);
-                if (holds(column, result.label)) {
-#pragma unroll
-                    for (int i = 0; i < kColumns; ++i)
-                        g.x[i] += result.label - column == i ? result.label_weight : 0.0f;
-                }
-                if (holds(column, row.excluded)) replace(row.excluded - column, 0.0f, g);
-                *reinterpret_cast<Raw<element>*>(student + column * bytes) = pack<element>(g);
-            }
-        } else {
+        if (!result.any) {
             for (int column = thread_index() * kColumns; column < count; column += kComputeThreads * kColumns)
                 *reinterpret_cast<Raw<element>*>(student + column * bytes) = Raw<element>{};
+        } else if constexpr (UsualGradient<D>::exists && (parks || !D::parks)) {
+            const UsualGradient<D> usual(result);
+            if (masses && usual.usual())
+                usual_gradient(result, usual, student, teacher);
+            else
+                any_gradient(row, result, masses, student, teacher);
+        } else {
+            any_gradient(row, result, masses, student, teacher);
         }
         if (begin + count == call.columns)
             zero_columns(call.d_student, element, row.index, call.columns, call.d_student.width, kComputeThreads);

@@ -17,7 +17,11 @@ struct Merger : Cta<D, element> {
     using Base::a, Base::call, Base::rank, Base::received, Base::received_sums, Base::shared, Base::two;
     using T = Traits<D>;
 
-    KLDIV_DEVICE explicit Merger(const OneReadArguments& arguments) : Base(arguments) {}
+    int width = 1;  // lanes that merge CTAs: a power of two
+
+    KLDIV_DEVICE explicit Merger(const OneReadArguments& arguments) : Base(arguments) {
+        while (width < a.cluster) width *= 2;
+    }
 
     // This CTA's part to every CTA of the cluster, itself included; then everyone's parts are in `to`.
     KLDIV_DEVICE void share(const Exchanged& part, Exchanged* to, uint64_t* barrier, uint32_t parity) const {
@@ -34,29 +38,28 @@ struct Merger : Cta<D, element> {
         mbarrier_wait_cluster(barrier, parity);
     }
 
+    // Of each so many neighbouring lanes, which merge the same parts, so that all of them get the result.
+    KLDIV_DEVICE static int lane_of(int width) { return thread_index() % width; }
+
     KLDIV_DEVICE State merged_state(int k) const {
-        const int lane = thread_index() % 32;
         mbarrier_wait(&shared->swept[k % 2], parity_of(k));
-        State state;
-        if (lane < kComputeWarps) state = T::state_of(shared->left[k % 2][lane]);
-        T::merge(state);
+        State state = T::state_of(shared->left[k % 2][lane_of(kComputeWarps)]);
+        T::merge(state, kComputeWarps);
         Exchanged* to = received + k % 2 * a.cluster;
         share(T::exchange(state), to, &shared->exchanged[k % 2], parity_of(k));
-        state = lane < a.cluster ? T::state_of(to[lane]) : State{};
-        T::merge(state);
+        state = lane_of(width) < a.cluster ? T::state_of(to[lane_of(width)]) : State{};
+        T::merge(state, width);
         return state;
     }
 
     KLDIV_DEVICE Sums merged_sums(int k) const {
-        const int lane = thread_index() % 32;
         mbarrier_wait(&shared->summed[k % 2], parity_of(k));
-        Sums sums;
-        if (lane < kComputeWarps) sums = saved_sums(shared->left_sums[k % 2][lane].x);
-        merge_lanes(sums);
+        Sums sums = saved_sums(shared->left_sums[k % 2][lane_of(kComputeWarps)].x);
+        merge_lanes<D>(sums, kComputeWarps);
         Exchanged* to = received_sums + k % 2 * a.cluster;
         share(T::exchange(sums), to, &shared->exchanged_sums[k % 2], parity_of(k));
-        sums = lane < a.cluster ? saved_sums(to[lane].x) : Sums{};
-        merge_lanes(sums);
+        sums = lane_of(width) < a.cluster ? saved_sums(to[lane_of(width)].x) : Sums{};
+        merge_lanes<D>(sums, width);
         return sums;
     }
 

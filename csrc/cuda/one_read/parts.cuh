@@ -87,7 +87,7 @@ struct Traits {
     static constexpr int code = code_of<D>();
     static constexpr bool needs_sums = !finishes_first(code);
 
-    KLDIV_DEVICE static void merge(State& x) { merge_lanes<first>(x); }
+    KLDIV_DEVICE static void merge(State& x, int width) { merge_lanes<first>(x, width); }
     KLDIV_DEVICE static Exchanged exchange(const State& x) {
         const float g = forward ? x.forward_kl : (reverse ? x.reverse_kl : x.hellinger);
         return {{x.s.m, x.s.z, x.s.a, x.s.blocked, x.t.m, x.t.z, g, x.t.blocked}};
@@ -139,6 +139,13 @@ struct Cta {
     }
     // Whether `wanted` is one of the eight columns from `column` on.
     KLDIV_DEVICE static bool holds(int column, int wanted) { return static_cast<unsigned>(wanted - column) < kColumns; }
+    // Whether a column of the slice, -1 for none, is one of this thread's.
+    KLDIV_DEVICE bool sweeps(int column) const {
+        return column >= 0 && column < count && column / kColumns % kComputeThreads == thread_index();
+    }
+    KLDIV_DEVICE static void store(char* slot, int column, const Columns& columns) {
+        *reinterpret_cast<Raw<element>*>(slot + column * bytes) = pack<element>(columns);
+    }
     // alpha as D takes it, of this row.
     KLDIV_DEVICE float alpha_of(float alpha) const { return call.token_parameters ? alpha : a.alpha; }
 

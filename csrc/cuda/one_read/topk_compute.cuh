@@ -12,6 +12,8 @@ struct TopKCompute : TopKCta<element> {
     using Base::a, Base::begin, Base::bytes, Base::call, Base::count, Base::labels, Base::shared;
     using Bits = std::conditional_t<element == kFloat32, uint32_t, uint16_t>;
     static constexpr int kEach = kMostLabels / kComputeThreads;
+    // Turns of a sweep's loops taken together: float32 has no registers for more.
+    static constexpr int kTurns = element == kFloat32 ? 1 : 4;
 
     // This thread's labels of a row: as they are, and as columns of this CTA's slice, -1 outside.
     struct Labels {
@@ -52,7 +54,7 @@ struct TopKCompute : TopKCta<element> {
     }
     KLDIV_DEVICE static Bits& bits_at(char* slot, int column) { return reinterpret_cast<Bits*>(slot)[column]; }
 
-    KLDIV_DEVICE bool sweep(int k, const Stage& stage, const Places& places, bool* masses) const {
+    KLDIV_DEVICE bool sweep(int k, const Stage& stage, const Places& places) const {
         mbarrier_wait(&shared->full[stage.index], stage.parity);
         const StageRow row = shared->row[stage.index];
         if (row.index < 0) return false;
@@ -67,48 +69,46 @@ struct TopKCompute : TopKCta<element> {
             if (places.column[i] >= 0 &&
                 bits_at(student, places.column[i]) != mark(thread_index() + i * kComputeThreads))
                 state.s.blocked = infinity;
-        *masses = true;
+        // A label that is left out has no mass already, and its mark is being read.
+        if (this->sweeps(row.excluded) && !(load_column(student, element, row.excluded) <= row.s.floor))
+            store_column(student, element, row.excluded, -std::numeric_limits<float>::infinity());
+        Extremes<element> extremes;
+#pragma unroll kTurns
+        for (int column = thread_index() * kColumns; column < count; column += kComputeThreads * kColumns)
+            extremes.add(this->raw_at(student, column));
+        // Columns without mass need no care: 2^-inf is 0 here and in the gradient.
+        state.s.m = max(kNoReference, warp_max(extremes.range().largest) * row.s.c);
+#pragma unroll kTurns
         for (int column = thread_index() * kColumns; column < count; column += kComputeThreads * kColumns) {
-            const Raw<element> raw = this->raw_at(student, column);
-            Columns s = unpack<element>(raw);
-            Range range_s = range<element>(raw, s);
-            if (range_s.smallest <= row.s.floor || this->holds(column, row.excluded)) {
-                *masses = false;
-                leave_out(row, column, s);
-                range_s = range_of(s);
-            }
-            add_columns<0>(state, s, s, range_s.largest, 0, row.s.c, 0, 0);
+            const Columns s = unpack<element>(this->raw_at(student, column));
+            add_exponentials<0>(state, s, s, row.s.c, 0);
         }
-        Traits<TailSum>::merge(state);
+        merge_alike<0>(state);
+        state.s.blocked = warp_max(state.s.blocked);
         if (thread_index() % 32 == 0) {
             shared->left[k % 2][thread_index() / 32] = Traits<TailSum>::exchange(state);
             mbarrier_arrive(&shared->swept[k % 2]);
         }
         return true;
     }
-    KLDIV_DEVICE static void leave_out(const StageRow& row, int column, Columns& s) {
-        replace(row.excluded - column, row.s.floor, s);
-        raise_to(row.s.floor, s);
-    }
 
-    KLDIV_DEVICE void gradient(int k, const Stage& stage, const Places& places, bool masses) const {
+    KLDIV_DEVICE void gradient(int k, const Stage& stage, const Places& places) const {
         mbarrier_wait(&shared->ready[k % 2], parity_of(k));
         const RowResult& result = shared->result[k % 2];
         const StageRow row = shared->row[stage.index];
         char* student = this->student_slot(stage.index);
         const float m = result.k[kTailM], share = result.share;
         const bool any = result.any;
-        for (int column = thread_index() * kColumns; column < count; column += kComputeThreads * kColumns) {
-            Columns g{};
-            if (any) {
-                Columns s = unpack<element>(this->raw_at(student, column));
-                if (!masses) leave_out(row, column, s);
+        for (int column = thread_index() * kColumns; any && column < count; column += kComputeThreads * kColumns) {
+            const Columns s = unpack<element>(this->raw_at(student, column));
+            Columns g;
 #pragma unroll
-                for (int i = 0; i < kColumns; ++i) g.x[i] = exp2(fma(s.x[i], row.s.c, -m)) * share;
-                if (this->holds(column, row.excluded)) replace(row.excluded - column, 0.0f, g);
-            }
-            *reinterpret_cast<Raw<element>*>(student + column * bytes) = pack<element>(g);
+            for (int i = 0; i < kColumns; ++i) g.x[i] = exp2(fma(s.x[i], row.s.c, -m)) * share;
+            this->store(student, column, g);
         }
+        for (int column = thread_index() * kColumns; !any && column < count; column += kComputeThreads * kColumns)
+            this->store(student, column, Columns{});
+        if (this->sweeps(row.excluded)) store_column(student, element, row.excluded, 0);
         if (begin + count == call.columns)
             zero_columns(call.d_student, element, row.index, call.columns, call.d_student.width, kComputeThreads);
         // A label's column is written after its neighbours.
@@ -124,24 +124,23 @@ struct TopKCompute : TopKCta<element> {
     }
 
     KLDIV_DEVICE void run() {
-        bool masses = true, next_masses = true, swept = false;
+        bool swept = false;
         Labels ahead = next_labels();
         Places here, next_here;
         const auto sweep_next = [&](int k, const Stage& stage) {
             next_here = places_of(ahead);
             ahead = next_labels();
-            return sweep(k, stage, next_here, &next_masses);
+            return sweep(k, stage, next_here);
         };
         Stage stage;
         for (int k = 0;; ++k) {
             if (!swept && !sweep_next(k, stage)) return;
-            masses = next_masses;
             here = next_here;
             Stage next = stage;
             next.next(a.stages);
             // With one stage the next row comes only after this one has left.
             swept = a.stages > 1 && sweep_next(k + 1, next);
-            gradient(k, stage, here, masses);
+            gradient(k, stage, here);
             if (a.stages > 1 && !swept) return;
             stage = next;
         }

@@ -23,9 +23,9 @@ struct Traits<TailSum> {
     static constexpr bool needs_sums = false;
 
     // `blocked` above all logits: some label of the row occurs twice.
-    KLDIV_DEVICE static void merge(State& x) {
-        merge_lanes<0>(x);
-        x.s.blocked = warp_max(x.s.blocked);
+    KLDIV_DEVICE static void merge(State& x, int width) {
+        merge_lanes<0>(x, width);
+        x.s.blocked = warp_max(x.s.blocked, width);
     }
     KLDIV_DEVICE static Exchanged exchange(const State& x) { return {{x.s.m, x.s.z, 0, x.s.blocked}}; }
     KLDIV_DEVICE static State state_of(const Exchanged& from) {

@@ -57,29 +57,58 @@ KLDIV_DEVICE Range range_of(const Columns& columns) {
     for (int i = 1; i < kColumns; ++i) out = {::fminf(out.smallest, columns.x[i]), ::fmaxf(out.largest, columns.x[i])};
     return out;
 }
-// The same, of two 16-bit columns in a word at a time.
+
+// The smallest and the largest logit of many columns, two 16-bit columns in a word at a time. Of `smallest` only that
+// is true which asks for masks: where some column is negative it is the smallest, else any.
 template <int element>
-KLDIV_DEVICE Range range(const Raw<element>& raw, const Columns& columns) {
-    if constexpr (element == kFloat32) {
-        return range_of(columns);
-    } else {
+struct Extremes {
+    uint32_t low = 0, high = element == kBfloat16 ? 0xff80ff80u : 0xfc00fc00u;
+
+    KLDIV_DEVICE void add(const Raw<element>& raw) {
         const uint32_t* w = raw.words[0].w;
-        uint32_t low, high;
+        lower(w[0], w[1]);
+        lower(w[2], w[3]);
+#pragma unroll
+        for (int i = 0; i < kColumns / 2; ++i)
+            high = element == kBfloat16 ? max_bf16x2(high, w[i]) : max_f16x2(high, w[i]);
+    }
+    KLDIV_DEVICE Range range() const {
         float low2[2], high2[2];
-        if constexpr (element == kBfloat16) {
-            low = min_bf16x2(min_bf16x2(w[0], w[1]), min_bf16x2(w[2], w[3]));
-            high = max_bf16x2(max_bf16x2(w[0], w[1]), max_bf16x2(w[2], w[3]));
-            low2[0] = low_bfloat16(low), low2[1] = high_bfloat16(low);
-            high2[0] = low_bfloat16(high), high2[1] = high_bfloat16(high);
-        } else {
-            low = min_f16x2(min_f16x2(w[0], w[1]), min_f16x2(w[2], w[3]));
-            high = max_f16x2(max_f16x2(w[0], w[1]), max_f16x2(w[2], w[3]));
-            unpack_f16x2(low, &low2[0], &low2[1]);
-            unpack_f16x2(high, &high2[0], &high2[1]);
-        }
+        unpack_two(low, low2);
+        unpack_two(high, high2);
         return {::fminf(low2[0], low2[1]), ::fmaxf(high2[0], high2[1])};
     }
-}
+
+  private:
+    KLDIV_DEVICE void lower(uint32_t a, uint32_t b) {
+#if !defined(__CUDA_ARCH__) || __CUDA_ARCH__ >= 900
+        // As unsigned numbers, negative 16-bit floats are above all others, and in the opposite order.
+        low = max_u16x2(low, a, b);
+#else
+        const auto least = [](uint32_t x, uint32_t y) {
+            return element == kBfloat16 ? min_bf16x2(x, y) : min_f16x2(x, y);
+        };
+        low = least(least(low, a), b);
+#endif
+    }
+    KLDIV_DEVICE static void unpack_two(uint32_t both, float* x) {
+        if constexpr (element == kBfloat16)
+            x[0] = low_bfloat16(both), x[1] = high_bfloat16(both);
+        else
+            unpack_f16x2(both, &x[0], &x[1]);
+    }
+};
+template <>
+struct Extremes<kFloat32> {
+    float low = std::numeric_limits<float>::infinity(), high = -std::numeric_limits<float>::infinity();
+
+    KLDIV_DEVICE void add(const Raw<kFloat32>& raw) {
+        const Range here = range_of(unpack<kFloat32>(raw));
+        low = ::fminf(low, here.smallest);
+        high = ::fmaxf(high, here.largest);
+    }
+    KLDIV_DEVICE Range range() const { return {low, high}; }
+};
 
 template <int element>
 KLDIV_DEVICE Raw<element> pack(const Columns& columns) {
@@ -93,6 +122,18 @@ KLDIV_DEVICE Raw<element> pack(const Columns& columns) {
             out.words[0].w[i] = element == kBfloat16 ? pack_bf16x2(columns.x[2 * i], columns.x[2 * i + 1])
                                                      : pack_f16x2(columns.x[2 * i], columns.x[2 * i + 1]);
     }
+    return out;
+}
+
+// The same; beyond float16's range its largest numbers.
+template <int element>
+KLDIV_DEVICE Raw<element> pack_finite(const Columns& columns) {
+    static_assert(element != kBfloat16);
+    if constexpr (element == kFloat32) return pack<element>(columns);
+    Raw<element> out;
+#pragma unroll
+    for (int i = 0; i < kColumns / 2; ++i)
+        out.words[0].w[i] = pack_finite_f16x2(columns.x[2 * i], columns.x[2 * i + 1]);
     return out;
 }
 
@@ -126,27 +167,51 @@ KLDIV_DEVICE void store_column(char* row, int element, int64_t column, float x) 
             static_cast<uint16_t>(element == kBfloat16 ? pack_bf16x2(x, 0.0f) : pack_f16x2(x, 0.0f));
 }
 
+// Whether eight columns from `start` on, and others a multiple of eight further, are 16-byte words in memory.
+KLDIV_DEVICE bool aligned(const char* row, int element, int64_t start) {
+    return reinterpret_cast<uintptr_t>(row + start * element_bytes(element)) % 16 == 0;
+}
 template <int element>
-KLDIV_DEVICE Columns load_aligned(const char* from) {
+KLDIV_DEVICE Raw<element> load_aligned(const char* from) {
     Raw<element> raw;
 #pragma unroll
     for (int i = 0; i < kElementBytes<element> / 2; ++i) raw.words[i] = load_words(from + 16 * i);
-    return unpack<element>(raw);
+    return raw;
 }
-
-// Columns [start, start + 8) of a row, -inf from `limit` on. Every thread of a launch has the same element.
-KLDIV_DEVICE Columns load_columns(const char* row, int element, int64_t start, int64_t limit) {
-    const char* from = row + start * element_bytes(element);
-    if (start + kColumns <= limit && reinterpret_cast<uintptr_t>(from) % 16 == 0) {
-        if (element == kBfloat16) return load_aligned<kBfloat16>(from);
-        if (element == kFloat32) return load_aligned<kFloat32>(from);
-        return load_aligned<kFloat16>(from);
-    }
+// Columns [start, start + 8) of a row, -inf from `limit` on, one by one.
+KLDIV_DEVICE Columns load_single(const char* row, int element, int64_t start, int64_t limit) {
     Columns out;
 #pragma unroll
     for (int i = 0; i < kColumns; ++i)
         out.x[i] = start + i < limit ? load_column(row, element, start + i) : -std::numeric_limits<float>::infinity();
     return out;
+}
+// The same. Every thread of a launch has the same element.
+KLDIV_DEVICE Columns load_columns(const char* row, int element, int64_t start, int64_t limit) {
+    if (start + kColumns <= limit && aligned(row, element, start)) {
+        const char* from = row + start * element_bytes(element);
+        if (element == kBfloat16) return unpack<kBfloat16>(load_aligned<kBfloat16>(from));
+        if (element == kFloat32) return unpack<kFloat32>(load_aligned<kFloat32>(from));
+        return unpack<kFloat16>(load_aligned<kFloat16>(from));
+    }
+    return load_single(row, element, start, limit);
+}
+// The same as they stand in memory: what is read ahead takes no more registers, and nobody waits for it before it is
+// used.
+KLDIV_DEVICE Raw<kFloat32> load_ahead(const char* row, int element, int64_t start, int64_t limit) {
+    if (start + kColumns <= limit && aligned(row, element, start)) {
+        const char* from = row + start * element_bytes(element);
+        if (element == kFloat32) return load_aligned<kFloat32>(from);
+        return {{load_words(from), {}}};
+    }
+    const Columns columns = load_single(row, element, start, limit);
+    if (element == kFloat32) return pack<kFloat32>(columns);
+    return {{element == kBfloat16 ? pack<kBfloat16>(columns).words[0] : pack<kFloat16>(columns).words[0], {}}};
+}
+KLDIV_DEVICE Columns unpack_any(const Raw<kFloat32>& raw, int element) {
+    if (element == kFloat32) return unpack<kFloat32>(raw);
+    if (element == kBfloat16) return unpack<kBfloat16>({{raw.words[0]}});
+    return unpack<kFloat16>({{raw.words[0]}});
 }
 
 template <int element>

@@ -216,13 +216,20 @@ KLDIV_DEVICE void add_terms(Sums& sums, const typename D::template Constants<flo
     }
 }
 
-// Over the lanes of a warp; every lane gets the result.
-KLDIV_DEVICE void merge_lanes(Sums& sums) {
+// Over the lanes of a warp, or over each `width` of them; every lane gets the result. `count` sums, and whether there
+// is a log-sum-exp.
+KLDIV_DEVICE void merge_lanes(Sums& sums, int width = kLanes, int count = 4, bool log_sum = true) {
 #pragma unroll
-    for (int j = 0; j < 4; ++j) sums.sum[j] = warp_sum(sums.sum[j]);
-    const float top = warp_max(sums.log_top);
-    sums.log_sum = warp_sum(sums.log_sum * exp(sums.log_top - top));
+    for (int j = 0; j < 4; ++j)
+        if (j < count) sums.sum[j] = warp_sum(sums.sum[j], width);
+    if (!log_sum) return;
+    const float top = warp_max(sums.log_top, width);
+    sums.log_sum = warp_sum(sums.log_sum * exp(sums.log_top - top), width);
     sums.log_top = top;
+}
+template <class D>
+KLDIV_DEVICE void merge_lanes(Sums& sums, int width = kLanes) {
+    merge_lanes(sums, width, D::sums, D::log_sum);
 }
 
 // Of a row, where p (q) has mass and the other row has none; needs the merged state.

@@ -102,40 +102,85 @@ KLDIV_DEVICE void note_blocked(State& state, const Columns& s, const Columns& t,
     }
 }
 
-// Eight columns more; the largest of each row is given. Columns without mass are at the floor.
+// Terms a log(a/b) - a + b = b phi(log(a/b)) >= 0 (divergences.h), with d = log2(a/b). Each of their two forms is a
+// chain of fused multiply-adds into sums of its own: terms to be selected and added cost more. The b have a sum apart,
+// so that no rounding is the same in all of many equal ones: a later move takes most of them away (`move`).
+struct KlTerms {
+    float near = 0, far_a = 0, far_b = 0;
+
+    KLDIV_DEVICE void add(float a, float b, float d) {
+        // phi_over_square in powers of d, over its last coefficient, so that the first step needs no product.
+        float y = fma(d + 6.9500512f, d, 37.496314f);
+        y = fma(y, d, 144.25355f);
+        y = fma(y, d, 312.17216f);
+        if (abs(d) < 0.25f * kLog2e) {
+            near = fma((b * d) * d, y, near);
+        } else {
+            far_a = fma(a, d - kLog2e, far_a);
+            far_b += b;
+        }
+    }
+    KLDIV_DEVICE float added_to(float sum) const { return fma(7.6953211e-4f, near, sum) + fma(kLn2, far_a, far_b); }
+};
+
+// Eight columns more, under the state's references. Columns without mass are at the floor.
 template <int FIRST>
-KLDIV_DEVICE void add_columns(State& state, const Columns& s, const Columns& t, float largest_s, float largest_t,
-                              float cs, float ct, int column) {
-    const float top_s = largest_s * cs, top_t = FIRST & kTeacher ? largest_t * ct : kNoReference;
-    if (top_s > state.s.m || top_t > state.t.m) move<FIRST>(state, max(top_s, state.s.m), max(top_t, state.t.m));
+KLDIV_DEVICE void add_exponentials(State& state, const Columns& s, const Columns& t, float cs, float ct) {
     // Where nothing else wants them, the exponentials are squares of their roots.
     constexpr bool squares = FIRST == (kTeacher | kHellinger);
-    float zs = 0, zt = 0, as = 0, at = 0, forward = 0, reverse = 0, hellinger = 0;
+    constexpr float unit = squares ? 0.5f : 1.0f;
+    const float scale_s = unit * cs, scale_t = unit * ct, ms = unit * state.s.m, mt = unit * state.t.m;
+    float zs = 0, zt = 0, as = 0, at = 0, hellinger = 0;
+    KlTerms forward, reverse;
 #pragma unroll
     for (int i = 0; i < kColumns; ++i) {
-        const float ys = fma(s.x[i], cs, -state.s.m);
-        float root_q = 0, p = 0;
-        if constexpr (FIRST & kHellinger) root_q = exp2(0.5f * ys);
-        const float q = squares ? root_q * root_q : exp2(ys);
         const auto add = [&](float& to, float x) { to = i == 0 ? x : to + x; };
+        const auto add_square = [&](float& to, float x) { to = i == 0 ? x * x : fma(x, x, to); };
+        const float ys = fma(s.x[i], scale_s, -ms), yt = FIRST & kTeacher ? fma(t.x[i], scale_t, -mt) : 0;
+        if constexpr (squares) {
+            const float root_q = exp2(ys), root_p = exp2(yt);
+            add_square(zs, root_q);
+            add_square(zt, root_p);
+            add_square(hellinger, root_p - root_q);
+            continue;
+        }
+        const float q = exp2(ys);
         add(zs, q);
         if constexpr (FIRST & kEntropy) as = fma(-q, ys, as);
         if constexpr (FIRST & kTeacher) {
-            const float yt = fma(t.x[i], ct, -state.t.m);
-            if constexpr (FIRST & kHellinger) {
-                const float root_p = exp2(0.5f * yt), difference = root_p - root_q;
-                p = squares ? root_p * root_p : exp2(yt);
-                hellinger = fma(difference, difference, hellinger);
-            } else {
-                p = exp2(yt);
-            }
+            const float p = exp2(yt);
             add(zt, p);
-            const float u = (yt - ys) * kLn2;
-            if constexpr (FIRST & kForwardKl) add(forward, kl_term(p, q, u));
-            if constexpr (FIRST & kReverseKl) add(reverse, kl_term(q, p, -u));
+            if constexpr (FIRST & kHellinger) add_square(hellinger, exp2(0.5f * yt) - exp2(0.5f * ys));
+            if constexpr (FIRST & kForwardKl) forward.add(p, q, yt - ys);
+            if constexpr (FIRST & kReverseKl) reverse.add(q, p, ys - yt);
             if constexpr (FIRST & kReferenceEntropy) at = fma(-p, yt, at);
         }
-        if constexpr (FIRST & kArgmax) {
+    }
+    state.s.z += zs;
+    state.s.a += as;
+    state.t.z += zt;
+    state.t.a += at;
+    state.forward_kl = forward.added_to(state.forward_kl);
+    state.reverse_kl = reverse.added_to(state.reverse_kl);
+    state.hellinger = fma(0.5f, hellinger, state.hellinger);
+}
+
+// References that are below the largest logits move there.
+template <int FIRST>
+KLDIV_DEVICE void move_up(State& state, float largest_s, float largest_t, float cs, float ct) {
+    const float top_s = largest_s * cs, top_t = FIRST & kTeacher ? largest_t * ct : kNoReference;
+    if (top_s > state.s.m || top_t > state.t.m) move<FIRST>(state, max(top_s, state.s.m), max(top_t, state.t.m));
+}
+
+// Eight columns more where references may have to move first; the largest of each row is given.
+template <int FIRST>
+KLDIV_DEVICE void add_columns(State& state, const Columns& s, const Columns& t, float largest_s, float largest_t,
+                              float cs, float ct, int column) {
+    move_up<FIRST>(state, largest_s, largest_t, cs, ct);
+    add_exponentials<FIRST>(state, s, t, cs, ct);
+    if constexpr (FIRST & kArgmax) {
+#pragma unroll
+        for (int i = 0; i < kColumns; ++i) {
             const bool before = FIRST & kTail && s.x[i] == state.best && column + i < state.column;
             if (s.x[i] > state.best || before) {
                 state.best = s.x[i];
@@ -143,64 +188,77 @@ KLDIV_DEVICE void add_columns(State& state, const Columns& s, const Columns& t, 
             }
         }
     }
-    state.s.z += zs;
-    state.s.a += as;
-    state.t.z += zt;
-    state.t.a += at;
-    state.forward_kl += forward;
-    state.reverse_kl += reverse;
-    state.hellinger = fma(0.5f, hellinger, state.hellinger);
 }
 
 // --- the lanes of a warp ---------------------------------------------------------------------------------------------
-// Every lane gets the same bits: at each step both partners add the same two numbers.
-KLDIV_DEVICE float warp_sum(float x) {
+// Every lane gets the same bits: at each step both partners add the same two numbers. `width`, a power of two: among so
+// many neighbours. (A loop that begins at a width known only at run time is unrolled into dozens of steps.)
+constexpr int kLanes = 32;
+KLDIV_DEVICE float warp_sum(float x, int width = kLanes) {
 #pragma unroll
-    for (int lanes = 16; lanes > 0; lanes /= 2) x += shuffle_xor(x, lanes);
+    for (int lanes = kLanes / 2; lanes > 0; lanes /= 2)
+        if (lanes < width) x += shuffle_xor(x, lanes);
     return x;
 }
-KLDIV_DEVICE float warp_max(float x) {
+KLDIV_DEVICE float warp_max(float x, int width = kLanes) {
 #pragma unroll
-    for (int lanes = 16; lanes > 0; lanes /= 2) x = ::fmaxf(x, shuffle_xor(x, lanes));
+    for (int lanes = kLanes / 2; lanes > 0; lanes /= 2)
+        if (lanes < width) x = ::fmaxf(x, shuffle_xor(x, lanes));
     return x;
 }
 
-// The log-sum-exp of the lanes in base 2, and their maximum where they have no mass.
-KLDIV_DEVICE float log_sum_lanes(const Softmax& softmax) {
-    const float top = warp_max(softmax.m), total = warp_sum(softmax.z * exp2(softmax.m - top));
-    return total > 0 ? top + log2_approx(total) : (total == 0 ? top : total);
+// The log-sum-exp in base 2, and the reference where there is no mass.
+KLDIV_DEVICE float log_sum(float m, float z) { return z > 0 ? m + log2_approx(z) : (z == 0 ? m : z); }
+
+// States of the same references, merged into one that every lane gets.
+template <int FIRST>
+KLDIV_DEVICE void add_lanes(State& state, int width = kLanes) {
+    state.s.z = warp_sum(state.s.z, width);
+    if constexpr (FIRST & kEntropy) state.s.a = warp_sum(state.s.a, width);
+    if constexpr (FIRST & kTeacher) {
+        state.t.z = warp_sum(state.t.z, width);
+        if (any_lane(state.s.blocked > kNoLogit || state.t.blocked > kNoLogit)) {
+            state.s.blocked = warp_max(state.s.blocked, width);
+            state.t.blocked = warp_max(state.t.blocked, width);
+        }
+    }
+    if constexpr (FIRST & kReferenceEntropy) state.t.a = warp_sum(state.t.a, width);
+    if constexpr (FIRST & kForwardKl) state.forward_kl = warp_sum(state.forward_kl, width);
+    if constexpr (FIRST & kReverseKl) state.reverse_kl = warp_sum(state.reverse_kl, width);
+    if constexpr (FIRST & kHellinger) state.hellinger = warp_sum(state.hellinger, width);
 }
 
 // The states of the lanes merged into one, which every lane gets.
 template <int FIRST>
-KLDIV_DEVICE void merge_lanes(State& state) {
+KLDIV_DEVICE void merge_lanes(State& state, int width = kLanes) {
+    const auto log_sum_lanes = [&](const Softmax& x) {
+        const float top = warp_max(x.m, width);
+        return log_sum(top, warp_sum(x.z * exp2(x.m - top), width));
+    };
     const float to_s = log_sum_lanes(state.s);
-    const float to_t = FIRST & kTeacher ? log_sum_lanes(state.t) : kNoReference;
-    move<FIRST>(state, to_s, to_t);
-    state.s.z = warp_sum(state.s.z);
-    if constexpr (FIRST & kEntropy) state.s.a = warp_sum(state.s.a);
-    if constexpr (FIRST & kTeacher) {
-        state.t.z = warp_sum(state.t.z);
-        if (any_lane(state.s.blocked > kNoLogit || state.t.blocked > kNoLogit)) {
-            state.s.blocked = warp_max(state.s.blocked);
-            state.t.blocked = warp_max(state.t.blocked);
-        }
-    }
-    if constexpr (FIRST & kReferenceEntropy) state.t.a = warp_sum(state.t.a);
-    if constexpr (FIRST & kForwardKl) state.forward_kl = warp_sum(state.forward_kl);
-    if constexpr (FIRST & kReverseKl) state.reverse_kl = warp_sum(state.reverse_kl);
-    if constexpr (FIRST & kHellinger) state.hellinger = warp_sum(state.hellinger);
+    move<FIRST>(state, to_s, FIRST & kTeacher ? log_sum_lanes(state.t) : kNoReference);
+    add_lanes<FIRST>(state, width);
     if constexpr (FIRST & kArgmax) {
-        const float best = warp_max(state.best);
+        const float best = warp_max(state.best, width);
         int column = state.best == best ? state.column : kNoColumn;
 #pragma unroll
-        for (int lanes = 16; lanes > 0; lanes /= 2) {
+        for (int lanes = kLanes / 2; lanes > 0; lanes /= 2) {
+            if (lanes >= width) continue;
             const int other = shuffle_xor(column, lanes);
             column = other < column ? other : column;
         }
         state.best = best;
         state.column = column;
     }
+}
+
+// The same of lanes that have the same references. They move before they are added up: what a move takes away is as
+// large as the sum of what it moves, so a whole warp's would leave less of g.
+template <int FIRST>
+KLDIV_DEVICE void merge_alike(State& state) {
+    const float to_s = log_sum(state.s.m, warp_sum(state.s.z));
+    move<FIRST>(state, to_s, FIRST & kTeacher ? log_sum(state.t.m, warp_sum(state.t.z)) : kNoReference);
+    add_lanes<FIRST>(state);
 }
 
 }  // namespace kldiv::gpu

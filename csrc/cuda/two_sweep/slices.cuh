@@ -50,18 +50,43 @@ struct Pair {
     Columns s, t;
 };
 
-// Columns [start, start + 8) of both rows; those from `limit` on and the excluded one are -inf.
+struct RawPair {
+    Raw<kFloat32> s, t;
+};
+
+// The row's excluded column, if it is one of a pair's from `start` on, is -inf; where there is one row it is both.
 template <bool two>
-KLDIV_DEVICE Pair load_pair(const Call& call, const RowInput& row, int64_t start, int64_t limit) {
-    Pair pair;
-    pair.s = load_columns(row.student, call.student.element, start, limit);
-    if constexpr (two) pair.t = load_columns(row.teacher, call.teacher.element, start, limit);
+KLDIV_DEVICE void complete(Pair& pair, const RowInput& row, int64_t start) {
     const int64_t excluded = row.exclude - start;
     if (excluded >= 0 && excluded < kColumns) {
         replace(static_cast<int>(excluded), -std::numeric_limits<float>::infinity(), pair.s);
         if constexpr (two) replace(static_cast<int>(excluded), -std::numeric_limits<float>::infinity(), pair.t);
     }
     if constexpr (!two) pair.t = pair.s;
+}
+// Columns [start, start + 8) of both rows; those from `limit` on and the excluded one are -inf.
+template <bool two>
+KLDIV_DEVICE Pair load_pair(const Call& call, const RowInput& row, int64_t start, int64_t limit) {
+    Pair pair;
+    pair.s = load_columns(row.student, call.student.element, start, limit);
+    if constexpr (two) pair.t = load_columns(row.teacher, call.teacher.element, start, limit);
+    complete<two>(pair, row, start);
+    return pair;
+}
+// The same in two steps.
+template <bool two>
+KLDIV_DEVICE RawPair load_ahead(const Call& call, const RowInput& row, int64_t start, int64_t limit) {
+    RawPair raw;
+    raw.s = load_ahead(row.student, call.student.element, start, limit);
+    if constexpr (two) raw.t = load_ahead(row.teacher, call.teacher.element, start, limit);
+    return raw;
+}
+template <bool two>
+KLDIV_DEVICE Pair pair_of(const RawPair& raw, const Call& call, const RowInput& row, int64_t start) {
+    Pair pair;
+    pair.s = unpack_any(raw.s, call.student.element);
+    if constexpr (two) pair.t = unpack_any(raw.t, call.teacher.element);
+    complete<two>(pair, row, start);
     return pair;
 }
 
@@ -71,11 +96,11 @@ template <bool two, bool ahead, class Body>
 KLDIV_DEVICE void for_columns(const Call& call, const RowInput& row, int64_t begin, int64_t limit, Body body) {
     constexpr int64_t stride = kSweepThreads * kColumns;
     int64_t start = begin + thread_index() * kColumns;
-    Pair pair, next;
-    if (ahead && start < limit) next = load_pair<two>(call, row, start, limit);
+    RawPair next;
+    if (ahead && start < limit) next = load_ahead<two>(call, row, start, limit);
     for (; start < limit; start += stride) {
-        pair = ahead ? next : load_pair<two>(call, row, start, limit);
-        if (ahead && start + stride < limit) next = load_pair<two>(call, row, start + stride, limit);
+        Pair pair = ahead ? pair_of<two>(next, call, row, start) : load_pair<two>(call, row, start, limit);
+        if (ahead && start + stride < limit) next = load_ahead<two>(call, row, start + stride, limit);
         body(start, pair);
     }
 }

@@ -2,6 +2,7 @@
 // with them.
 #pragma once
 
+#include "batches.cuh"
 #include "labels.cuh"
 #include "slice_states.cuh"
 
@@ -44,9 +45,13 @@ KLDIV_DEVICE State sweep_slice(const Call& call, const RowInput& row, const Plac
             Pair pair = load_pair<two>(call, row, start, at.limit);
             add(~here, start, pair);
         }
-    } else {
+    } else if constexpr (FIRST & kArgmax) {
         for_columns<two, true>(call, row, at.begin, at.limit,
                                [&](int64_t start, Pair& pair) { add_pair<FIRST>(state, row, start, pair); });
+    } else if (call.student.element == kBfloat16 && (!two || call.teacher.element == kBfloat16)) {
+        return Batches<FIRST, kBfloat16>(call, row, at.begin, at.limit).sweep();
+    } else {
+        return Batches<FIRST, kFloat32>(call, row, at.begin, at.limit).sweep();
     }
     return state;
 }

@@ -12,8 +12,8 @@ is that of the logits' DTensor, or torchtitan's current mesh, or `tp_group`. All
 rank has whole rows, also where torchtitan gathers them. FSDP, context parallel, accumulation: losses are sums of the
 tokens here, divided by `global_valid_tokens`. Chunks (`ChunkedLossWrapper`): as its `loss_fn`.
 
-Where torchtitan is installed the classes are subclasses of its `BaseLoss`; without it they work alone. Type checks of its
-spmd_types (off by default) do not know these losses.
+Where torchtitan is installed the classes are subclasses of its `BaseLoss`; without it they work alone. Type checks of
+its spmd_types (off by default) do not know these losses.
 
 What differs from torchtitan: bfloat16 logits are read as they are, without a copy in float32; ranks without columns are
 allowed; `compile_config` has no effect, because nothing is left to fuse; `compute_logprobs` keeps the logits sharded.

@@ -28,7 +28,9 @@ class CrossEntropyLoss(BaseLoss):
         global_vocab_size: int | None = None
         """Columns of the vocabulary over all ranks, where they are not shared evenly."""
 
-    def __init__(self, config: CrossEntropyLoss.Config, *, compile_config: Any = None, tp_group: Group | None = None) -> None:
+    def __init__(
+        self, config: CrossEntropyLoss.Config, *, compile_config: Any = None, tp_group: Group | None = None
+    ) -> None:
         """Args: see `DistillationLoss`."""
         self._of_shards: dict[str, Any] = {"global_vocab_size": config.global_vocab_size, "tp_group": tp_group}
 
@@ -72,7 +74,9 @@ class DistillationLoss(BaseLoss):
         global_vocab_size: int | None = None
         """Columns of the vocabulary over all ranks, where they are not shared evenly."""
 
-    def __init__(self, config: DistillationLoss.Config, *, compile_config: Any = None, tp_group: Group | None = None) -> None:
+    def __init__(
+        self, config: DistillationLoss.Config, *, compile_config: Any = None, tp_group: Group | None = None
+    ) -> None:
         """Args:
             config: checked here.
             compile_config: torchtitan's, which gives it to every loss. No effect: nothing is left to fuse.
