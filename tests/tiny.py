@@ -15,12 +15,14 @@ VOCAB = 64
 LENGTH = 12
 
 
-def llama(seed: int, *, hidden: int = 16, vocab: int = VOCAB, dropout: float = 0.0) -> LlamaForCausalLM:
+def llama(
+    seed: int, *, hidden: int = 16, vocab: int = VOCAB, dropout: float = 0.0, tied: bool = True
+) -> LlamaForCausalLM:
     torch.manual_seed(seed)
     return LlamaForCausalLM(
         LlamaConfig(
             vocab_size=vocab, hidden_size=hidden, intermediate_size=2 * hidden, num_hidden_layers=1,
-            num_attention_heads=2, num_key_value_heads=2, max_position_embeddings=64, tie_word_embeddings=True,
+            num_attention_heads=2, num_key_value_heads=2, max_position_embeddings=64, tie_word_embeddings=tied,
             attention_dropout=dropout, initializer_range=0.5, bos_token_id=0, eos_token_id=0,
         )
     )  # fmt: skip

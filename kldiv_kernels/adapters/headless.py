@@ -86,7 +86,7 @@ def why_not_in(trainer: Trainer) -> str | None:
     around = {
         "FSDP, which gathers a head within the model's forward only": trainer.is_fsdp_enabled,
         "DeepSpeed, which gathers a head within the model's forward only": trainer.is_deepspeed_enabled,
-        "tensor or context parallelism, where no rank has all of the logits": max(sizes) > 1,
+        "tensor or context parallelism, where a rank has a part of the head or of a sequence": max(sizes) > 1,
         "DataParallel, whose copies of the model keep no hidden states": trainer.args.n_gpu > 1,
         "torch.compile, which traces the model without hooks": trainer.args.torch_compile,
     }

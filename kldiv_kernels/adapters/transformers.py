@@ -29,6 +29,7 @@ import torch
 from torch import Tensor
 
 from kldiv_kernels import distillation
+from kldiv_kernels.adapters import tensor_parallel
 from kldiv_kernels.choices import Backend
 from kldiv_kernels.distillation import IGNORED, LossOptions
 from kldiv_kernels.stats import token_stats
@@ -100,6 +101,7 @@ class DistillationLoss:
     def __init__(
         self, student: PreTrainedModel, teacher: PreTrainedModel, options: LossOptions, vocab_size: int
     ) -> None:
+        self.student = student
         self.teacher = teacher.eval()  # type: ignore[no-untyped-call]
         self.vocab_size = vocab_size
         self._options = options
@@ -119,13 +121,13 @@ class DistillationLoss:
         logits = _logits("distillation_loss", logits)
         targets = _targets("distillation_loss", logits, labels, shift_labels, ignore_index)
         count = _count(targets != IGNORED, num_items_in_batch)
-        loss = distillation.distillation_loss(
-            logits,
-            None if self._options.ce_weight == 1.0 else self._teacher_logits(logits.device),
-            targets,
-            self._options,
-            vocab_size=self.vocab_size,
-            normalizer=torch.where(count > 0, count, 1),
+        theirs = None if self._options.ce_weight == 1.0 else self._teacher_logits(logits.device)
+        where = "distillation_loss"
+        source = tensor_parallel.source(
+            where, tensor_parallel.spread(where, self.student, logits), theirs, self.vocab_size
+        )
+        loss = distillation.distillation_of(
+            source, targets, self._options, vocab_size=self.vocab_size, normalizer=torch.where(count > 0, count, 1)
         )
         return _mean_of_none_is_nan(loss, count)
 
@@ -150,7 +152,7 @@ class DistillationLoss:
         args, kwargs = tuple(_on(home, x) for x in args), {name: _on(home, x) for name, x in kwargs.items()}
         with torch.no_grad():
             logits: Tensor = self.teacher(*args, **kwargs, use_cache=False).logits
-        return logits.to(device)
+        return tensor_parallel.spread("distillation_loss", self.teacher, logits.to(device))
 
 
 def distillation_loss(
@@ -176,6 +178,7 @@ def distillation_loss(
             `remove()` takes off.
         teacher: run without gradient, in evaluation mode, in its own dtype and on its own device. Its vocabulary may
             be padded to another width than the student's.
+            Both may be tensor parallel, each with whole rows of logits or a rank's columns ("colwise").
         kind: a divergence of `kldiv_kernels.divergence_loss`, which also says what temperature, temperature_squared,
             alpha, beta and backend are.
         ce_weight: 0 (default) to 1; 1 does not run the teacher.
@@ -187,7 +190,8 @@ def distillation_loss(
         without.
 
     Raises:
-        ValueError: an option outside of what is allowed, student and teacher the same model, a call without labels.
+        ValueError: an option outside of what is allowed, student and teacher the same model, a teacher that is tensor
+            parallel where the student is not, a call without labels.
         RuntimeError: a call of the loss without a call of the student before it.
 
     >>> from transformers import LlamaConfig, LlamaForCausalLM
@@ -204,6 +208,7 @@ def distillation_loss(
         raise ValueError(f"{where}: teacher is the student; expected another model")
     options = LossOptions(kind, ce_weight, temperature, temperature_squared, alpha, beta, backend)
     options.check(where)
+    tensor_parallel.check_teacher(where, student, teacher)
     return DistillationLoss(student, teacher, options, distillation.shared_vocab_size(student, teacher, vocab_size))
 
 

@@ -13,14 +13,16 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Mapping
+from functools import partial
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 from transformers import EvalPrediction, PreTrainedModel, Trainer, TrainerCallback
+from transformers.trainer_utils import EvalLoopOutput
 
-from kldiv_kernels.adapters import headless
+from kldiv_kernels.adapters import headless, tensor_parallel
 from kldiv_kernels.distillation import (
     IGNORED,
     distillation_of,
@@ -28,7 +30,7 @@ from kldiv_kernels.distillation import (
     shared_vocab_size,
     topk_distillation_of,
 )
-from kldiv_kernels.sources import Logits, Source
+from kldiv_kernels.sources import Source
 from kldiv_kernels.stats import statistics_of
 from kldiv_kernels.top_k import topk_divergence_of
 from kldiv_kernels.trainer import cached
@@ -61,9 +63,14 @@ class DistillationTrainer(Trainer):
 
     `fused_linear` says whether the losses take hidden states and heads: by default where each model's logits are those
     of `kldiv_kernels.Head`, which is tried on a few tokens; otherwise a warning says why not. Never under FSDP,
-    DeepSpeed, DataParallel, tensor or context parallelism and torch.compile. Checkpoints are the same either way.
+    DeepSpeed, DataParallel, tensor parallelism and torch.compile. Checkpoints are the same either way.
 
-    Raises ValueError for what does not go together, and for `args.fused_linear=True` where that is impossible.
+    Both models may be tensor parallel (`from_pretrained(distributed_config=DistributedConfig(tp_size=...))`), also
+    under FSDP2 (`fsdp_size`): the student, or both. Where the plan of a head is "colwise", its logits stay where they
+    are, and the loss is computed from each rank's columns.
+
+    Raises ValueError for what does not go together, for context and sequence parallelism, and for
+    `args.fused_linear=True` where that is impossible.
     """
 
     args: DistillationArguments
@@ -107,6 +114,7 @@ class DistillationTrainer(Trainer):
             model, args, data_collator, train_dataset, eval_dataset, processing_class,
             compute_metrics=self._held_out_metrics, callbacks=callbacks, optimizers=optimizers,
         )  # fmt: skip
+        tensor_parallel.check(_WHERE, self, teacher_model)
         # Both make the Trainer count target tokens for every model, also one whose own loss would not ask for it.
         self.model_accepts_loss_kwargs = True
         self._loss_shifts_labels = True
@@ -155,11 +163,12 @@ class DistillationTrainer(Trainer):
         return_outputs: bool,
     ) -> Any:  # fmt: skip
         outputs = model(**features, use_cache=False)
-        with torch.no_grad():
-            theirs = None if self.teacher_model is None else self.teacher_model(**features, use_cache=False).logits
+        logits, theirs = self._logits(features, outputs, self.teacher_model)
+        if theirs is not None:
+            theirs = tensor_parallel.whole(theirs)
         recipe = self.args.recipe_loss()
         loss = recipe(
-            outputs.logits, theirs, targets, vocab_size=self.vocab_size, backend=self.args.backend,
+            tensor_parallel.whole(logits), theirs, targets, vocab_size=self.vocab_size, backend=self.args.backend,
             normalizer=normalizer.clamp_min(1), ignore_index=IGNORED,
         )  # fmt: skip
         # A mean that is the recipe's own is one of a micro-batch.
@@ -204,6 +213,12 @@ class DistillationTrainer(Trainer):
         sums, counts = (torch.stack([x.sum(-1) for x in column], dim=-1) for column in zip(*found, strict=True))
         return None, sums, counts
 
+    def evaluation_loop(self, *args: Any, **kwargs: Any) -> EvalLoopOutput:
+        if self.get_tp_size() > 1:
+            # The Trainer takes it back at the end of the loop.
+            self.gather_function = partial(tensor_parallel.gathered, self)
+        return super().evaluation_loop(*args, **kwargs)
+
     def _held_out_metrics(self, prediction: EvalPrediction) -> dict[str, float]:
         sums, counts = (
             np.asarray(x, dtype=np.float64).sum(axis=0) for x in (prediction.predictions, prediction.label_ids)
@@ -228,9 +243,15 @@ class DistillationTrainer(Trainer):
         teacher = self.teacher_model if with_teacher else None
         if outputs is None:
             return headless.source(_WHERE, (model, self.model), teacher, features, self.accelerator.autocast)
+        return tensor_parallel.source(_WHERE, *self._logits(features, outputs, teacher), self.vocab_size)
+
+    def _logits(self, features: dict[str, Any], outputs: Any, teacher: Any) -> tuple[Tensor, Tensor | None]:
+        """The student's and the teacher's; DTensors where each rank has some of the columns."""
+        logits = tensor_parallel.spread(_WHERE, self.model, outputs.logits)
+        if teacher is None:
+            return logits, None
         with torch.no_grad():
-            theirs = None if teacher is None else teacher(**features, use_cache=False).logits
-        return Logits(outputs.logits, theirs)
+            return logits, tensor_parallel.spread(_WHERE, teacher, teacher(**features, use_cache=False).logits)
 
     def _is_fused(self) -> bool:
         """Whether the losses can take hidden states; if not a warning, or an error where they were asked to."""

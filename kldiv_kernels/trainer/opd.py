@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from kldiv_kernels.adapters import tensor_parallel
 from kldiv_kernels.choices import Backend
 from kldiv_kernels.distillation import IGNORED
 from kldiv_kernels.stats import token_stats
@@ -65,7 +66,8 @@ class OnPolicyTrainer(DistillationTrainer):
     `sampled_kl` in the logs is KL(student ‖ teacher) on the completions, the mean over their tokens since the line
     before, in nats.
 
-    Raises ValueError for a block that is shorter than the prompt, and for what does not go together.
+    Raises ValueError for a block that is shorter than the prompt, for a model that is tensor parallel, and for what
+    does not go together.
     """
 
     args: OnPolicyArguments
@@ -80,6 +82,10 @@ class OnPolicyTrainer(DistillationTrainer):
         if wants != (base_model is not None):
             state, expected = ("None", "one") if wants else ("given", "none")
             raise ValueError(f"{where}: base_model is {state}, with the recipe {args.recipe!r}; expected {expected}")
+        tensor_parallel.refuse(
+            where, "and its ranks would each sample other completions", model=model, teacher_model=teacher_model,
+            base_model=base_model,
+        )  # fmt: skip
         super().__init__(model, teacher_model, args, **options)
         self.base_model = None
         if base_model is not None:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from trl.trainer import distillation_trainer
 
-from kldiv_kernels.adapters import headless
+from kldiv_kernels.adapters import headless, tensor_parallel
 from kldiv_kernels.adapters.trl.scoring import completion_logits
 from kldiv_kernels.choices import Backend
 from kldiv_kernels.linear import hidden_states
@@ -42,7 +42,8 @@ class DistillationTrainer(distillation_trainer.DistillationTrainer):
         args, kwargs: those of `trl.DistillationTrainer`.
 
     Raises:
-        ValueError, TypeError: at construction, for what `divergence_loss` does not allow.
+        ValueError, TypeError: at construction, for what `divergence_loss` does not allow, and for a model that is
+            tensor parallel: TRL samples on each rank by itself.
     """
 
     # TRL's types are those of any transformers.Trainer.
@@ -61,6 +62,10 @@ class DistillationTrainer(distillation_trainer.DistillationTrainer):
         **kwargs: Any,
     ) -> None:
         super().__init__(*args, **kwargs)
+        tensor_parallel.refuse(
+            _WHERE, "and TRL samples on each rank by itself", model=self.model,
+            teacher_model=self.accelerator.unwrap_model(self.teacher_model),
+        )  # fmt: skip
         self._how: dict[str, Any] = {
             "kind": kind, "alpha": alpha, "beta": self.beta if beta is None and kind in kinds_with("beta") else beta,
             "temperature": self.temperature, "temperature_squared": temperature_squared,

@@ -12,6 +12,7 @@ from trl.models.utils import disable_gradient_checkpointing
 from trl.trainer import grpo_trainer
 from trl.trainer.utils import use_adapter
 
+from kldiv_kernels.adapters import tensor_parallel
 from kldiv_kernels.adapters.trl import grpo_entropy, grpo_metrics
 from kldiv_kernels.adapters.trl.grpo_options import is_windowed, policy_arguments, resolved
 from kldiv_kernels.adapters.trl.grpo_recipes import GRPORecipe
@@ -49,7 +50,8 @@ class GRPOTrainer(grpo_trainer.GRPOTrainer):
         args, kwargs: those of `trl.GRPOTrainer`.
 
     Raises:
-        ValueError: at construction, for what `policy_loss` or this trainer does not allow.
+        ValueError: at construction, for what `policy_loss` or this trainer does not allow, and for a model that is
+            tensor parallel: TRL samples on each rank by itself.
     """
 
     # TRL's types are those of any transformers.Trainer, without GRPOConfig's fields.
@@ -66,6 +68,9 @@ class GRPOTrainer(grpo_trainer.GRPOTrainer):
         **kwargs: Any,
     ) -> None:
         super().__init__(*args, **kwargs)
+        tensor_parallel.refuse(
+            "GRPOTrainer", "and TRL samples on each rank by itself", model=self.model, recipe_model=recipe_model
+        )
         self._recipe, self._recipe_model = recipe, self._other_model(recipe, recipe_model)
         own = {} if recipe is None else recipe.options
         self._policy_arguments = policy_arguments(self.args, {**own, **(policy_loss_options or {})})
