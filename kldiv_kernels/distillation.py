@@ -27,9 +27,7 @@ from torch import Tensor
 from kldiv_kernels import registry, top_k
 from kldiv_kernels.backends import names as backend_names
 from kldiv_kernels.choices import Backend
-from kldiv_kernels.dtensors import on_dtensors
 from kldiv_kernels.losses import divergence_loss
-from kldiv_kernels.parallel import Group, logits_or_shared, together
 from kldiv_kernels.sources import Source
 from kldiv_kernels.top_k import topk_divergence_loss, topk_divergence_of, topk_statistics_of
 from kldiv_kernels.weighted import weighted_sum_of
@@ -86,32 +84,14 @@ class LossOptions:
         )  # fmt: skip
 
 
-@on_dtensors
-@together
-def distillation_loss(
-    logits: Tensor,
-    teacher_logits: Tensor | None,
-    targets: Tensor,
-    options: LossOptions,
-    *,
-    vocab_size: int,
-    normalizer: Tensor,
-    group: Group | None = None,
-    vocab_start: int | None = None,
-) -> Tensor:
-    """Σ over target tokens of (1 − w)·D + w·(−log q_target), divided by `normalizer`. float32 scalar.
-
-    logits, teacher_logits [batch, tokens, vocab]; targets [batch, tokens], already shifted, -100 where there is none.
-    group, vocab_start: see `token_stats`.
-    """
-    source = logits_or_shared(_WHERE, logits, teacher_logits, group, vocab_start, vocab_size)
-    return distillation_of(source, targets, options, vocab_size=vocab_size, normalizer=normalizer)
-
-
 def distillation_of(
     source: Source, targets: Tensor, options: LossOptions, *, vocab_size: int, normalizer: Tensor
 ) -> Tensor:
-    """`distillation_loss` of logits wherever they come from."""
+    """Σ over target tokens of (1 − w)·D + w·(−log q_target), divided by `normalizer`. float32 scalar.
+
+    source: logits [batch, tokens, vocab], wherever they come from; targets [batch, tokens], already shifted, -100 where
+    there is none.
+    """
     weight = options.ce_weight
     divergence, cross_entropy = {}, {"logprob": -weight} if weight else {}
     if weight < 1.0:
@@ -129,30 +109,6 @@ def distillation_of(
     return loss + weighted_sum_of(_WHERE, source, targets, cross_entropy, **common)[0] if cross_entropy else loss
 
 
-@on_dtensors
-@together
-def topk_distillation_loss(
-    logits: Tensor,
-    topk_ids: Tensor,
-    topk_logprobs: Tensor,
-    targets: Tensor,
-    options: LossOptions,
-    *,
-    vocab_size: int,
-    normalizer: Tensor,
-    group: Group | None = None,
-    vocab_start: int | None = None,
-) -> Tensor:
-    """`distillation_loss` from a teacher that is known by k log-probabilities a token, [batch, tokens, K].
-
-    A target whose position has no id (-1 in all of its row) has no divergence; its cross-entropy counts.
-    """
-    source = logits_or_shared("topk_distillation_loss", logits, None, group, vocab_start, vocab_size)
-    return topk_distillation_of(
-        source, topk_ids, topk_logprobs, targets, options, vocab_size=vocab_size, normalizer=normalizer
-    )
-
-
 def topk_distillation_of(
     source: Source,
     topk_ids: Tensor,
@@ -163,7 +119,10 @@ def topk_distillation_of(
     vocab_size: int,
     normalizer: Tensor,
 ) -> Tensor:
-    """`topk_distillation_loss` of logits wherever they come from."""
+    """`distillation_of` a teacher that is known by k log-probabilities a token, [batch, tokens, K].
+
+    A target whose position has no id (-1 in all of its row) has no divergence; its cross-entropy counts.
+    """
     where, weight, target = "topk_distillation_loss", options.ce_weight, targets != IGNORED
     if weight == 1.0:
         return distillation_of(source, targets, options, vocab_size=vocab_size, normalizer=normalizer)

@@ -10,7 +10,8 @@ from checks import BACKENDS, CUDA_ON_HOST, INTERPRETED
 from torch import Tensor
 
 import kldiv_kernels as kk
-from kldiv_kernels.distillation import LossOptions, topk_distillation_loss
+from kldiv_kernels.distillation import LossOptions, topk_distillation_of
+from kldiv_kernels.sources import Logits
 
 KINDS = ["forward_kl", "reverse_kl", "js", "hellinger", "reverse_chi2"]
 TAILS = ["bucket", "renormalize", "renormalize_teacher", "none"]
@@ -254,15 +255,15 @@ def test_training_from_rounded_and_padded_rows(weight: float, temperature: float
     theirs = _gradient(wanted, leaf)
     options = LossOptions(kind="reverse_kl", ce_weight=weight, temperature=temperature)
     for rows in ((ids, logprobs), (wide_ids.int(), wide)):
-        loss = topk_distillation_loss(
-            logits[None], *(x[None] for x in rows), targets[None], options, vocab_size=V, normalizer=valid.sum()
+        loss = topk_distillation_of(
+            Logits(logits[None]), *(x[None] for x in rows), targets[None], options, vocab_size=V, normalizer=valid.sum()
         )  # fmt: skip
         assert loss.item() == pytest.approx(wanted.item(), rel=1e-5)
         assert (_gradient(loss, logits) - theirs).abs().max() <= 3e-5 * theirs.abs().max()
     every = torch.arange(V).expand(1, N, V)
     with pytest.raises(ValueError, match="expected 1 where topk_ids has every token"):
-        topk_distillation_loss(
-            logits[None], every, logits[None].log_softmax(-1) - 0.5, targets[None], options, vocab_size=V,
+        topk_distillation_of(
+            Logits(logits[None]), every, logits[None].log_softmax(-1) - 0.5, targets[None], options, vocab_size=V,
             normalizer=valid.sum(),
         )  # fmt: skip
 

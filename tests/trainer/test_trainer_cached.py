@@ -13,7 +13,7 @@ from datasets import Dataset
 from torch import Tensor
 
 import kldiv_kernels as kk
-from kldiv_kernels.distillation import LossOptions, topk_distillation_loss, topk_distillation_of
+from kldiv_kernels.distillation import LossOptions, topk_distillation_of
 from kldiv_kernels.linear import hidden_states
 from kldiv_kernels.sources import Logits
 from kldiv_kernels.teacher_cache import CacheInfo, TeacherCache, TeacherCacheWriter
@@ -257,8 +257,14 @@ def test_a_whole_vocabulary_has_no_rest(weight: float) -> None:
     logits, teacher = torch.randn(2, 1, 20, columns, generator=generator)
     ids, targets = torch.arange(columns).expand(1, 20, columns), torch.zeros(1, 20, dtype=torch.int64)
     logprobs = teacher.log_softmax(-1) - 1e-6
-    loss = topk_distillation_loss(
-        logits, ids, logprobs, targets, LossOptions(ce_weight=weight), vocab_size=columns, normalizer=torch.tensor(20)
+    loss = topk_distillation_of(
+        Logits(logits),
+        ids,
+        logprobs,
+        targets,
+        LossOptions(ce_weight=weight),
+        vocab_size=columns,
+        normalizer=torch.tensor(20),
     )
     full = kk.forward_kl(logits, teacher)
     expected = (1 - weight) * full - weight * logits.log_softmax(-1)[..., 0].mean()
