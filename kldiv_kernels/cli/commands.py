@@ -22,6 +22,7 @@ from kldiv_kernels.trainer.command import distill
 from kldiv_kernels.trainer.demo_command import demo
 from kldiv_kernels.trainer.grpo_command import grpo
 from kldiv_kernels.trainer.opd_command import opd
+from kldiv_kernels.trainer.preference_command import preference
 from kldiv_kernels.version import __version__
 
 if TYPE_CHECKING:
@@ -64,7 +65,8 @@ train = typer.Typer(cls=_DistillByDefault, no_args_is_help=True, rich_markup_mod
 
 @train.callback()
 def _train() -> None:
-    """Train a model: distil a teacher into it, on texts or on what it writes, or reward its answers.
+    """Train a model: distil a teacher into it, on texts or on what it writes, reward its answers, or show it
+    which of two answers is preferred.
 
     Options without a command are those of distill, whose help is
     `kldiv train distill --help`.
@@ -78,6 +80,8 @@ def _train() -> None:
       $ kldiv train opd --student … --teacher … --data … --output …
 
       $ kldiv train grpo --output runs/grpo
+
+      $ kldiv train preference --model … --data … --output …
     """
 
 
@@ -282,8 +286,8 @@ def bench(
 
 
 for _group, _command in (
-    (app, plan), (app, bench), (app, recipes), (train, distill), (train, opd), (train, grpo), (app, demo),
-    (app, cache_teacher),
+    (app, plan), (app, bench), (app, recipes), (train, distill), (train, opd), (train, grpo),
+    (train, preference), (app, demo), (app, cache_teacher),
 ):  # fmt: skip
     _group.command()(_needs_extra(_command))
 app.add_typer(train, name="train")

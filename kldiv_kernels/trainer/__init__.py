@@ -1,4 +1,4 @@
-"""A thin distillation trainer on top of `transformers.Trainer`. Needs the extra `kldiv_kernels[train]`."""
+"""Thin trainers of distillation and preferences on `transformers.Trainer`. Needs the extra `kldiv_kernels[train]`."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ if TYPE_CHECKING:
     from kldiv_kernels.trainer.cached import CachedSequences
     from kldiv_kernels.trainer.distillation import DistillationTrainer
     from kldiv_kernels.trainer.opd import OnPolicyArguments, OnPolicyTrainer
+    from kldiv_kernels.trainer.preference import PreferenceArguments, PreferenceTrainer
 
 __all__ = [
     "CachedSequences",
@@ -19,12 +20,16 @@ __all__ = [
     "DistillationTrainer",
     "OnPolicyArguments",
     "OnPolicyTrainer",
+    "PreferenceArguments",
+    "PreferenceTrainer",
 ]
 _HOMES = {
     "CachedSequences": "cached",
     "DistillationArguments": "arguments",
     "OnPolicyArguments": "opd",
     "OnPolicyTrainer": "opd",
+    "PreferenceArguments": "preference",
+    "PreferenceTrainer": "preference",
 }
 
 

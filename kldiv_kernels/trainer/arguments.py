@@ -8,7 +8,7 @@ from typing import Any, ClassVar
 from transformers import TrainingArguments
 
 from kldiv_kernels.distillation import LossOptions
-from kldiv_kernels.trainer.recipe_loss import RecipeLoss
+from kldiv_kernels.trainer.recipe_loss import RecipeFunction, RecipeLoss
 from kldiv_kernels.trainer.recipe_options import DISTILLATION, function_of
 
 
@@ -66,7 +66,7 @@ class DistillationArguments(TrainingArguments):
         if self.recipe is not None:
             if self.recipe not in self.recipes:
                 self.recipe = function_of(where, self.recipe, self.recipes)
-            self.recipe_loss().check(where)
+            self.recipe_function().check(where)
             if self.fused_linear:
                 raise ValueError(f"{where}: fused_linear is True, but the recipe {self.recipe!r} takes logits")
         elif self.recipe_options:
@@ -76,6 +76,9 @@ class DistillationArguments(TrainingArguments):
     def loss_options(self) -> LossOptions:
         return LossOptions(**{option.name: getattr(self, option.name) for option in fields(LossOptions)})
 
-    def recipe_loss(self) -> RecipeLoss:
+    def recipe_function(self) -> RecipeFunction:
         """The recipe with its options, where there is one."""
+        return self.recipe_loss()
+
+    def recipe_loss(self) -> RecipeLoss:
         return RecipeLoss(str(self.recipe), self.recipe_options)

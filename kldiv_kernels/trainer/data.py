@@ -97,14 +97,21 @@ def split_blocks(blocks: Dataset, held_out: float) -> Blocks:
     return Blocks(blocks.select(range(first)), blocks.select(range(first, len(blocks))))
 
 
-def _documents(source: str, config: str | None, column: str) -> Documents:
+def load_rows(source: str, config: str | None = None) -> tuple[Dataset, Dataset | None]:
+    """(training rows, held-out rows where the source has a validation or test split) of a source, with all columns.
+
+    Sources and errors are those of `load_documents`.
+    """
     splits = _load(source, config)
     if "train" not in splits:
         raise ValueError(f"data: {source!r} has no train split; it has {', '.join(splits)}")
-    held_out = next((splits[name] for name in _HELD_OUT_SPLITS if name in splits), None)
+    return splits["train"], next((splits[name] for name in _HELD_OUT_SPLITS if name in splits), None)
+
+
+def _documents(source: str, config: str | None, column: str) -> Documents:
+    train, held_out = load_rows(source, config)
     return Documents(
-        _text_only(splits["train"], column, source),
-        None if held_out is None else _text_only(held_out, column, source),
+        _text_only(train, column, source), None if held_out is None else _text_only(held_out, column, source)
     )
 
 

@@ -23,7 +23,7 @@ from rich.table import Column, Table
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerBase, PreTrainedTokenizerFast, set_seed
 
-from kldiv_kernels.trainer import loss_cost, run
+from kldiv_kernels.trainer import loss_cost, run, toy_pairs
 from kldiv_kernels.trainer.data import Blocks, pack, split_blocks
 from kldiv_kernels.trainer.plots import plot_comparison, plot_final
 from kldiv_kernels.trainer.quiet import quiet
@@ -38,6 +38,8 @@ _STAGES = {
     "student_ce": "student, cross-entropy alone",
 }
 _LOSS_COST = "loss_cost"
+# Preferences for `kldiv train preference`.
+PAIRS = "pairs.jsonl"
 
 
 @dataclass(frozen=True)
@@ -104,6 +106,7 @@ def open_demo(folder: Path, settings: Settings, *, resume: bool) -> None:
 def run_demo(folder: Path, settings: Settings, console: Console | None = None) -> dict[str, Any]:
     """Every stage that is not finished; then the summary of all of them, printed and left in `folder`."""
     console = console or Console()
+    run.write_whole(folder / PAIRS, toy_pairs.jsonl())
     with quiet():
         tokenizer, blocks = _text(folder, settings, console)
     for number, (stage, name) in enumerate(_STAGES.items(), start=1):
@@ -138,23 +141,27 @@ def run_demo(folder: Path, settings: Settings, console: Console | None = None) -
     with quiet():
         cost = _loss_cost(folder, settings, blocks, console)
     summaries = _report(folder, cost, console)
-    console.print("\nWhat to try next, with these models and a page of Python's documentation:")
+    console.print(
+        "\nWhat to try next, with these models, a page of Python's documentation and a toy set of preferences:"
+    )
     for command in next_commands(folder, settings):
         console.print(f"  {command}", highlight=False, markup=False, soft_wrap=True)
     return summaries
 
 
 def next_commands(folder: Path, settings: Settings) -> list[str]:
-    """Another divergence, and a teacher on disk. The runs stand beside `folder`, which the next demo replaces."""
+    """Another divergence, a teacher on disk, preferences. The runs stand beside `folder`, which the next replaces."""
     topics = Path(sysconfig.get_paths()["stdlib"]) / "pydoc_data" / "topics.py"
     teacher, student = folder / "teacher", folder / "student_ce"
-    js, cache, cached = (folder.with_name(f"{folder.name}_{name}") for name in ("js", "cache", "cached"))
+    js, cache, cached, tdpo = (folder.with_name(f"{folder.name}_{name}") for name in ("js", "cache", "cached", "tdpo"))
     data = ("--data", topics, "--block-size", settings.block_size)
     commands: list[tuple[Any, ...]] = [
         ("train", "distill", "--student", student, "--teacher", teacher, *data, "--kind", "js", "--steps", 100,
          "--output", js),
         ("cache-teacher", "--teacher", teacher, *data, "--k", 64, "--output", cache),
         ("train", "distill", "--student", student, "--teacher-cache", cache, "--steps", 100, "--output", cached),
+        ("train", "preference", "--model", student, "--data", folder / PAIRS, "--recipe", "tdpo",
+         "--lr", 3e-4, "--steps", 80, "--output", tdpo),
     ]  # fmt: skip
     return [shlex.join(map(str, ("kldiv", *words))) for words in commands]
 

@@ -275,12 +275,11 @@ class DistillationTrainer(Trainer):
 
 
 def _check_recipe_data(args: DistillationArguments, teacher: Any, have_rows: list[bool | None]) -> None:
-    wants = args.recipe_loss().reference
     if True in have_rows:
         raise ValueError(
             f"{_WHERE}: recipe is {args.recipe!r} with data that have {' and '.join(_ROWS)}; expected none"
         )
-    if wants is not None and teacher is None:
+    if teacher is None and (wants := args.recipe_loss().reference) is not None:
         raise ValueError(f"{_WHERE}: teacher_model is None; the recipe {args.recipe!r} takes its logits ({wants})")
 
 

@@ -22,7 +22,8 @@ from kldiv_kernels.stats import token_stats
 from kldiv_kernels.trainer.arguments import DistillationArguments
 from kldiv_kernels.trainer.distillation import DistillationTrainer
 from kldiv_kernels.trainer.recipe_loss import RecipeLoss
-from kldiv_kernels.trainer.recipe_options import ON_POLICY, on_policy_function
+from kldiv_kernels.trainer.recipe_options import ON_POLICY, named_function
+from kldiv_kernels.trainer.sampling import ends_of, sampled, up_to_the_end
 
 SAMPLED_KL = "sampled_kl"
 
@@ -51,7 +52,7 @@ class OnPolicyArguments(DistillationArguments):
         super().__post_init__()
 
     def recipe_loss(self) -> RecipeLoss:
-        function, options = on_policy_function("OnPolicyArguments", str(self.recipe))
+        function, options = named_function("OnPolicyArguments", str(self.recipe), ON_POLICY)
         return RecipeLoss(function, {**options, **self.recipe_options})
 
 
@@ -109,7 +110,8 @@ class OnPolicyTrainer(DistillationTrainer):
             )
         sequences = self._written(model, prompts[:, :length])
         completions = sequences[:, length:]
-        labels = torch.where(self._is_written(completions), completions, IGNORED)
+        written = up_to_the_end(completions, ends_of(self.accelerator.unwrap_model(model)))
+        labels = torch.where(written, completions, IGNORED)
         outputs = model(input_ids=sequences, use_cache=False)
         # A view: the position before a token predicts it.
         logits = outputs.logits[:, length - 1 : -1]
@@ -127,38 +129,12 @@ class OnPolicyTrainer(DistillationTrainer):
         loss = loss / self._micro_batches()
         return (loss, outputs) if return_outputs else loss
 
-    @torch.no_grad()
     def _written(self, model: torch.nn.Module, prompts: Tensor) -> Tensor:
         """Prompts with the student's completions, [batch, prompt_length + completion_length]."""
-        student: Any = self.accelerator.unwrap_model(model)
-        training = student.training
-        student.eval()
-        try:
-            written = student.generate(
-                input_ids=prompts, attention_mask=torch.ones_like(prompts), do_sample=True, top_k=0, top_p=1.0,
-                temperature=self.args.sampling_temperature, max_new_tokens=self.args.completion_length,
-                pad_token_id=self._end(), use_cache=True,
-            )  # fmt: skip
-        finally:
-            student.train(training)
-        missing = self.args.prompt_length + self.args.completion_length - written.shape[1]
-        return torch.nn.functional.pad(written, (0, missing), value=self._end())
-
-    def _end(self) -> int:
-        """What ends a completion, and stands behind its end."""
-        ends = self._ends()
-        return ends[0] if ends else 0
-
-    def _ends(self) -> list[int]:
-        found = self.accelerator.unwrap_model(self.model).generation_config.eos_token_id
-        return [] if found is None else list(found) if isinstance(found, (list, tuple)) else [int(found)]
-
-    def _is_written(self, completions: Tensor) -> Tensor:
-        """Bool: the tokens up to the first that ends a completion, and that one."""
-        ended = torch.zeros_like(completions, dtype=torch.bool)
-        for end in self._ends():
-            ended = ended | (completions == end)
-        return ended.cumsum(-1) - ended.long() == 0
+        return sampled(
+            self.accelerator.unwrap_model(model), prompts, torch.ones_like(prompts),
+            length=self.args.completion_length, temperature=self.args.sampling_temperature,
+        )  # fmt: skip
 
     def _note(self, logits: Tensor, teacher: Tensor | None, labels: Tensor) -> None:
         mask, backend = labels != IGNORED, cast(Backend, self.args.backend)

@@ -103,6 +103,30 @@ def plot_reward(path: Path, history: History, *, title: str) -> None:
     save(figure, path)
 
 
+def plot_preferences(path: Path, history: History, *, title: str) -> None:
+    """Loss, accuracy, reward margin and KL of preference pairs: in training, and of the held-out ones."""
+    panels = {
+        "loss": ("loss", "nats per pair"),
+        "accuracy": ("chosen preferred", "fraction of pairs"),
+        "reward_margin": ("reward margin", "nats"),
+        "policy_kl": ("KL(policy ∥ reference)", "nats per token"),
+    }
+    figure = Figure(figsize=(4 * len(panels), 3.8), layout="constrained")
+    for axis, (name, (label, unit)) in zip(figure.subplots(1, len(panels)), panels.items(), strict=True):
+        axis.plot(*curve(history, name))
+        axis.plot(*curve(history, f"eval_{name}"), marker="o", markersize=3)
+        _label(axis, label, unit)
+    figure.axes[1].set_ylim(0, 1.05)
+    named = {"training": "", "held out": "o"}
+    lines = [
+        Line2D([], [], color=f"C{number}", marker=marker, markersize=3, label=name)
+        for number, (name, marker) in enumerate(named.items())
+    ]
+    _legend_below(figure, lines)
+    figure.suptitle(title)
+    save(figure, path)
+
+
 def save(figure: Figure, path: Path) -> None:
     """PNG, written beside `path` and renamed."""
     beside = path.with_name(f".{path.name}.part")

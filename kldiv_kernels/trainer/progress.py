@@ -78,7 +78,12 @@ class _Shown(TrainerCallback):
             self.note = f"reward {logs['reward']:.3f}"
         elif "loss" in logs:
             self.note = f"loss {logs['loss']:.4f}"
-        if "eval_loss" in logs:
+        if "eval_accuracy" in logs:
+            self.console.print(
+                f"step {state.global_step}: {logs['eval_accuracy']:.1%} of the held-out pairs right, reward margin "
+                f"{logs['eval_reward_margin']:.4f}, KL(policy ∥ reference) {logs['eval_policy_kl']:.4f}"
+            )
+        elif "eval_loss" in logs:
             kl = f", KL(teacher ∥ student) {logs['eval_kl']:.4f}" if "eval_kl" in logs else ""
             if "eval_topk_kl" in logs:
                 kl = f", top-k KL(teacher ∥ student) {logs['eval_topk_kl']:.4f}"

@@ -7,6 +7,7 @@ Its other arguments are options, `--set name=value` on the command line.
 from __future__ import annotations
 
 import inspect
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -23,7 +24,7 @@ _GIVEN = (
     "logits", "teacher_logits", "reference_logits", "base_logits", "token_ids", "labels", "mask", "normalizer",
     "weight", "old_logprobs", "reference_logprobs", "sampling_logprobs", "anchor_logprobs", "token_weights",
     "kl_weights", "per_token_gradient", "preset", "ignore_index", "vocab_size", "backend", "reduction", "shift",
-    "in_place", "exclude",
+    "in_place", "exclude", "online_mask",
 )  # fmt: skip
 # Of the row on which options are tried: more than any option of k.
 _COLUMNS = 4096
@@ -32,7 +33,8 @@ _COLUMNS = 4096
 def settable(function: str) -> dict[str, inspect.Parameter]:
     """The options of a recipe that are not the trainer's: those of what its `**options` go to, too."""
     own = inspect.signature(getattr(kk.recipes, function)).parameters
-    found = {name: p for name, p in own.items() if name not in _GIVEN and p.kind is not p.VAR_KEYWORD}
+    # Tensors come first, and options are keywords.
+    found = {name: p for name, p in own.items() if name not in _GIVEN and p.kind is p.KEYWORD_ONLY}
     if any(p.kind is p.VAR_KEYWORD for p in own.values()):
         target = divergence_loss if "token_ids" not in own else kk.policy_loss
         more = inspect.signature(target).parameters.items()
@@ -41,7 +43,7 @@ def settable(function: str) -> dict[str, inspect.Parameter]:
 
 
 @dataclass(frozen=True)
-class RecipeLoss:
+class RecipeFunction(ABC):
     """A function of `kk.recipes` with its options. ValueError, naming the option, for what it does not take."""
 
     function: str
@@ -49,12 +51,39 @@ class RecipeLoss:
 
     @property
     def parameters(self) -> Mapping[str, inspect.Parameter]:
-        return inspect.signature(self._function).parameters
+        return inspect.signature(self.call).parameters
 
     @property
-    def _function(self) -> Callable[..., Any]:
+    def call(self) -> Callable[..., Any]:
         function: Callable[..., Any] = getattr(kk.recipes, self.function)
         return function
+
+    def settable(self) -> dict[str, inspect.Parameter]:
+        return settable(self.function)
+
+    def check(self, where: str) -> None:
+        allowed = self.settable()
+        for name in self.options:
+            if name not in allowed:
+                hint = nearest(name, allowed) or f"; it has {', '.join(allowed)}"
+                raise ValueError(f"{where}: {name} is no option of {self.function}{hint}")
+        missing = [n for n, p in allowed.items() if p.default is p.empty and n not in self.options]
+        if missing:
+            raise ValueError(f"{where}: {self.function} has no default of {', '.join(missing)}; set it")
+        # The recipe knows what it allows: ask it, before anything is loaded.
+        try:
+            self._try()
+        except (TypeError, ValueError) as error:
+            raise ValueError(f"{where}: {error}") from error
+
+    @abstractmethod
+    def _try(self) -> None:
+        """Calls it on one token."""
+
+
+@dataclass(frozen=True)
+class RecipeLoss(RecipeFunction):
+    """A recipe of logits and of another model's, or of labels alone."""
 
     def takes(self, name: str) -> bool:
         passes_on = any(p.kind is p.VAR_KEYWORD for p in self.parameters.values())
@@ -66,22 +95,10 @@ class RecipeLoss:
         """What it calls the other model's logits."""
         return next((name for name in ("teacher_logits", "reference_logits") if name in self.parameters), None)
 
-    def check(self, where: str) -> None:
-        allowed = settable(self.function)
-        for name in self.options:
-            if name not in allowed:
-                hint = nearest(name, allowed) or f"; it has {', '.join(allowed)}"
-                raise ValueError(f"{where}: {name} is no option of {self.function}{hint}")
-        missing = [n for n, p in allowed.items() if p.default is p.empty and n not in self.options]
-        if missing:
-            raise ValueError(f"{where}: {self.function} has no default of {', '.join(missing)}; set it")
-        # The recipe knows what it allows: ask it on one token, before anything is loaded.
+    def _try(self) -> None:
         row, target = torch.zeros(1, 1, _COLUMNS), torch.zeros(1, 1, dtype=torch.int64)
         known: dict[str, Any] = {"normalizer": torch.ones(()), "vocab_size": _COLUMNS, "backend": "reference"}
-        try:
-            self(row, row, target, base_logits=row, **known)
-        except (TypeError, ValueError) as error:
-            raise ValueError(f"{where}: {error}") from error
+        self(row, row, target, base_logits=row, **known)
 
     def __call__(
         self,
@@ -104,6 +121,6 @@ class RecipeLoss:
         if "labels" in taken or "token_ids" in taken:
             # They say it: a mask beside them would be the same.
             taken.pop("mask", None)
-        out = self._function(logits, **taken, **self.options)
+        out = self.call(logits, **taken, **self.options)
         loss: Tensor = out.loss if isinstance(out, kk.PolicyLoss) else out
         return loss

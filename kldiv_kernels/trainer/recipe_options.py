@@ -4,20 +4,35 @@ from __future__ import annotations
 
 import ast
 from collections.abc import Iterable
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import typer
 
 from kldiv_kernels.keywords import nearest
 
+if TYPE_CHECKING:
+    from kldiv_kernels.trainer.recipe_loss import RecipeFunction
+
+# By name a function of kldiv_kernels.recipes, and the options that make the one of the other.
+Recipes = dict[str, tuple[str, dict[str, Any]]]
+
 # Functions of kldiv_kernels.recipes.
 DISTILLATION = ("asft_loss", "bidirectional_kl", "dft_loss", "entropy_aware_kl", "gere_kd_loss", "kd_loss")
-# The names of `kldiv train opd`, the functions, and the options that make the one of the other.
-ON_POLICY: dict[str, tuple[str, dict[str, Any]]] = {
+# Of `kldiv train opd`.
+ON_POLICY: Recipes = {
     "opd": ("vopd_loss", {"baseline": "none"}),
     "vopd": ("vopd_loss", {}),
     "gopd": ("gopd_loss", {}),
     "tsd_kd": ("tsd_kd_loss", {}),
+}
+# Of `kldiv train preference`. dpo is the case of f_dpo that the others are compared with; β as in TRL.
+PREFERENCE: Recipes = {
+    "tdpo": ("tdpo_loss", {}),
+    "dpo": ("f_dpo_loss", {"beta": 0.1}),
+    "f_dpo": ("f_dpo_loss", {}),
+    "hypo": ("hypo_loss", {}),
+    "rrpo": ("rrpo_loss", {}),
+    "xpo": ("xpo_loss", {}),
 }
 
 
@@ -68,20 +83,25 @@ def parsed_options(settings: list[str] | None, recipe: str | None) -> dict[str, 
         raise typer.BadParameter(str(error), param_hint="--set") from None
 
 
-def on_policy_function(where: str, recipe: str) -> tuple[str, dict[str, Any]]:
-    """The function and what it is told, of a recipe of `kldiv train opd`. ValueError, naming it, for another."""
-    if recipe not in ON_POLICY:
-        raise ValueError(f"{where}: recipe is {recipe!r}; expected {', '.join(ON_POLICY)}{nearest(recipe, ON_POLICY)}")
-    return ON_POLICY[recipe]
+def named_function(where: str, recipe: str, known: Recipes) -> tuple[str, dict[str, Any]]:
+    """The function and what it is told, of one of the `known` recipes. ValueError, naming it, for another."""
+    if recipe not in known:
+        raise ValueError(f"{where}: recipe is {recipe!r}; expected {', '.join(known)}{nearest(recipe, known)}")
+    return known[recipe]
 
 
 def on_policy_options(recipe: str, settings: list[str] | None) -> dict[str, Any]:
     """Options of --set for a --recipe of `kldiv train opd`, checked; errors are of these options."""
-    try:
-        function, fixed = on_policy_function("--recipe", recipe)
-    except ValueError as error:
-        raise typer.BadParameter(str(error).removeprefix("--recipe: recipe is "), param_hint="--recipe") from None
-    return _checked(function, settings, fixed)
+    from kldiv_kernels.trainer.recipe_loss import RecipeLoss
+
+    return _named_options(recipe, settings, ON_POLICY, RecipeLoss)
+
+
+def preference_options(recipe: str, settings: list[str] | None) -> dict[str, Any]:
+    """Likewise for a --recipe of `kldiv train preference`."""
+    from kldiv_kernels.trainer.pair_loss import PairLoss
+
+    return _named_options(recipe, settings, PREFERENCE, PairLoss)
 
 
 def recipe_options(
@@ -94,15 +114,27 @@ def recipe_options(
         function = function_of("--recipe", recipe, functions)
     except ValueError as error:
         raise typer.BadParameter(str(error).removeprefix("--recipe: recipe is "), param_hint="--recipe") from None
-    return function, _checked(function, settings, {})
-
-
-def _checked(function: str, settings: list[str] | None, fixed: dict[str, Any]) -> dict[str, Any]:
     from kldiv_kernels.trainer.recipe_loss import RecipeLoss
 
+    return function, _checked(function, settings, {}, RecipeLoss)
+
+
+def _named_options(
+    recipe: str, settings: list[str] | None, known: Recipes, kind: type[RecipeFunction]
+) -> dict[str, Any]:
+    try:
+        function, fixed = named_function("--recipe", recipe, known)
+    except ValueError as error:
+        raise typer.BadParameter(str(error).removeprefix("--recipe: recipe is "), param_hint="--recipe") from None
+    return _checked(function, settings, fixed, kind)
+
+
+def _checked(
+    function: str, settings: list[str] | None, fixed: dict[str, Any], kind: type[RecipeFunction]
+) -> dict[str, Any]:
     options = parsed_options(settings, function)
     try:
-        RecipeLoss(function, {**fixed, **options}).check("--set")
+        kind(function, {**fixed, **options}).check("--set")
     except ValueError as error:
         raise typer.BadParameter(str(error).removeprefix("--set: "), param_hint="--set") from None
     return options

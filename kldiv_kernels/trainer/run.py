@@ -32,7 +32,8 @@ from kldiv_kernels.trainer.cached import CachedSequences, CachedSplit
 from kldiv_kernels.trainer.data import Blocks
 from kldiv_kernels.trainer.distillation import DistillationTrainer
 from kldiv_kernels.trainer.interrupts import Request, Stopped
-from kldiv_kernels.trainer.plots import plot_run
+from kldiv_kernels.trainer.pairs import Pairs
+from kldiv_kernels.trainer.plots import History, plot_run
 from kldiv_kernels.trainer.progress import shown_for
 from kldiv_kernels.trainer.quiet import quiet
 from kldiv_kernels.version import __version__
@@ -188,21 +189,34 @@ class _StopAtStep(TrainerCallback):
             control.should_log = control.should_save = control.should_training_stop = True
 
 
+def distilled(history: History) -> dict[str, Any]:
+    """What a summary has of the last held-out evaluation."""
+    final = next(entry for entry in reversed(history) if "eval_loss" in entry)
+    return {
+        "held_out_loss": final["eval_loss"],
+        "held_out_perplexity": math.exp(min(final["eval_loss"], 700.0)),
+        "teacher_student_kl": final.get("eval_kl"),
+        "teacher_student_topk_kl": final.get("eval_topk_kl"),
+    }
+
+
 def fit(
     model: PreTrainedModel,
     teacher: PreTrainedModel | None,
-    blocks: Blocks | CachedSplit,
+    blocks: Blocks | CachedSplit | Pairs,
     arguments: DistillationArguments,
     *,
     tokenizer: PreTrainedTokenizerBase,
     callbacks: Sequence[TrainerCallback] = (),
     console: Console | None = None,
     trainer: Callable[..., DistillationTrainer] = DistillationTrainer,
+    measured: Callable[[History], dict[str, Any]] = distilled,
+    plot: Callable[..., None] = plot_run,
 ) -> dict[str, Any]:
     """Train to `max_steps`, from the last checkpoint in `output_dir` if it has one; return the summary.
 
-    `trainer` makes the DistillationTrainer. Without a teacher the blocks have it, unless the loss is cross-entropy
-    alone.
+    `trainer` makes the DistillationTrainer, `measured` what the summary has of the log, `plot` the plot of it. Without
+    a teacher the blocks have it, unless the loss is cross-entropy alone.
 
     Leaves in `output_dir`: the model and tokenizer (`from_pretrained` reads them), metrics.jsonl, loss.png and
     summary.json. Raises Stopped after a Ctrl-C or SIGTERM, with a checkpoint, unless the run saves none.
@@ -228,9 +242,9 @@ def fit(
             if not any("eval_loss" in entry and entry["step"] == made.state.global_step for entry in history):
                 made.evaluate()
             made.save_model()
-    summary = _summary(made, model, arguments)
+    summary = _summary(made, model, arguments, measured(made.state.log_history))
     if made.is_world_process_zero():
-        plot_run(folder / PLOT, history, title=folder.name)
+        plot(folder / PLOT, history, title=folder.name)
         write_json(folder / SUMMARY, summary)
     return summary
 
@@ -246,18 +260,16 @@ def _train(trainer: DistillationTrainer, metrics: _MetricsFile, checkpoint: Path
         trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
 
 
-def _summary(trainer: DistillationTrainer, model: PreTrainedModel, arguments: DistillationArguments) -> dict[str, Any]:
-    final = next(entry for entry in reversed(trainer.state.log_history) if "eval_loss" in entry)
+def _summary(
+    trainer: DistillationTrainer, model: PreTrainedModel, arguments: DistillationArguments, held_out: dict[str, Any]
+) -> dict[str, Any]:
     data = trainer.train_dataset
     from_cache = {"tail": arguments.tail, "k": data.cache.info.k} if isinstance(data, CachedSequences) else {}
     return {
         "parameters": model.num_parameters(),
-        "steps": final["step"],
+        "steps": trainer.state.global_step,
         "tokens": trainer.state.num_input_tokens_seen,
-        "held_out_loss": final["eval_loss"],
-        "held_out_perplexity": math.exp(min(final["eval_loss"], 700.0)),
-        "teacher_student_kl": final.get("eval_kl"),
-        "teacher_student_topk_kl": final.get("eval_topk_kl"),
+        **held_out,
         "loss": {"recipe": arguments.recipe, **arguments.recipe_options}
         if arguments.recipe is not None
         else {

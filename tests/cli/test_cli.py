@@ -33,8 +33,10 @@ def invoke(*arguments: str) -> Result:
 
 
 @pytest.mark.parametrize(
-    "command", ["doctor", "plan", "bench", "recipes", "train", "train distill", "train grpo", "demo", "cache-teacher"]
-)
+    "command",
+    ["doctor", "plan", "bench", "recipes", "train", "train distill", "train opd", "train grpo", "train preference",
+     "demo", "cache-teacher"],
+)  # fmt: skip
 def test_help_has_examples(command: str) -> None:
     result = invoke(*command.split(), "--help")
     assert result.exit_code == 0

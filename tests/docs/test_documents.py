@@ -23,6 +23,7 @@ from typer.testing import CliRunner
 import kldiv_kernels as kk
 from kldiv_kernels.cli import app
 from kldiv_kernels.registry import STATISTICS
+from kldiv_kernels.trainer import toy_pairs
 
 ROOT = Path(__file__).parents[2]
 PAGES = [
@@ -44,6 +45,7 @@ SMALLER = {
     "bench": "--rows 2 --vocab 1000 --dtypes fp32 --peers none --repeats 1 --no-memory",
     "train grpo": "--steps 2 --warm-up-steps 2 --batch-size 2 --group-size 2",
     "train opd": "--steps 2 --batch-size 2 --prompt-length 8 --completion-length 8",
+    "train preference": "--steps 2 --batch-size 2 --completion-length 8",
     "train": "--steps 2 --batch-size 2",
     "cache-teacher": "--batch-size 2",
 }
@@ -116,6 +118,7 @@ def test_the_command_runs(command: str, tmp_path: Path) -> None:
         tiny.llama(seed).save_pretrained(tmp_path / "runs/demo" / model)
         tiny.word_tokenizer().save_pretrained(tmp_path / "runs/demo" / model)
     (tmp_path / "README.md").write_text(tiny.words(2000))
+    (tmp_path / "runs/demo/pairs.jsonl").write_text(toy_pairs.jsonl())
     if "--teacher-cache runs/teacher_cache" in command:
         (first,) = [line for line in COMMANDS if line.endswith("--output runs/teacher_cache")]
         _run(words_of(first)[1:])
