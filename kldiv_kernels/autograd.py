@@ -90,13 +90,26 @@ def reduced(
     return total, values, or_empty(dlogits, logits), or_empty(dreference, logits)
 
 
+def keep(ctx: Any, *tensors: Tensor | None) -> None:
+    """Has autograd keep these for backward, so that it sees who writes to them.
+
+    It does not take tensors of torch.inference_mode, such as a teacher's: nobody can have changed those.
+    """
+    ctx.of_inference = [x if x is not None and x.is_inference() else None for x in tensors]
+    ctx.save_for_backward(
+        *(None if there is not None else x for x, there in zip(tensors, ctx.of_inference, strict=True))
+    )
+
+
+def kept(ctx: Any) -> list[Any]:
+    """Those of `keep`."""
+    return [saved if there is None else there for saved, there in zip(ctx.saved_tensors, ctx.of_inference, strict=True)]
+
+
 def _save_statistics(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
     ctx.mark_non_differentiable(output[1])
     ctx.set_materialize_grads(False)
-    # Autograd does not take tensors of torch.inference_mode, such as a teacher's: nobody can have changed those.
-    ctx.of_inference = [x if x is not None and x.is_inference() else None for x in inputs[:_TENSORS]]
-    kept = [None if there is not None else x for x, there in zip(inputs, ctx.of_inference, strict=False)]
-    ctx.save_for_backward(*kept, output[1])
+    keep(ctx, *inputs[:_TENSORS], output[1])
     ctx.rest = inputs[_TENSORS:-1]
 
 
@@ -107,8 +120,7 @@ def _statistics_gradient(backward: Callable[..., Any], ctx: Any, values: Tensor 
     if ctx.needs_input_grad[_TENSORS - 1]:
         # Seen by `inputs` but under torch.func, where a tensor does not always say that it requires grad.
         raise ValueError("kldiv_kernels: temperature, alpha or beta requires grad; gradients flow to the logits only")
-    *kept, state = ctx.saved_tensors
-    tensors = [saved if there is None else there for saved, there in zip(kept, ctx.of_inference, strict=True)]
+    *tensors, state = kept(ctx)
     student, teacher = ctx.needs_input_grad[0], ctx.needs_input_grad[1]
     if transformed():
         # torch.func over backward alone, of a graph that was made without.

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from kldiv_kernels import ops
-from kldiv_kernels.autograd import DOUBLE_BACKWARD
+from kldiv_kernels.autograd import DOUBLE_BACKWARD, keep, kept
 from kldiv_kernels.backends import Call, get, value_rows
 from kldiv_kernels.linear.chunks import Rows, take, take_columns
 from kldiv_kernels.linear.head import Side
@@ -139,19 +139,14 @@ def _fake_topk(*given: Any) -> tuple[Tensor, ...]:
 
 
 def _save(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    # Autograd does not take tensors of torch.inference_mode, such as a teacher's: nobody can have changed those.
-    ctx.of_inference = [x if x is not None and x.is_inference() else None for x in inputs[:_TENSORS]]
-    kept = [None if there is not None else x for x, there in zip(inputs, ctx.of_inference, strict=False)]
-    ctx.save_for_backward(*kept)
+    keep(ctx, *inputs[:_TENSORS])
     ctx.rest = inputs[_TENSORS:]
 
 
 def _statistics_gradient(ctx: Any, values: Tensor) -> tuple[Any, ...]:
     if torch.is_grad_enabled():
         raise RuntimeError(DOUBLE_BACKWARD)
-    tensors = [
-        saved if there is None else there for saved, there in zip(ctx.saved_tensors, ctx.of_inference, strict=True)
-    ]
+    tensors = kept(ctx)
     wanted = [tensor is not None and needed for tensor, needed in zip(tensors, ctx.needs_input_grad, strict=False)]
     _, *gradients = torch.ops.kldiv_kernels.linear_one_read(*tensors, *ctx.rest, values.contiguous(), wanted[:_SIDES])
     found = [x if of else None for x, of in zip(gradients, wanted, strict=False)]

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from kldiv_kernels import parallel
-from kldiv_kernels.autograd import DOUBLE_BACKWARD
+from kldiv_kernels.autograd import DOUBLE_BACKWARD, keep, kept
 from kldiv_kernels.backends import Call, Sharded, get
 from kldiv_kernels.linear.chunks import Rows, take_columns
 from kldiv_kernels.linear.head import Side
@@ -49,16 +49,16 @@ class _Statistics(torch.autograd.Function):
         for rows, of_rows in found:
             state[:, rows] = of_rows
         ctx.shard, ctx.task, ctx.reduces = shard, _without_tensors(task), reduces
-        ctx.save_for_backward(state, *tensors)
+        keep(ctx, state, task.call.exclude, *tensors)
         return values
 
     @staticmethod
     def backward(ctx: Any, coefficients: Tensor) -> Any:
         if torch.is_grad_enabled():
             raise RuntimeError(DOUBLE_BACKWARD)
-        state, *tensors = ctx.saved_tensors
+        state, exclude, *tensors = kept(ctx)
         shard, wanted = ctx.shard, list(ctx.needs_input_grad[3:])
-        task = replace(_with_tensors(ctx.task, tensors), sums_hidden=ctx.reduces)
+        task = replace(_with_tensors(ctx.task, tensors, exclude), sums_hidden=ctx.reduces)
         local, vocab_size = _local(shard, task)
         sides = any(wanted[:3]), any(wanted[3:])
 
@@ -96,7 +96,7 @@ def _of_whole_rows(shard: Shard, call: Call) -> Call:
 
 
 def _without_tensors(task: Task) -> Task:
-    """Autograd keeps the six tensors, so that it sees who writes to them."""
+    """Autograd keeps the six tensors, and exclude, which may be the caller's, so that it sees who writes to them."""
 
     def bare(side: Side | Tensor | None) -> Any:
         if not isinstance(side, Side):
@@ -104,14 +104,17 @@ def _without_tensors(task: Task) -> Task:
         nothing = side.hidden.new_empty(0)
         return replace(side, hidden=nothing, weight=nothing, bias=None)
 
-    return replace(task, student=bare(task.student), reference=bare(task.reference))
+    call = replace(task.call, exclude=None)
+    return replace(task, student=bare(task.student), reference=bare(task.reference), call=call)
 
 
-def _with_tensors(task: Task, tensors: list[Tensor]) -> Task:
+def _with_tensors(task: Task, tensors: list[Tensor], exclude: Tensor | None) -> Task:
     def filled(side: Any, hidden: Tensor, weight: Tensor, bias: Tensor) -> Any:
         if not isinstance(side, Side):
             return hidden if side else None
         # Where there is none the hidden states stand.
         return replace(side, hidden=hidden, weight=weight, bias=None if bias.dim() != 1 else bias)
 
-    return replace(task, student=filled(task.student, *tensors[:3]), reference=filled(task.reference, *tensors[3:]))
+    call = replace(task.call, exclude=exclude)
+    sides = filled(task.student, *tensors[:3]), filled(task.reference, *tensors[3:])
+    return replace(task, student=sides[0], reference=sides[1], call=call)

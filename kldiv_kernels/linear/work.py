@@ -71,7 +71,8 @@ class _Given:
         if self.gradient is None:
             return
         assert dlogits is not None
-        self.gradient.view(-1, self.gradient.shape[-1])[rows, : self.columns] = dlogits[:, : self.columns]
+        # Where a process has no columns -1 would be no number of rows.
+        self.gradient.flatten(0, -2)[rows, : self.columns] = dlogits[:, : self.columns]
 
     def gradients(self) -> Gradients:
         return [self.gradient, None, None]
@@ -119,10 +120,10 @@ class _Made:
             dlogits.mul_(logits.div_(self.softcap).square_().neg_().add_(1).mul_(self.side.scale))
         hidden = self.hidden(rows)
         if self.dhidden is not None:
-            of_rows = self.dhidden[rows] if isinstance(rows, slice) else torch.empty_like(hidden)
+            of_rows = self.dhidden[rows] if isinstance(rows, slice) else self.dhidden.new_empty(hidden.shape)
             self.gemm.times_weight(dlogits, of_rows)
             if not isinstance(rows, slice):
-                self.dhidden.index_copy_(0, rows, of_rows.to(self.dhidden.dtype))
+                self.dhidden.index_copy_(0, rows, of_rows)
         if self.dweight is not None:
             self.gemm.add_outer(self.dweight[: dlogits.shape[1]], dlogits, hidden, self.first)
             self.first = False
@@ -184,8 +185,8 @@ def _call_of(task: Task, logits: Tensor, reference: Tensor | None, rows: Rows, *
     ]
     table = call.token_parameters
     if table is not None:
-        table = take_columns(table, rows)
-        table[:2] /= table.new_tensor(scales)[:, None]
+        # Not in its place: where one chunk has all rows it is the caller's, and autograd's.
+        table = take_columns(table, rows) / table.new_tensor([*scales, 1.0, 1.0])[:, None]
     temperature, reference_temperature, alpha, beta = call.parameters
     return replace(
         call,

@@ -72,7 +72,7 @@ class Shard:
         here = local_labels >= 0
         if call.mask is not None:
             here = here & call.mask[:, None]
-        at = local_labels.clamp_min(0).reshape(*local.logits.shape[:-1], -1)
+        at = local_labels.clamp_min(0).reshape(*local.logits.shape[:-1], labels.shape[-1])
         for i, side in enumerate((local.logits, local.reference)):
             if side is not None:
                 logits = side.detach().gather(-1, at).reshape(labels.shape).to(dtype)

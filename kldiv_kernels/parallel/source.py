@@ -81,8 +81,11 @@ def largest_of_shards(source: SharedLogits, ids: Tensor | None, k: int, columns:
         numbers[..., : ids.shape[-1]] = ids + shard.start
     every_value, every_number = gathered(shard, values, numbers)
     assert every_number is not None
-    order = every_value.movedim(0, -2).flatten(-2).sort(dim=-1, descending=True, stable=True).indices[..., :k]
-    found = every_number.movedim(0, -2).flatten(-2).gather(-1, order)
+    flat_values, flat_numbers = (x.movedim(0, -2).flatten(-2) for x in (every_value, every_number))
+    # What stands for none has the last number, and so comes behind columns at −inf.
+    by_number = flat_numbers.argsort(dim=-1, stable=True)
+    order = flat_values.gather(-1, by_number).sort(dim=-1, descending=True, stable=True).indices[..., :k]
+    found = flat_numbers.gather(-1, by_number.gather(-1, order))
     # Columns of ranks that have fewer than k stand for none; there are k in all.
     return found if mask is None else torch.where(mask.reshape(*leading, 1), found, torch.arange(k, device=here.device))
 

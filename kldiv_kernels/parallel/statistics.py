@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from kldiv_kernels.autograd import DOUBLE_BACKWARD
+from kldiv_kernels.autograd import DOUBLE_BACKWARD, keep, kept
 from kldiv_kernels.backends import Call, Sharded, get
 from kldiv_kernels.parallel.shard import Shard, all_gather
 
@@ -70,22 +70,20 @@ class _Statistics(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, shard: Shard, call: Call, backend: str, logits: Tensor, reference: Tensor | None) -> Tensor:
         values, state = forward(shard, call, logits, reference, backend)
-        ctx.shard, ctx.backend, ctx.has_reference = shard, backend, reference is not None
-        # The stand-ins of the call's logits are not kept, and its other tensors are its own.
-        ctx.call = replace(call, logits=logits.new_empty(0), reference=None)
-        ctx.save_for_backward(logits, reference if reference is not None else state, state)
+        ctx.shard, ctx.backend = shard, backend
+        # The stand-ins of the call's logits are not kept. Of its other tensors exclude may be the caller's.
+        ctx.call = replace(call, logits=logits.new_empty(0), reference=None, exclude=None)
+        keep(ctx, logits, reference, call.exclude, state)
         return values
 
     @staticmethod
     def backward(ctx: Any, coefficients: Tensor) -> Any:
         if torch.is_grad_enabled():
             raise RuntimeError(DOUBLE_BACKWARD)
-        logits, reference, state = ctx.saved_tensors
-        wanted = ctx.needs_input_grad[3], ctx.has_reference and ctx.needs_input_grad[4]
-        dlogits, dreference = backward(
-            ctx.shard, ctx.call, logits, reference if ctx.has_reference else None, ctx.backend, state, coefficients,
-            wanted,
-        )  # fmt: skip
+        logits, reference, exclude, state = kept(ctx)
+        wanted = ctx.needs_input_grad[3], reference is not None and ctx.needs_input_grad[4]
+        call = replace(ctx.call, exclude=exclude)
+        dlogits, dreference = backward(ctx.shard, call, logits, reference, ctx.backend, state, coefficients, wanted)
         return None, None, None, dlogits if wanted[0] else None, dreference if wanted[1] else None
 
 
@@ -97,7 +95,8 @@ def gathered(shard: Shard, table: Tensor, more: Tensor | None) -> tuple[Tensor, 
     found, begin = [], 0
     for part in parts:
         end = begin + part.numel() * part.element_size()
-        of_part = everything[:, begin:end].contiguous().view(part.dtype)
+        # Flat: of no rows at all, a table of bytes has strides that are no view of wider numbers.
+        of_part = everything[:, begin:end].reshape(-1).view(part.dtype)
         found.append(of_part.reshape(shard.size, *part.shape))
         begin = end
     return found[0], found[1] if more is not None else None

@@ -190,7 +190,11 @@ def groups_agree(where: str, groups: Groups, tensors: Tensors, options: PolicyOp
     number = logits.shape[0] if logits.dim() == 3 else 1
     if tensors.cu_seqlens is not None:
         number = len(tensors.cu_seqlens) - 1
-    form = {"number of sequences": "by sequence_ids" if tensors.sequence_ids is not None else number}
+    form = {
+        "number of sequences": "by sequence_ids" if tensors.sequence_ids is not None else number,
+        # A rank that happens to have as many packed tokens as sequences cannot tell them apart.
+        "advantages": "one a token" if tensors.advantages.shape == logits.shape[:-1] else "one a sequence",
+    }
     agree_in("sequence_group", groups.sequence, where, logits, **said, **form)
     agree_in("batch_group", groups.batch, where, logits, **said)
 

@@ -29,7 +29,8 @@ def _teacher(vocab: int) -> tuple[Tensor, Tensor]:
 
 def case_forward_kl_topk_of_megatron(rank: int, world: int) -> None:
     group = distributed.group.WORLD
-    for borders in ([i * WIDTH for i in range(world + 1)], uneven(WIDTH * world, world)):
+    nobody_first = [0, 0, *(i * WIDTH for i in range(2, world + 1))]
+    for borders in ([i * WIDTH for i in range(world + 1)], uneven(WIDTH * world, world), nobody_first):
         vocab, even = borders[-1], borders[1] == WIDTH
         columns = {} if even else {"vocab_start": borders[rank], "vocab_size": vocab}
         log_p, ids = _teacher(vocab)
@@ -58,6 +59,18 @@ def case_forward_kl_topk_of_megatron(rank: int, world: int) -> None:
             for name, value in out.items():
                 same_everywhere(value.float())
                 assert value.requires_grad == (name == "distillation_losses")
+
+
+def case_what_is_wrong_is_said_on_all_ranks_of_megatron(rank: int, world: int) -> None:
+    """What fails before anything is exchanged too: the others would wait for ever."""
+    log_p, ids = _teacher(WIDTH * world)
+    odd = rank == world - 1
+    given = log_p[:, :3] if odd else log_p
+    own = r"^compute_forward_kl_topk: teacher_topk_log_probs has shape \[1, 3, 5\]"
+    with pytest.raises(ValueError, match=own if odd else rf"rank {world - 1} of group raised ValueError"):
+        megatron.compute_forward_kl_topk(
+            torch.randn(1, TOKENS, WIDTH), given, ids, _settings(None), "bshd", group=distributed.group.WORLD
+        )
 
 
 def _around_verls_file() -> dict[str, ModuleType]:

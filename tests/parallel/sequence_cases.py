@@ -147,6 +147,13 @@ def case_what_is_wrong_is_said_on_all_ranks(rank: int, world: int) -> None:
     refused(number, **fewer)
     options = rf"options is loss_type = gmpo, .* on rank {world - 1} of sequence_group; expected loss_type = gspo"
     refused(options, loss_type="gmpo" if odd else "gspo", kl_coef=0.0)
+    # As many packed tokens as sequences, on one rank: the same advantages would be one a token there.
+    tokens_here = 2 if odd else 3
+    refused(
+        rf"^policy_loss: advantages is one a token on rank {world - 1} of sequence_group; expected one a sequence",
+        logits=torch.zeros(tokens_here, 5), token_ids=torch.zeros(tokens_here, dtype=torch.int64),
+        cu_seqlens=torch.tensor([0, 2, 2]),
+    )  # fmt: skip
     half, side = divmod(rank, 2)
     columns = [distributed.new_group([0, 1]), distributed.new_group([2, 3])][half]
     tokens = [distributed.new_group([0, 2]), distributed.new_group([1, 3])][side]

@@ -153,78 +153,69 @@ def case_of_a_layer_of_the_backend_reference(rank: int, world: int) -> None:
     kk.unregister_statistic("own")
 
 
-def _leaves(*tensors: Tensor) -> list[Tensor]:
+def leaves(*tensors: Tensor) -> list[Tensor]:
     return [x.detach().clone().requires_grad_() for x in tensors]
 
 
-def case_linear_functions(rank: int, world: int) -> None:
-    """Against the functions of whole logits, with gradients of everything; in several chunks, of uneven heads."""
-    vocab, columns = 53, Columns(uneven(53, world, empty=True), rank)
-    hidden, theirs = torch.randn(2, 6, 8), torch.randn(2, 6, 5)
-    weight, bias, other = torch.randn(vocab, 8), torch.randn(vocab), torch.randn(vocab, 5)
-    x = given(2, 6, vocab=vocab)
-    calls: dict[str, tuple[Callable[..., Any], Callable[..., Any]]] = {
-        "statistics": (
-            lambda h, w, th, tw, o: kk.linear_token_stats(
-                h, w, x.labels, reference_hidden=th, reference_head=tw, stats=("logprob", "js"), mask=x.mask, **o
-            ).js.sum(),
-            lambda s, t, o: kk.token_stats(s, t, x.labels, stats=("logprob", "js"), mask=x.mask, **o).js.sum(),
-        ),
-        "divergence": (
-            lambda h, w, th, tw, o: kk.linear_divergence_loss(h, w, th, tw, "forward_kl", mask=x.mask, **o),
-            lambda s, t, o: kk.forward_kl(s, t, mask=x.mask, **o),
-        ),
-        "policy": (
-            lambda h, w, th, tw, o: kk.linear_policy_loss(
-                h, w, x.labels, x.advantages, old_logprobs=x.old, reference_hidden=th, reference_head=tw, kl_coef=0.1,
-                mask=x.mask, kl_estimator="reverse_kl", **o,
-            ).loss,
-            lambda s, t, o: kk.policy_loss(
-                s, x.labels, x.advantages, old_logprobs=x.old, reference_logits=t, kl_coef=0.1, mask=x.mask,
-                kl_estimator="reverse_kl", **o,
-            ).loss,
-        ),
-        "top-k": (
-            lambda h, w, th, tw, o: kk.linear_topk_divergence_loss(h, w, x.ids, x.topk_logprobs, "js", **o),
-            lambda s, t, o: kk.topk_divergence_loss(s, x.ids, x.topk_logprobs, "js", **o),
-        ),
-    }  # fmt: skip
-    for name, (ours, of_logits) in calls.items():
-        for backend, dtype, softcap in (
-            ("cpu", torch.float32, None),
-            ("cpu", torch.float32, 5.0),
-            ("reference", torch.float64, None),
-        ):
-            whole = _leaves(*(x.to(dtype) for x in (hidden, weight, bias, theirs, other)))
-            h, w, b, th, tw = whole
-            logits = h @ w.T + b
-            if softcap:
-                logits = softcap * torch.tanh(logits / softcap)
-            expected = of_logits(logits, th @ tw.T, {"backend": backend})
-            wanted = torch.autograd.grad(expected, whole, allow_unused=True, materialize_grads=True)
-            here = columns.slice
-            mine = _leaves(*(y.to(dtype) for y in (hidden, weight[here], bias[here], theirs, other[here])))
-            h, w, b, th, tw = mine
-            head = kk.Head(w, b, softcap=softcap)
-            got = ours(h, head, th, tw, {**columns.options, "rows_per_chunk": 5, "backend": backend})
-            same_everywhere(got)
-            tolerance = 1e-10 if dtype == torch.float64 else 2e-5
-            torch.testing.assert_close(got, expected, rtol=tolerance, atol=tolerance)
-            found = torch.autograd.grad(got, mine, allow_unused=True, materialize_grads=True)
-            for gradient, exact, whole_one in zip(found, wanted, (True, False, False, True, False), strict=True):
-                part = exact if whole_one else exact[here]
-                error = (gradient - part).abs().max() if part.numel() else torch.zeros(())
-                assert error <= tolerance * exact.abs().max().clamp_min(1e-3), f"{name}, {backend}: {error}"
-    # A layer in front that sums the gradient by itself.
-    (h,) = _leaves(hidden)
+def case_no_rows(rank: int, world: int) -> None:
+    """A batch that a filter has emptied."""
+    columns = Columns(uneven(29, world), rank)
+    for leading in ((0,), (2, 0)):
+        logits, teacher = columns.of(torch.randn(*leading, 29)), columns.of(torch.randn(*leading, 29))
+        labels = torch.zeros(leading, dtype=torch.int64)
+        found = kk.token_stats(logits, teacher, labels, stats=("logprob", "js", "argmax"), **columns.options)
+        assert found.js.shape == found.argmax.shape == leading
+        loss = kk.js_divergence(logits, teacher, **columns.options) + found.logprob.sum()
+        loss.backward()
+        assert loss.item() == 0
+        assert logits.grad is not None
+        assert logits.grad.shape == logits.shape
+
+
+def case_columns_at_infinity_are_found_before_none(rank: int, world: int) -> None:
+    """Of a rank with fewer than k columns, what stands for the others has no number."""
+    logits = torch.randn(2, 8)
+    logits[0, 2:] = -torch.inf
+    borders = [0, *([1] * (world - 1)), 8] if world > 1 else [0, 8]
+    columns = Columns(borders, rank)
+    found = kk.topk(columns.of(logits), 5, **columns.options)
+    assert torch.equal(found.ids, logits.sort(dim=-1, descending=True, stable=True).indices[:, :5])
+    assert torch.equal(found.values, kk.topk(logits, 5).values)
+
+
+def case_what_backward_keeps(rank: int, world: int) -> None:
+    """A teacher of torch.inference_mode is taken; who writes to exclude before the backward pass is told."""
+    columns = Columns(uneven(29, world), rank)
+    logits, hidden, weight = torch.randn(3, 29), torch.randn(3, 4), torch.randn(29, 4)
     part = weight[columns.slice]
-    loss = kk.linear_token_stats(h, part, stats=("entropy",), reduce_hidden_grad=False, **columns.options).entropy.sum()
-    loss.backward()
-    assert h.grad is not None
-    distributed.all_reduce(h.grad)
-    (exact,) = _leaves(hidden)
-    kk.linear_token_stats(exact, weight, stats=("entropy",)).entropy.sum().backward()
-    torch.testing.assert_close(h.grad, exact.grad, rtol=1e-5, atol=1e-5)
+    with torch.inference_mode():
+        teacher = torch.randn(3, 29)
+        here = teacher[:, columns.slice].clone()
+    mine, whole = columns.of(logits), logits.clone().requires_grad_()
+    kk.js_divergence(mine, here, **columns.options).backward()
+    kk.js_divergence(whole, teacher).backward()
+    assert mine.grad is not None
+    assert whole.grad is not None
+    torch.testing.assert_close(mine.grad, whole.grad[:, columns.slice], rtol=1e-5, atol=1e-6)
+    mine, whole = leaves(hidden, hidden)
+    kk.linear_divergence_loss(mine, part, reference_logits=here, **columns.options).backward()
+    kk.linear_divergence_loss(whole, weight, reference_logits=teacher).backward()
+    torch.testing.assert_close(mine.grad, whole.grad, rtol=1e-5, atol=1e-6)
+    if world == 1:
+        return
+    for call in (
+        lambda x, exclude: kk.entropy(x, exclude=exclude, **columns.options),
+        lambda x, exclude: (
+            kk.linear_token_stats(
+                hidden.requires_grad_(), part, stats=("entropy",), exclude=exclude, **columns.options
+            ).entropy
+        ),
+    ):
+        exclude = torch.tensor([3, -1, 28])
+        value = call(columns.of(logits), exclude)
+        exclude.zero_()
+        with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+            value.sum().backward()
 
 
 def case_padding_and_modules(rank: int, world: int) -> None:
@@ -280,7 +271,7 @@ def case_one_process_is_no_group(rank: int, world: int) -> None:
     alone = distributed.new_group([rank], use_local_synchronization=True)
     logits, teacher = torch.randn(4, 300), torch.randn(4, 300)
     for name in ("forward_kl", "js"):
-        (leaf,), (plain,) = _leaves(logits), _leaves(logits)
+        (leaf,), (plain,) = leaves(logits), leaves(logits)
         with_group, without = (
             kk.divergence_loss(leaf, teacher, name, group=alone), kk.divergence_loss(plain, teacher, name)
         )  # fmt: skip

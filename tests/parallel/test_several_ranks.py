@@ -16,10 +16,10 @@ from kldiv_kernels.parallel import at_positions, group_checked, largest
 
 # How many ranks, and what they run.
 _MODULES = {
-    1: ("shard_cases",),
-    2: ("shard_cases", "dtensor_cases", "dtensor_linear_cases"),
-    3: ("shard_cases",),
-    4: ("shard_cases", "dtensor_cases", "dtensor_linear_cases", "sequence_cases", "batch_cases"),
+    1: ("shard_cases", "head_cases"),
+    2: ("shard_cases", "head_cases", "dtensor_cases", "dtensor_linear_cases"),
+    3: ("shard_cases", "head_cases"),
+    4: ("shard_cases", "head_cases", "dtensor_cases", "dtensor_linear_cases", "sequence_cases", "batch_cases"),
 }
 _CASES = [(world, name) for world, modules in _MODULES.items() for name in ranks.cases_of(*modules)]
 

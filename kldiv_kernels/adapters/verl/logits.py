@@ -104,7 +104,9 @@ def on_teachers_ids(
     Args:
         columns: where the logits are this rank's columns of the vocabulary, the arguments of `token_stats` for that.
     """
-    inputs.logits_checked(where, student_logits, "student_logits")
+    # Of a group, a process may have no columns at all; its other checks are those of token_stats.
+    if not columns:
+        inputs.logits_checked(where, student_logits, "student_logits")
     if ids.dim() != student_logits.dim() or ids.shape[:-1] != student_logits.shape[:-1]:
         raise ValueError(
             f"{where}: teacher_topk_ids has shape {list(ids.shape)}; expected {[*student_logits.shape[:-1], 'K']}"

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from kldiv_kernels.adapters.config import read
 from kldiv_kernels.adapters.verl.logits import on_teachers_ids
-from kldiv_kernels.parallel import Group
+from kldiv_kernels.parallel import Group, together
 from kldiv_kernels.top_k import topk
 
 
@@ -55,11 +55,22 @@ def compute_forward_kl_topk(
     where = "compute_forward_kl_topk"
     if data_format not in ("thd", "bshd"):
         raise ValueError(f"{where}: data_format is {data_format!r}; expected thd or bshd")
-    columns: dict[str, Any] = {
-        "group": _tensor_parallel_group(where) if group is None else group,
-        "vocab_start": vocab_start,
-        "vocab_size": vocab_size,
-    }
+    return _of_group(
+        where, student_logits, teacher_topk_log_probs, teacher_topk_ids, config, data_format,
+        group=_tensor_parallel_group(where) if group is None else group, vocab_start=vocab_start, vocab_size=vocab_size,
+    )  # fmt: skip
+
+
+@together
+def _of_group(
+    where: str,
+    student_logits: Tensor,
+    teacher_topk_log_probs: Tensor,
+    teacher_topk_ids: Tensor,
+    config: Any,
+    data_format: str,
+    **columns: Any,
+) -> dict[str, Tensor]:
     log_p, ids = (_of_this_rank(where, x, data_format) for x in (teacher_topk_log_probs, teacher_topk_ids))
     log_q, log_p = on_teachers_ids(where, student_logits, log_p, ids, **columns)
     with torch.no_grad():
