@@ -30,7 +30,7 @@ METRICS = ("dram__bytes_read.sum", "dram__bytes_write.sum", "gpu__time_duration.
 # others, PyTorch's, run as they are: instrumenting them takes most of the time.
 KERNELS = (
     "kldiv", "sweep_kernel", "sums_kernel", "finish_kernel", "gradient_kernel", "loss_kernel", "scale_kernel",
-    "mark_kernel", "label_gradient_kernel",
+    "mark_kernel", "label_gradient_kernel", "merge_states_kernel", "merge_sums_kernel",
 )  # fmt: skip
 # Signs that a kernel took its process along, as in tests/gpu/conftest.py.
 LOST = re.compile(r"CUDA error(?!: out of memory)|CUDA_ERROR|illegal memory access|unspecified launch failure")
