@@ -24,7 +24,7 @@ R = TypeVar("R")
 # What a function does where rows are spread, with these arguments: the options to call it with, or an error.
 OfRows = Callable[["Layout", Mapping[str, Any]], dict[str, Any]]
 
-_WIDE = ("logits", "reference_logits", "teacher_logits")
+_WIDE = ("logits", "reference_logits")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -102,34 +102,55 @@ def on_dtensors(function: Callable[P, R]) -> Callable[P, R]:
 
     Tensors beside DTensors are those of this process. Where rows are spread, what "mean" divides by has to be given.
     """
-    return with_spread_rows(None)(function)
+    return with_spread_rows(mean_of_rows)(function)
 
 
-def with_spread_rows(of_rows: OfRows | None) -> Callable[[Callable[P, R]], Callable[P, R]]:
+def with_spread_rows(of_rows: OfRows) -> Callable[[Callable[P, R]], Callable[P, R]]:
     """`on_dtensors` for a function that does something else where rows are spread."""
-    return functools.partial(_on_dtensors, of_rows or mean_of_rows)
+    return functools.partial(_on_dtensors, of_rows)
+
+
+class Arguments:
+    """The arguments of a function by name, and calls of it with others in their place."""
+
+    def __init__(self, function: Callable[..., Any]) -> None:
+        self.function, parameters = function, inspect.signature(function).parameters
+        self.names = list(parameters)
+        self._defaults = {name: of.default for name, of in parameters.items() if of.default is not of.empty}
+
+    def given(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> dict[str, Any]:
+        """Those of a call, without defaults."""
+        return {**dict(zip(self.names, args, strict=False)), **kwargs}
+
+    def options_of(self, of_rows: OfRows, layout: Layout | None, given: Mapping[str, Any]) -> dict[str, Any]:
+        """What a call needs beside these where rows are spread."""
+        return of_rows(layout, {**self._defaults, **given}) if layout is not None and layout.rows else {}
+
+    def call(
+        self, args: tuple[Any, ...], kwargs: Mapping[str, Any], local: Mapping[str, Any], options: Mapping[str, Any]
+    ) -> Any:
+        """The call with `local` in the place of what was given, and with the options."""
+        positional = (local[name] for name in self.names[: len(args)])
+        rest = {name: local[name] for name in kwargs}
+        # What is too much is the function's to refuse.
+        return self.function(*positional, *args[len(self.names) :], **{**rest, **options})
 
 
 def _on_dtensors(of_rows: OfRows, function: Callable[P, R]) -> Callable[P, R]:
-    parameters = inspect.signature(function).parameters
-    names = list(parameters)
-    defaults = {name: of.default for name, of in parameters.items() if of.default is not of.empty}
+    arguments = Arguments(function)
 
     @functools.wraps(function)
     def on_tensors(*args: P.args, **kwargs: P.kwargs) -> R:
         if not any(is_distributed(x) for x in (*args, *kwargs.values())):
             return function(*args, **kwargs)
-        given: dict[str, Any] = {**dict(zip(names, args, strict=False)), **kwargs}
-        layout = same_mesh(function.__name__, names[0], given)
-        options: dict[str, Any] = of_rows(layout, {**defaults, **given}) if layout.rows else {}
+        given = arguments.given(args, kwargs)
+        layout = same_mesh(function.__name__, arguments.names[0], given)
+        options = arguments.options_of(of_rows, layout, given)
         columns = _columns(layout, given)
         local = {name: _local(layout, columns, name, x) for name, x in given.items()}
         if columns is not None:
             options |= {"group": layout.mesh.get_group(layout.vocab), **columns.options(given.get("vocab_size"))}
-        on_locals = cast("Callable[..., R]", function)
-        rest = {name: local[name] for name in kwargs} | options
-        found = on_locals(*(local[name] for name in names[: len(args)]), *args[len(names) :], **rest)
-        return cast("R", layout.wrapped(found))
+        return cast("R", layout.wrapped(arguments.call(args, kwargs, local, options)))
 
     return on_tensors
 

@@ -8,14 +8,22 @@ hidden states are a DTensor that the same processes have whole.
 from __future__ import annotations
 
 import functools
-import inspect
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, ParamSpec, TypeVar, cast
 
 from torch import Tensor, distributed
 
-from kldiv_kernels.dtensors import Columns, Layout, OfRows, columns_of, is_distributed, mean_of_rows, same_mesh
+from kldiv_kernels.dtensors import (
+    Arguments,
+    Columns,
+    Layout,
+    OfRows,
+    columns_of,
+    is_distributed,
+    mean_of_rows,
+    same_mesh,
+)
 from kldiv_kernels.linear.head import Head, taken
 
 if TYPE_CHECKING:
@@ -39,13 +47,11 @@ def with_spread_rows_and_heads(of_rows: OfRows) -> Callable[[Callable[P, R]], Ca
 
 
 def _on_spread_heads(of_rows: OfRows, function: Callable[P, R]) -> Callable[P, R]:
-    parameters = inspect.signature(function).parameters
-    names = list(parameters)
-    defaults = {name: of.default for name, of in parameters.items() if of.default is not of.empty}
+    arguments = Arguments(function)
 
     @functools.wraps(function)
     def on_tensors(*args: P.args, **kwargs: P.kwargs) -> R:
-        given: dict[str, Any] = {**dict(zip(names, args, strict=False)), **kwargs}
+        given = arguments.given(args, kwargs)
         where = function.__name__
         rows = {name: x for name, x in given.items() if name not in _HEADS}
         if given.get("group") is None and not any(is_distributed(x) for x in rows.values()):
@@ -53,13 +59,11 @@ def _on_spread_heads(of_rows: OfRows, function: Callable[P, R]) -> Callable[P, R
         heads = {name: taken(where, name, given[name]) for name in _HEADS if given.get(name) is not None}
         spread = _spread(where, rows, heads)
         layout = spread.layout
-        options = of_rows(layout, {**defaults, **given}) if layout is not None and layout.rows else {}
+        options = arguments.options_of(of_rows, layout, given)
         local = {name: spread.local(name, x) for name, x in rows.items()}
         local |= {name: spread.head(name, heads[name]) if name in heads else None for name in _HEADS if name in given}
-        rest = {name: local[name] for name in kwargs} | options | spread.options
-        on_locals = cast("Callable[..., R]", function)
-        found = on_locals(*(local[name] for name in names[: len(args)]), *args[len(names) :], **rest)
-        return found if layout is None else cast("R", layout.wrapped(found))
+        found = arguments.call(args, kwargs, local, options | spread.options)
+        return cast("R", found if layout is None else layout.wrapped(found))
 
     return on_tensors
 

@@ -2,7 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
+
 from torch import Tensor
+
+
+def _checked(given: Mapping[str, Tensor | None], shape: Sequence[int], of: str = "", where: str = "") -> None:
+    for name, x in given.items():
+        if x is not None and list(x.shape) != list(shape):
+            raise ValueError(f"{where}{name} has shape {list(x.shape)}; expected {list(shape)}{of}")
 
 
 def of_tokens_checked(tokens: Tensor, **given: Tensor | None) -> None:
@@ -14,9 +22,7 @@ def of_tokens_checked(tokens: Tensor, **given: Tensor | None) -> None:
         ...
     ValueError: mask has shape [2]; expected [2, 2], one a token
     """
-    for name, x in given.items():
-        if x is not None and x.shape != tokens.shape:
-            raise ValueError(f"{name} has shape {list(x.shape)}; expected {list(tokens.shape)}, one a token")
+    _checked(given, tokens.shape, ", one a token")
 
 
 def of_sequences_checked(tokens: Tensor, **given: Tensor | None) -> None:
@@ -25,9 +31,7 @@ def of_sequences_checked(tokens: Tensor, **given: Tensor | None) -> None:
         raise ValueError(
             f"the tokens have shape {list(tokens.shape)}; expected [batch, tokens]: sequences are asked for"
         )
-    for name, x in given.items():
-        if x is not None and x.shape != tokens.shape[:1]:
-            raise ValueError(f"{name} has shape {list(x.shape)}; expected {list(tokens.shape[:1])}, one a sequence")
+    _checked(given, tokens.shape[:1], ", one a sequence")
 
 
 def like_checked(name: str, tensor: Tensor, **given: Tensor | None) -> None:
@@ -39,9 +43,7 @@ def like_checked(name: str, tensor: Tensor, **given: Tensor | None) -> None:
         ...
     ValueError: returns has shape [1]; expected [2] like values
     """
-    for other, x in given.items():
-        if x is not None and x.shape != tensor.shape:
-            raise ValueError(f"{other} has shape {list(x.shape)}; expected {list(tensor.shape)} like {name}")
+    _checked(given, tensor.shape, f" like {name}")
 
 
 def alike_checked(where: str, first: Tensor, **others: Tensor) -> None:
@@ -53,13 +55,9 @@ def alike_checked(where: str, first: Tensor, **others: Tensor) -> None:
         ...
     ValueError: f: other has shape [3]; expected [2, 3]
     """
-    for name, x in others.items():
-        if x.shape != first.shape:
-            raise ValueError(f"{where}: {name} has shape {list(x.shape)}; expected {list(first.shape)}")
+    _checked(others, first.shape, where=f"{where}: ")
 
 
 def of_rows_checked(where: str, rows: Tensor, **given: Tensor) -> None:
     """ValueError for one that is not [*], of rows [*, V]."""
-    for name, x in given.items():
-        if x.shape != rows.shape[:-1]:
-            raise ValueError(f"{where}: {name} has shape {list(x.shape)}; expected {list(rows.shape[:-1])}, one a row")
+    _checked(given, rows.shape[:-1], ", one a row", f"{where}: ")

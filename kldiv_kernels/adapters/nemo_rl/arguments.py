@@ -7,6 +7,7 @@ from typing import Any
 from torch import Tensor, distributed
 from torch.distributed.tensor import DTensor
 
+from kldiv_kernels.dtensors import columns_of
 from kldiv_kernels.parallel import Group
 
 
@@ -41,17 +42,13 @@ def local(where: str, logits: DTensor) -> tuple[Tensor, dict[str, Any]]:
     group = logits.device_mesh.get_group("tp")
     rank, ranks = distributed.get_rank(group), distributed.get_world_size(group)
     here: Tensor = logits.to_local()
-    width = -(-logits.shape[-1] // ranks)
-    if here.shape[-1] != max(0, min(width, logits.shape[-1] - rank * width)):
+    part = columns_of(where, logits.shape[-1], ranks, rank)
+    if here.shape[-1] != part.width:
         raise ValueError(
             f"{where}: the logits have {here.shape[-1]} of {logits.shape[-1]} columns here; expected a DTensor with "
             f'Shard(-1) on the dimension "tp" of its mesh'
         )
-    return here, {
-        "group": group,
-        "vocab_start": min(logits.shape[-1], rank * width),
-        "vocab_size": logits.shape[-1],
-    }
+    return here, {"group": group, **part.options(part.total)}
 
 
 def served(where: str, chunk_size: int | None, sampling_params: Any) -> None:

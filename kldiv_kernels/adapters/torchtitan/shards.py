@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 from torch.distributed.tensor import DTensor, Partial, Replicate, Shard
 
+from kldiv_kernels.dtensors import columns_of
 from kldiv_kernels.parallel import Group
 
 
@@ -41,15 +42,13 @@ def here(where: str, pred: Tensor, global_vocab_size: int | None, tp_group: Grou
     if size is None:
         return Here(pred, {"group": group})
     rank, ranks = torch.distributed.get_rank(group), torch.distributed.get_world_size(group)
-    width = -(-size // ranks)
-    start = min(size, rank * width)
-    mine = min(width, size - start)
-    if pred.shape[-1] != mine:
+    columns = columns_of(where, size, ranks, rank)
+    if pred.shape[-1] != columns.width:
         raise ValueError(
-            f"{where}: pred has {pred.shape[-1]} columns; expected {mine}, those of rank {rank} of {ranks} of a "
-            f"vocabulary of {size} (global_vocab_size)"
+            f"{where}: pred has {pred.shape[-1]} columns; expected {columns.width}, those of rank {rank} of {ranks} of "
+            f"a vocabulary of {size} (global_vocab_size)"
         )
-    return Here(pred, {"group": group, "vocab_start": start, "vocab_size": size})
+    return Here(pred, {"group": group, **columns.options(size)})
 
 
 def local(x: Tensor) -> Tensor:
