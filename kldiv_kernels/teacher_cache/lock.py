@@ -20,7 +20,7 @@ class Lock:
 
     def __init__(self, folder: Path, *, shared: bool = False) -> None:
         self._folder = folder
-        self._descriptor = os.open(folder / _LOCK, os.O_CREAT | os.O_RDWR, 0o644)
+        self._descriptor: int | None = os.open(folder / _LOCK, os.O_CREAT | os.O_RDWR, 0o644)
         try:
             self._take(fcntl.LOCK_SH if shared else fcntl.LOCK_EX)
         except OSError:
@@ -31,10 +31,18 @@ class Lock:
         """From here on together with others. A stranger may come in between: BlockingIOError, and nothing is held."""
         self._take(fcntl.LOCK_SH)
 
+    @property
+    def held(self) -> bool:
+        return self._descriptor is not None
+
     def close(self) -> None:
-        os.close(self._descriptor)
+        """Let go, if it is held still."""
+        if self._descriptor is not None:
+            os.close(self._descriptor)
+            self._descriptor = None
 
     def _take(self, kind: int) -> None:
+        assert self._descriptor is not None
         try:
             fcntl.flock(self._descriptor, kind | fcntl.LOCK_NB)
         except BlockingIOError as error:

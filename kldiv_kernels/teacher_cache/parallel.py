@@ -78,7 +78,7 @@ class ParallelCacheWriter:
             self.folder.mkdir(parents=True, exist_ok=True)
         elif not self.folder.is_dir():
             raise ValueError(f"ParallelCacheWriter: {self.folder} is no folder; expected that of the first process")
-        self._lock: Lock | None = Lock(self.folder, shared=join)
+        self._lock = Lock(self.folder, shared=join)
         try:
             open_record(
                 self.folder, self.info, resume=resume or join, shards=len(shard.present(self.folder)), begin=not join
@@ -129,7 +129,7 @@ class ParallelCacheWriter:
         Raises:
             TypeError, ValueError: naming the argument, the place and the sequence; nothing of the call is then kept.
         """
-        if self._lock is None:
+        if not self._lock.held:
             raise ValueError("append: the writer is closed; open the cache with resume=True to continue it")
         start = index(first)
         batch = checked_batch(self.info, start, token_ids, topk_ids, topk_logprobs, positions, projection)
@@ -154,7 +154,7 @@ class ParallelCacheWriter:
 
     def finish(self) -> None:
         """Mark the cache as whole. ValueError, naming the first, where a shard is not there."""
-        if self._lock is None:
+        if not self._lock.held:
             raise ValueError("finish: the writer is closed")
         try:
             missing = self.missing()
@@ -181,9 +181,7 @@ class ParallelCacheWriter:
     def close(self) -> None:
         """Let go of the cache without finishing it: what is in no whole shard yet is dropped."""
         self._pending.clear()
-        if self._lock is not None:
-            self._lock.close()
-            self._lock = None
+        self._lock.close()
 
     def __enter__(self) -> ParallelCacheWriter:
         return self

@@ -53,7 +53,7 @@ class TeacherCacheWriter:
         self._pending: list[SequenceRows] = []
         self._pending_rows = 0
         self._on_disk = Totals(shards=0, sequences=0, tokens=0, rows=0)
-        self._lock: Lock | None = Lock(self.folder)
+        self._lock = Lock(self.folder)
         try:
             self._open(resume)
         except BaseException:
@@ -85,7 +85,7 @@ class TeacherCacheWriter:
         Raises:
             TypeError, ValueError: naming the argument, the place and the sequence; nothing of the call is then kept.
         """
-        if self._lock is None:
+        if not self._lock.held:
             raise ValueError("append: the writer is closed; open the cache with resume=True to continue it")
         first = self._on_disk.sequences + len(self._pending)
         batch = checked_batch(self.info, first, token_ids, topk_ids, topk_logprobs, positions, projection)
@@ -99,7 +99,7 @@ class TeacherCacheWriter:
 
     def finish(self) -> None:
         """Write what is left and mark the cache as whole; nothing can be appended any more."""
-        if self._lock is None:
+        if not self._lock.held:
             raise ValueError("finish: the writer is closed")
         try:
             self._flush()
@@ -110,9 +110,7 @@ class TeacherCacheWriter:
     def close(self) -> None:
         """Let go of the cache without finishing it: what is in no whole shard yet is dropped."""
         self._pending.clear()
-        if self._lock is not None:
-            self._lock.close()
-            self._lock = None
+        self._lock.close()
 
     def __enter__(self) -> TeacherCacheWriter:
         return self
@@ -120,7 +118,7 @@ class TeacherCacheWriter:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        if error is None and self._lock is not None:
+        if error is None and self._lock.held:
             self.finish()
         self.close()
 

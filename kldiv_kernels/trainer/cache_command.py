@@ -23,6 +23,7 @@ from kldiv_kernels.trainer.options import (
     require_source,
 )
 from kldiv_kernels.trainer.ranks import Ranks, launched
+from kldiv_kernels.trainer.shared_options import BlockSize, DataConfig, TextColumn
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -55,11 +56,11 @@ def cache_teacher(
         int | None, typer.Option(help="Columns from here on are padding. Default: the teacher's width.")
     ] = None,
     batch_size: Annotated[int, typer.Option(min=1, help="Blocks a call of the teacher.")] = 8,
-    block_size: Annotated[int, typer.Option(min=2, help="Tokens a block.")] = 512,
+    block_size: BlockSize = 512,
     bf16: Annotated[bool, typer.Option("--bf16", help="The teacher's weights in bfloat16.")] = False,
     shard_rows: Annotated[int, typer.Option(min=1, help="Rows of a shard: what a kill can lose.")] = 65_536,
-    data_config: Annotated[str | None, typer.Option(help="Configuration of a hub data set.")] = None,
-    text_column: Annotated[str, typer.Option(help="Column that holds the text.")] = "text",
+    data_config: DataConfig = None,
+    text_column: TextColumn = "text",
     device_map: Annotated[
         str | None,
         typer.Option(

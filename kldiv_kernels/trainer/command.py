@@ -5,7 +5,6 @@ transformers and datasets take seconds to import: they load inside the functions
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, get_args
 
 import typer
@@ -26,6 +25,21 @@ from kldiv_kernels.trainer.options import (
     require_source,
 )
 from kldiv_kernels.trainer.recipe_options import DISTILLATION, recipe_options, short_name
+from kldiv_kernels.trainer.shared_options import (
+    Accumulation,
+    BackendName,
+    BlockSize,
+    DataConfig,
+    EvalEvery,
+    LogEvery,
+    MixedPrecision,
+    Output,
+    PeakLearningRate,
+    Resume,
+    SaveEvery,
+    TextColumn,
+    VocabSize,
+)
 
 if TYPE_CHECKING:
     from kldiv_kernels.trainer.cached import CachedSplit
@@ -44,7 +58,7 @@ _NOT_OF_THE_RUN = ("context", "output", "resume", "fused_linear")
 def distill(
     context: typer.Context,
     student: Annotated[str, typer.Option(help="Student: local folder or hub id of a causal language model.")],
-    output: Annotated[Path, typer.Option(help="Folder of the run; must be new or empty unless --resume.")],
+    output: Output,
     data: Annotated[
         list[str] | None,
         typer.Option(
@@ -97,9 +111,7 @@ def distill(
             metavar="NAME",
         ),
     ] = "bucket",
-    vocab_size: Annotated[
-        int | None, typer.Option(help="Columns from here on are padding. Default: the narrower model's width.")
-    ] = None,
+    vocab_size: VocabSize = None,
     fused_linear: Annotated[
         bool | None,
         typer.Option(
@@ -107,7 +119,7 @@ def distill(
             help="Loss from hidden states, without the logits in memory. Default: where both models have a plain head.",
         ),
     ] = None,
-    backend: Annotated[str, typer.Option(help="Backend of kldiv_kernels; see kldiv doctor.")] = "auto",
+    backend: BackendName = "auto",
     steps: Annotated[
         int,
         typer.Option(
@@ -119,10 +131,10 @@ def distill(
     batch_size: Annotated[
         int, typer.Option(min=1, help="Blocks, or sequences of a cache, a device and micro-batch.")
     ] = 8,
-    accumulation: Annotated[int, typer.Option(min=1, help="Micro-batches a step.")] = 1,
-    block_size: Annotated[int, typer.Option(min=2, help="Tokens a block.")] = 512,
-    lr: Annotated[float, typer.Option(help="Peak learning rate (linear warm-up over 5 %, then cosine).")] = 5e-5,
-    bf16: Annotated[bool, typer.Option("--bf16", help="Mixed precision: autocast to bfloat16.")] = False,
+    accumulation: Accumulation = 1,
+    block_size: BlockSize = 512,
+    lr: PeakLearningRate = 5e-5,
+    bf16: MixedPrecision = False,
     seed: Annotated[int, typer.Option(min=0, help="Of data order and held-out split.")] = 0,
     held_out: Annotated[
         float,
@@ -131,17 +143,12 @@ def distill(
             "neighbouring sequences from a place that --seed chooses."
         ),
     ] = 0.05,
-    data_config: Annotated[str | None, typer.Option(help="Configuration of a hub data set.")] = None,
-    text_column: Annotated[str, typer.Option(help="Column that holds the text.")] = "text",
-    log_every: Annotated[int, typer.Option(min=1, help="Steps between lines of metrics.jsonl.")] = 10,
-    eval_every: Annotated[int, typer.Option(min=1, help="Steps between held-out evaluations.")] = 100,
-    save_every: Annotated[int, typer.Option(min=1, help="Steps between checkpoints.")] = 100,
-    resume: Annotated[
-        bool,
-        typer.Option(
-            "--resume", help="Continue the run in --output, exactly. Options stay the same; --steps may grow."
-        ),
-    ] = False,
+    data_config: DataConfig = None,
+    text_column: TextColumn = "text",
+    log_every: LogEvery = 10,
+    eval_every: EvalEvery = 100,
+    save_every: SaveEvery = 100,
+    resume: Resume = False,
 ) -> None:
     """Distil a teacher into a student on text, or from a teacher's log-probs on disk.
 

@@ -23,6 +23,7 @@ from kldiv_kernels.trainer.options import (
     require_same_tokens,
 )
 from kldiv_kernels.trainer.recipe_options import parsed_options
+from kldiv_kernels.trainer.shared_options import BackendName, EvalEvery, LogEvery, PeakLearningRate
 from kldiv_kernels.trainer.threads import one_thread
 
 
@@ -41,7 +42,7 @@ def grpo(
     updates: Annotated[
         int, typer.Option(min=1, help="Steps on the same completions. Clips have an effect from 2 on.")
     ] = 2,
-    lr: Annotated[float, typer.Option(help="Peak learning rate (linear warm-up over 5 %, then cosine).")] = 5e-4,
+    lr: PeakLearningRate = 5e-4,
     loss_type: Annotated[str, typer.Option(help=f"{', '.join(get_args(LossType))}.", metavar="NAME")] = "dapo",
     clip_low: Annotated[
         float | None, typer.Option(help="Lower clip of the loss type.", show_default="the loss type's")
@@ -72,14 +73,14 @@ def grpo(
     teacher: Annotated[
         str | None, typer.Option(help="Teacher of kdrl: local folder or hub id, of the model's vocabulary.")
     ] = None,
-    backend: Annotated[str, typer.Option(help="Backend of kldiv_kernels; see kldiv doctor.")] = "auto",
+    backend: BackendName = "auto",
     warm_up_accuracy: Annotated[
         float, typer.Option(help="Fraction of sums right at which the small model's warm-up by cross-entropy ends.")
     ] = 0.5,
     warm_up_steps: Annotated[int, typer.Option(min=1, help="Steps after which it ends anyhow.")] = 400,
     seed: Annotated[int, typer.Option(min=0, help="Of the small model's weights, the data order and sampling.")] = 0,
-    log_every: Annotated[int, typer.Option(min=1, help="Steps between lines of metrics.jsonl.")] = 10,
-    eval_every: Annotated[int, typer.Option(min=1, help="Steps between held-out evaluations.")] = 100,
+    log_every: LogEvery = 10,
+    eval_every: EvalEvery = 100,
 ) -> None:
     """Train a model by rewards: on sums such as 12+7=, which a program checks.
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-from pathlib import Path
 from typing import Annotated
 
 import typer
@@ -21,6 +20,20 @@ from kldiv_kernels.trainer.options import (
     require_source,
 )
 from kldiv_kernels.trainer.recipe_options import ON_POLICY, on_policy_options
+from kldiv_kernels.trainer.shared_options import (
+    Accumulation,
+    BackendName,
+    DataConfig,
+    EvalEvery,
+    LogEvery,
+    MixedPrecision,
+    Output,
+    PeakLearningRate,
+    Resume,
+    SaveEvery,
+    TextColumn,
+    VocabSize,
+)
 
 _NOT_OF_THE_RUN = ("output", "resume")
 
@@ -36,7 +49,7 @@ def opd(
             "repeated."
         ),
     ],
-    output: Annotated[Path, typer.Option(help="Folder of the run; must be new or empty unless --resume.")],
+    output: Output,
     recipe: Annotated[
         str,
         typer.Option(
@@ -56,32 +69,25 @@ def opd(
     prompt_length: Annotated[int, typer.Option(min=1, help="Tokens of a block that the student goes on from.")] = 32,
     completion_length: Annotated[int, typer.Option(min=1, help="Tokens that it writes at most.")] = 64,
     sampling_temperature: Annotated[float, typer.Option(help="Of the student as it writes.")] = 1.0,
-    vocab_size: Annotated[
-        int | None, typer.Option(help="Columns from here on are padding. Default: the narrower model's width.")
-    ] = None,
-    backend: Annotated[str, typer.Option(help="Backend of kldiv_kernels; see kldiv doctor.")] = "auto",
+    vocab_size: VocabSize = None,
+    backend: BackendName = "auto",
     steps: Annotated[
         int, typer.Option(min=1, help="Optimiser steps. With --resume more than before extend a run.")
     ] = 200,
     batch_size: Annotated[int, typer.Option(min=1, help="Prompts a device and micro-batch.")] = 8,
-    accumulation: Annotated[int, typer.Option(min=1, help="Micro-batches a step.")] = 1,
-    lr: Annotated[float, typer.Option(help="Peak learning rate (linear warm-up over 5 %, then cosine).")] = 5e-5,
-    bf16: Annotated[bool, typer.Option("--bf16", help="Mixed precision: autocast to bfloat16.")] = False,
+    accumulation: Accumulation = 1,
+    lr: PeakLearningRate = 5e-5,
+    bf16: MixedPrecision = False,
     seed: Annotated[int, typer.Option(min=0, help="Of data order, held-out split and sampling.")] = 0,
     held_out: Annotated[
         float, typer.Option(help="Share of the blocks kept for evaluation, where the data has no validation split.")
     ] = 0.05,
-    data_config: Annotated[str | None, typer.Option(help="Configuration of a hub data set.")] = None,
-    text_column: Annotated[str, typer.Option(help="Column that holds the text.")] = "text",
-    log_every: Annotated[int, typer.Option(min=1, help="Steps between lines of metrics.jsonl.")] = 10,
-    eval_every: Annotated[int, typer.Option(min=1, help="Steps between held-out evaluations.")] = 50,
-    save_every: Annotated[int, typer.Option(min=1, help="Steps between checkpoints.")] = 50,
-    resume: Annotated[
-        bool,
-        typer.Option(
-            "--resume", help="Continue the run in --output, exactly. Options stay the same; --steps may grow."
-        ),
-    ] = False,
+    data_config: DataConfig = None,
+    text_column: TextColumn = "text",
+    log_every: LogEvery = 10,
+    eval_every: EvalEvery = 50,
+    save_every: SaveEvery = 50,
+    resume: Resume = False,
 ) -> None:
     """Distil a teacher into a student on text that the student writes itself.
 

@@ -19,6 +19,19 @@ from kldiv_kernels.trainer.options import (
     require_source,
 )
 from kldiv_kernels.trainer.recipe_options import PREFERENCE, preference_options
+from kldiv_kernels.trainer.shared_options import (
+    Accumulation,
+    BackendName,
+    DataConfig,
+    EvalEvery,
+    LogEvery,
+    MixedPrecision,
+    Output,
+    PeakLearningRate,
+    Resume,
+    SaveEvery,
+    VocabSize,
+)
 
 _NOT_OF_THE_RUN = ("output", "resume")
 _MAX_LENGTH = 512
@@ -34,7 +47,7 @@ def preference(
             "rejected: texts or conversations. May be repeated."
         ),
     ],
-    output: Annotated[Path, typer.Option(help="Folder of the run; must be new or empty unless --resume.")],
+    output: Output,
     recipe: Annotated[
         str,
         typer.Option(
@@ -72,31 +85,24 @@ def preference(
     completion_length: Annotated[
         int, typer.Option(min=1, help="Tokens at most of the answers that hypo and xpo have written.")
     ] = 64,
-    vocab_size: Annotated[
-        int | None, typer.Option(help="Columns from here on are padding. Default: the narrower model's width.")
-    ] = None,
-    backend: Annotated[str, typer.Option(help="Backend of kldiv_kernels; see kldiv doctor.")] = "auto",
+    vocab_size: VocabSize = None,
+    backend: BackendName = "auto",
     steps: Annotated[
         int, typer.Option(min=1, help="Optimiser steps. With --resume more than before extend a run.")
     ] = 200,
     batch_size: Annotated[int, typer.Option(min=1, help="Pairs a device and micro-batch.")] = 8,
-    accumulation: Annotated[int, typer.Option(min=1, help="Micro-batches a step.")] = 1,
-    lr: Annotated[float, typer.Option(help="Peak learning rate (linear warm-up over 5 %, then cosine).")] = 1e-6,
-    bf16: Annotated[bool, typer.Option("--bf16", help="Mixed precision: autocast to bfloat16.")] = False,
+    accumulation: Accumulation = 1,
+    lr: PeakLearningRate = 1e-6,
+    bf16: MixedPrecision = False,
     seed: Annotated[int, typer.Option(min=0, help="Of data order, held-out split and sampling.")] = 0,
     held_out: Annotated[
         float, typer.Option(help="Share of the pairs kept for evaluation, where the data has no validation split.")
     ] = 0.1,
-    data_config: Annotated[str | None, typer.Option(help="Configuration of a hub data set.")] = None,
-    log_every: Annotated[int, typer.Option(min=1, help="Steps between lines of metrics.jsonl.")] = 10,
-    eval_every: Annotated[int, typer.Option(min=1, help="Steps between held-out evaluations.")] = 50,
-    save_every: Annotated[int, typer.Option(min=1, help="Steps between checkpoints.")] = 50,
-    resume: Annotated[
-        bool,
-        typer.Option(
-            "--resume", help="Continue the run in --output, exactly. Options stay the same; --steps may grow."
-        ),
-    ] = False,
+    data_config: DataConfig = None,
+    log_every: LogEvery = 10,
+    eval_every: EvalEvery = 50,
+    save_every: SaveEvery = 50,
+    resume: Resume = False,
 ) -> None:
     """Train a model to prefer the chosen of two answers, by DPO or a relative of it.
 
