@@ -14,16 +14,12 @@ import commands
 import pytest
 import tiny
 import torch
+from cache_runs import BLOCK, K, cached_in, options, run, save_teacher_and_text
 from safetensors import SafetensorError
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from kldiv_kernels.teacher_cache import TeacherCache, TeacherCacheWriter, shard
 from kldiv_kernels.trainer import caching
-from kldiv_kernels.trainer.cache_command import cache_teacher
-
-BLOCK, K = 16, 6
-# Blocks of 15 rows: a shard of 50 has 3 of them, and ends inside a batch of 4.
-SMALL = {"--k": str(K), "--block-size": str(BLOCK), "--batch-size": "4", "--shard-rows": "50"}
 
 
 @pytest.fixture(autouse=True)
@@ -34,29 +30,13 @@ def _offline(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("models")
-    tiny.llama(2, hidden=24).save_pretrained(folder / "teacher")
-    tiny.word_tokenizer().save_pretrained(folder / "teacher")
-    (folder / "text.txt").write_text(tiny.words(18 * BLOCK + 5))
+    save_teacher_and_text(folder)
     return folder
-
-
-def options(folder: Path, output: Path) -> dict[str, str]:
-    return {
-        "--teacher": str(folder / "teacher"), "--data": str(folder / "text.txt"), "--output": str(output), **SMALL
-    }  # fmt: skip
-
-
-def run(given: dict[str, str], *flags: str) -> tuple[int, str]:
-    return commands.run(cache_teacher, given, *flags)
 
 
 @pytest.fixture(scope="module")
 def cached(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    output = tmp_path_factory.mktemp("runs") / "cache"
-    torch.set_num_threads(1)
-    code, printed = run(options(folder, output))
-    assert code == 0, printed
-    return output
+    return cached_in(tmp_path_factory.mktemp("runs") / "cache", folder)
 
 
 def expected(

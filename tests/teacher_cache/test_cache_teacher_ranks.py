@@ -11,6 +11,7 @@ import commands
 import pytest
 import tiny
 import torch
+from cache_runs import BLOCK, cached_in, options, run, save_teacher_and_text
 from command_ranks import Case, in_ranks, under_torchrun
 from transformers import LlamaConfig, LlamaForCausalLM
 
@@ -19,10 +20,6 @@ from kldiv_kernels.teacher_cache.info import write_record
 from kldiv_kernels.trainer import placement
 from kldiv_kernels.trainer.cache_command import cache_teacher
 from kldiv_kernels.trainer.ranks import Ranks
-
-BLOCK = 16
-# Blocks of 15 rows: 18 of them in shards of 3, which begin and end inside batches of 4.
-SMALL = {"--k": "6", "--block-size": str(BLOCK), "--batch-size": "4", "--shard-rows": "50"}
 
 
 @pytest.fixture(autouse=True)
@@ -33,35 +30,19 @@ def _offline(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("models")
+    save_teacher_and_text(folder)
     teacher = tiny.llama(2, hidden=24)
     three = LlamaConfig(
         **teacher.config.to_dict() | {"num_attention_heads": 3, "num_key_value_heads": 3, "head_dim": 8}
     )
-    for name, model in (("teacher", teacher), ("three heads", LlamaForCausalLM(three))):
-        model.save_pretrained(folder / name)
-        tiny.word_tokenizer().save_pretrained(folder / name)
-    (folder / "text.txt").write_text(tiny.words(18 * BLOCK + 5))
+    LlamaForCausalLM(three).save_pretrained(folder / "three heads")
+    tiny.word_tokenizer().save_pretrained(folder / "three heads")
     return folder
-
-
-def options(folder: Path, output: Path) -> dict[str, str]:
-    return {
-        "--teacher": str(folder / "teacher"), "--data": str(folder / "text.txt"), "--output": str(output), **SMALL
-    }  # fmt: skip
-
-
-def run(given: dict[str, str], *flags: str) -> tuple[int, str]:
-    return commands.run(cache_teacher, given, *flags)
 
 
 @pytest.fixture(scope="module")
 def cached(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Of one process."""
-    output = tmp_path_factory.mktemp("runs") / "cache"
-    torch.set_num_threads(1)
-    code, printed = run(options(folder, output))
-    assert code == 0, printed
-    return output
+    return cached_in(tmp_path_factory.mktemp("runs") / "cache", folder)
 
 
 def files(output: Path) -> dict[str, bytes]:
