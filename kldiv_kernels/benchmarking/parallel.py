@@ -19,12 +19,10 @@ import torch
 from torch import Tensor, distributed
 from torch.multiprocessing import get_context
 
-import kldiv_kernels as kk
 from kldiv_kernels.benchmarking import peers
-from kldiv_kernels.benchmarking.cases import ENTROPY_COEFFICIENT, GRPO, GRPO_CLIP, JS_BETA, Case, Inputs
-from kldiv_kernels.benchmarking.defaults import LOGPROB_ENTROPY
+from kldiv_kernels.benchmarking.cases import Case, Inputs
 from kldiv_kernels.benchmarking.measure import CaseResult, Copy, Result, describe_error, once
-from kldiv_kernels.parallel import CHECK_BYTES
+from kldiv_kernels.parallel import CHECK_BYTES, all_gather
 
 _EXCHANGES = ("all_gather_into_tensor", "all_gather_single", "all_reduce")
 
@@ -139,39 +137,15 @@ def columns(case: Case, rank: int) -> Inputs:
 
 def build(name: str, case: Case, rank: int) -> peers.Loss:
     """The implementation of that name, of what this process has of the inputs."""
-    return _ours(case) if name == peers.OURS else _gathered(case, rank)
-
-
-def _ours(case: Case) -> peers.Loss:
-    group = distributed.group.WORLD
-    assert group is not None
-
-    def statistics_of(inputs: Inputs) -> Tensor:
-        stats = kk.token_stats(inputs.logits, labels=inputs.labels, stats=("logprob", "entropy"), group=group)
-        return -stats.logprob.mean() - ENTROPY_COEFFICIENT * stats.entropy.mean()
-
-    def policy(inputs: Inputs) -> Tensor:
-        labels, advantages, old = case.in_sequences(inputs)
-        return kk.policy_loss(
-            inputs.logits.view(*labels.shape, -1), labels, advantages, loss_type="dapo", old_logprobs=old,
-            clip_low=GRPO_CLIP, clip_high=GRPO_CLIP, group=group,
-        ).loss  # fmt: skip
-
-    def divergence(inputs: Inputs) -> Tensor:
-        assert inputs.reference is not None
-        beta = JS_BETA if case.loss == "js" else None
-        return kk.divergence_loss(inputs.logits, inputs.reference, case.loss, beta=beta, group=group)
-
-    return {LOGPROB_ENTROPY: statistics_of, GRPO: policy}.get(case.loss, divergence)
+    return peers.ours(case, distributed.group.WORLD) if name == peers.OURS else _gathered(case, rank)
 
 
 class _Gather(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, here: Tensor, rank: int) -> Tensor:
-        every = here.new_empty(distributed.get_world_size(), *here.shape)
-        # The second name is the older one.
-        gather = getattr(distributed, "all_gather_single", None) or distributed.all_gather_into_tensor
-        gather(every.flatten(0, 1), here)
+        group = distributed.group.WORLD
+        assert group is not None
+        every = all_gather(group, here)
         ctx.here = slice(rank * here.shape[1], (rank + 1) * here.shape[1])
         return every.transpose(0, 1).flatten(1)
 

@@ -29,6 +29,7 @@ from kldiv_kernels.benchmarking.cases import (
 )
 from kldiv_kernels.benchmarking.defaults import LOGPROB_ENTROPY
 from kldiv_kernels.choices import Backend
+from kldiv_kernels.parallel import Group
 
 Loss = Callable[[Inputs], Tensor]
 
@@ -69,7 +70,7 @@ def build(name: str, case: Case) -> Loss:
     if case.from_hidden:
         return _from_hidden(name, case)
     if name == OURS:
-        return _ours(case)
+        return ours(case)
     if name == LOGPROB:
         return lambda inputs: -kk.token_stats(inputs.logits, labels=inputs.labels, stats=("logprob",)).logprob.mean()
     if name == "trl":
@@ -110,24 +111,25 @@ def _second(inputs: Inputs) -> Tensor:
     return second
 
 
-def _ours(case: Case) -> Loss:
-    if case.kind == LOGPROB_ENTROPY:
+def ours(case: Case, group: Group | None = None) -> Loss:
+    """Of whole rows, or of this process's columns of them, as the losses that have such a case take them."""
+    if case.loss == LOGPROB_ENTROPY:
 
         def loss(inputs: Inputs) -> Tensor:
-            stats = kk.token_stats(inputs.logits, labels=inputs.labels, stats=("logprob", "entropy"))
+            stats = kk.token_stats(inputs.logits, labels=inputs.labels, stats=("logprob", "entropy"), group=group)
             return -stats.logprob.mean() - ENTROPY_COEFFICIENT * stats.entropy.mean()
 
         return loss
-    if case.kind == GRPO:
-        return lambda inputs: grpo_loss(case, inputs, "auto")
-    if case.kind == TOPK:
+    if case.loss == GRPO:
+        return lambda inputs: grpo_loss(case, inputs, "auto", group)
+    if case.loss == TOPK:
         return lambda inputs: topk_loss(inputs, "auto")
-    if case.kind == TOPK_FROM_LOGITS:
+    if case.loss == TOPK_FROM_LOGITS:
         return lambda inputs: kk.topk_divergence_from_logits(
             inputs.logits, _second(inputs), k=case.k, support="student"
         )
-    beta = JS_BETA if case.kind == "js" else None
-    return lambda inputs: kk.divergence_loss(inputs.logits, _second(inputs), case.kind, beta=beta)
+    beta = JS_BETA if case.loss == "js" else None
+    return lambda inputs: kk.divergence_loss(inputs.logits, _second(inputs), case.loss, beta=beta, group=group)
 
 
 def topk_loss(inputs: Inputs, backend: Backend) -> Tensor:
@@ -141,12 +143,12 @@ def _known(inputs: Inputs) -> tuple[Tensor, Tensor]:
     return inputs.topk_ids, inputs.topk_logprobs
 
 
-def grpo_loss(case: Case, inputs: Inputs, backend: Backend) -> Tensor:
+def grpo_loss(case: Case, inputs: Inputs, backend: Backend, group: Group | None = None) -> Tensor:
     """policy_loss as a trainer calls it: [sequences, tokens]."""
     labels, advantages, old = case.in_sequences(inputs)
     return kk.policy_loss(
-        inputs.logits.view(*labels.shape, case.vocab), labels, advantages, loss_type="dapo", old_logprobs=old,
-        clip_low=GRPO_CLIP, clip_high=GRPO_CLIP, backend=backend,
+        inputs.logits.view(*labels.shape, -1), labels, advantages, loss_type="dapo", old_logprobs=old,
+        clip_low=GRPO_CLIP, clip_high=GRPO_CLIP, group=group, backend=backend,
     ).loss  # fmt: skip
 
 

@@ -21,7 +21,7 @@ from __future__ import annotations
 
 from kldiv_kernels.parallel.agreement import CHECK_BYTES, agree, agree_in, together
 from kldiv_kernels.parallel.ordering import at_positions, largest
-from kldiv_kernels.parallel.shard import Group, Shard, all_reduce, checked_shard
+from kldiv_kernels.parallel.shard import Group, Shard, all_gather, all_reduce, checked_shard
 from kldiv_kernels.parallel.source import SharedLogits, largest_of_shards, logits_or_shared
 from kldiv_kernels.parallel.statistics import backward, forward
 from kldiv_kernels.parallel.sums import concatenated, group_checked, summed, summed_shares
@@ -34,6 +34,7 @@ __all__ = [
     "SharedLogits",
     "agree",
     "agree_in",
+    "all_gather",
     "all_reduce",
     "at_positions",
     "backward",
