@@ -16,7 +16,7 @@ from kldiv_kernels.choices import Backend
 from kldiv_kernels.losses import divergence_loss
 from kldiv_kernels.recipes.checks import of_tokens_checked
 from kldiv_kernels.recipes.recipe import Recipe
-from kldiv_kernels.recipes.reductions import masked, over_rows, valid_labels, widened
+from kldiv_kernels.recipes.reductions import masked, over_rows, times, valid_labels, widened
 from kldiv_kernels.stats import token_stats
 
 PAPERS = (
@@ -36,11 +36,6 @@ PAPERS = (
         "read; another one has two more of the teacher, without gradient.",
     ),
 )  # fmt: skip
-
-
-def _times(weight: Tensor, value: Tensor) -> Tensor:
-    """weight·value, and 0 where the weight is, also beside an infinite value."""
-    return torch.where(weight == 0, 0.0, weight * value)
 
 
 def nkd_loss(
@@ -79,7 +74,7 @@ def nkd_loss(
     others = token_stats(
         logits, teacher, stats=("cross_entropy",), exclude=target, temperature=non_target_temperature, **shared
     )
-    first = _times(of_label.reference_logprob.exp(), -of_label.logprob)
+    first = times(of_label.reference_logprob.exp(), -of_label.logprob)
     values = first + gamma * non_target_temperature**2 * others.cross_entropy
     return over_rows("nkd_loss", values, valid, reduction, normalizer)
 
@@ -202,5 +197,5 @@ def ofa_loss(
         logits, teacher, target, stats=("logprob", "cross_entropy"), temperature=temperature,
         reference_temperature=temperature / eps, ignore_index=-1, **shared,
     )  # fmt: skip
-    values = total * student.cross_entropy - _times(more, student.logprob)
+    values = total * student.cross_entropy - times(more, student.logprob)
     return over_rows("ofa_loss", values, valid, reduction, normalizer)

@@ -17,7 +17,7 @@ from kldiv_kernels.losses import divergence_loss, forward_kl
 from kldiv_kernels.policy import aggregate
 from kldiv_kernels.recipes.checks import of_tokens_checked
 from kldiv_kernels.recipes.recipe import Recipe
-from kldiv_kernels.recipes.reductions import masked, sequence_mean, valid_rows, valid_tokens, widened
+from kldiv_kernels.recipes.reductions import masked, sequence_mean, times, valid_rows, valid_tokens, widened
 from kldiv_kernels.recipes.selection import first_tokens
 from kldiv_kernels.stats import entropy, token_stats
 
@@ -56,11 +56,6 @@ PAPERS = (
         "without gradient.",
     ),
 )  # fmt: skip
-
-
-def _times(weight: Tensor, value: Tensor) -> Tensor:
-    """weight·value, and 0 where the weight is, also beside an infinite divergence."""
-    return torch.where(weight == 0, 0.0, weight * value)
 
 
 def gere_kd_loss(logits: Tensor, teacher_logits: Tensor, *, temperature: float = 2.0, **options: Any) -> Tensor:
@@ -151,7 +146,7 @@ def entropy_aware_kl(
         mean_entropy = aggregate(of_teacher, valid, "seq-mean-token-mean", None, True)
         gamma = (1 - mean_entropy / math.log(confidence_k)).clamp(0, 1)
     share = gamma.detach() if isinstance(gamma, Tensor) else stats.forward_kl.new_full((), gamma)
-    mixed = _times(share, stats.reverse_kl) + _times(1 - share, stats.forward_kl)
+    mixed = times(share, stats.reverse_kl) + times(1 - share, stats.forward_kl)
     return temperature**2 * aggregate(mixed, valid, "seq-mean-token-mean", None, True)
 
 
@@ -195,7 +190,7 @@ def bidirectional_kl(
     surer = stats.reference_entropy > stats.entropy
     one = torch.ones_like(stats.forward_kl)
     nu, delta = (torch.where(surer, x * one, y * one) for x, y in (forward_weights, reverse_weights))
-    values = _times(nu, stats.forward_kl) + _times(delta, stats.reverse_kl)
+    values = times(nu, stats.forward_kl) + times(delta, stats.reverse_kl)
     values = values * temperature**2 if temperature_squared else values
     if reduction == "none":
         return values

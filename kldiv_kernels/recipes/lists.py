@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import logsigmoid
 
-from kldiv_kernels.recipes.reductions import batch_mean, valid_tokens
+from kldiv_kernels.recipes.reductions import batch_mean, times, valid_tokens
 from kldiv_kernels.stats import TokenStats, token_stats
 
 Link = Literal["logistic", "ipo", "hinge"]
@@ -37,7 +37,7 @@ def plackett_luce(logprobs: Tensor, weights: Tensor | None = None, *, tail_logpr
     suffix = behind.flip(-1).logcumsumexp(-1).flip(-1)[..., : logprobs.shape[-1]]
     terms = suffix - logprobs
     if weights is not None:
-        terms = torch.where(weights == 0, 0.0, weights.detach() * terms)
+        terms = times(weights.detach(), terms)
     return terms.sum(-1)
 
 

@@ -44,6 +44,15 @@ def masked(x: Tensor, mask: Tensor | None) -> Tensor:
     return x if mask is None else torch.where(mask != 0, x, 0.0)
 
 
+def times(weight: Tensor, value: Tensor) -> Tensor:
+    """weight·value, and 0 where the weight is, also beside an infinite value.
+
+    >>> times(torch.tensor([0.5, 0.0]), torch.tensor([2.0, torch.inf]))
+    tensor([1., 0.])
+    """
+    return torch.where(weight == 0, 0.0, weight * value)
+
+
 def valid_labels(labels: Tensor, mask: Tensor | None = None, ignore_index: int = -100) -> tuple[Tensor, Tensor]:
     """(labels with −1 where there is none, bool where there is one), both like `labels`.
 
