@@ -11,9 +11,11 @@ from checks import CUDA_ON_HOST, INTERPRETED
 from complete import watch
 
 from kldiv_kernels import ops
-from kldiv_kernels.registry import STATISTICS
+from kldiv_kernels.registry import STATISTICS, unregister_statistic
 
 if TYPE_CHECKING:
+    from collections.abc import Iterator
+
     from cuda_host.one_read import Machine
 
 if INTERPRETED:
@@ -91,8 +93,10 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 
 
 @pytest.fixture(autouse=True)
-def _same_start(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The same random numbers in every test, no backend chosen from outside, and one thread.
+def _same_start(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """The same random numbers and statistics in every test, no backend chosen from outside, and one thread.
+
+    What a test registers, itself or by a recipe, goes with it: others ask for all statistics that there are.
 
     Most tests are small: threads that wait for each other cost more than they give, above all on a shared machine.
     A test about threads, or whose rows are split over them, sets their number.
@@ -100,6 +104,10 @@ def _same_start(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("KLDIV_BACKEND", raising=False)
     torch.manual_seed(0)
     torch.set_num_threads(1)
+    known = set(STATISTICS)
+    yield
+    for name in STATISTICS.keys() - known:
+        unregister_statistic(name)
 
 
 # On the model of a GPU: both forms of its kernels, whatever the plan would be.
