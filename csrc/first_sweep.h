@@ -8,6 +8,7 @@
 #define KLDIV_OF_ONE_COLUMN(X) \
     X(logprob)                 \
     X(reference_logprob)       \
+    X(untempered_logprob)      \
     X(tail_logprob)            \
     X(logsumexp)               \
     X(max_logprob)             \

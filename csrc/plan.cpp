@@ -168,7 +168,8 @@ std::string must_be_two_sweep(const CudaShape& shape, const CudaTarget& target) 
             return grouped(shape.labels_per_row) + " labels a row; one-read takes " + grouped(kMostLabels);
         return "";
     }
-    if (contains(shape.stats, "tail_logprob")) return "tail_logprob has no one-read kernel";
+    for (const char* name : {"tail_logprob", "untempered_logprob"})
+        if (contains(shape.stats, name)) return std::string(name) + " has no one-read kernel";
     if (shape.labels_per_row != 1) return std::to_string(shape.labels_per_row) + " labels a row";
     int others = 0;
     for (const std::string& name : shape.stats) {

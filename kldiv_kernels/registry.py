@@ -20,6 +20,7 @@ STATISTICS: dict[str, Statistic] = {
     for statistic in (
         Statistic("logprob", "log q_y", True, False, "label"),
         Statistic("reference_logprob", "log p_y", False, True, "label"),
+        Statistic("untempered_logprob", "log softmax(s)_y, whatever τ is", True, False, "label", tempered=False),
         Statistic("tail_logprob", "log Σ q over the columns that are no label", True, False, "tail"),
         Statistic("logsumexp", "logsumexp(s/τ)", True, False, "logsumexp"),
         *DIVERGENCES,

@@ -108,6 +108,8 @@ class _Rows:
     stats: tuple[Statistic, ...]
     lse_s: Tensor
     lse_t: Tensor
+    # log softmax of the student's logits as they are, where a statistic asks for it.
+    untempered: Tensor | None
     labels: Tensor | None
     exclude: Tensor | None
     temperature: Tensor
@@ -132,9 +134,10 @@ class _Rows:
         shift = (sum_t.double().log() - sum_s.double().log()).to(dtype)
         log_ratio = torch.where(nowhere, torch.zeros_like(s), (below_t - below_s) - shift)
         lse_s, lse_t = max_s + sum_s.log(), max_t + sum_t.log()
+        stats = tuple(STATISTICS[name] for name in call.stats)
+        untempered = None if all(x.tempered for x in stats) else _log_softmax(s, torch.ones_like(temperature))[0]
         return _Rows(
-            tuple(STATISTICS[name] for name in call.stats),
-            lse_s, lse_t,
+            stats, lse_s, lse_t, untempered,
             None if call.labels is None else call.labels[index],
             exclude, temperature, reference_temperature,
             Elements(logp, logq, log_ratio, alpha, beta),
@@ -148,7 +151,7 @@ class _Rows:
     def _value(self, statistic: Statistic) -> Tensor:
         if statistic.kind == "label":
             assert self.labels is not None
-            logs = self.elements.logq if statistic.student else self.elements.logp
+            logs = self._logs(statistic)
             picked = logs.gather(1, self._columns())
             picked = torch.where(self.labels >= logs.shape[1], torch.full_like(picked, torch.nan), picked)
             return torch.where(self.labels < 0, torch.zeros_like(picked), picked)
@@ -166,6 +169,13 @@ class _Rows:
             return sums[0]
         arguments = sums if log_sum is None else (*sums, log_sum)
         return statistic.combine(*arguments, alpha=self.elements.alpha, beta=self.elements.beta)
+
+    def _logs(self, statistic: Statistic) -> Tensor:
+        """The log-probabilities that the statistic of a label is of."""
+        if not statistic.tempered:
+            assert self.untempered is not None
+            return self.untempered
+        return self.elements.logq if statistic.student else self.elements.logp
 
     def _tail(self) -> Tensor:
         """Log-probabilities, -inf at the labels."""
@@ -220,7 +230,9 @@ class _Rows:
             c = torch.where(self.labels < 0, torch.zeros_like(c), c)
             of_column = torch.where(self._known(), c, torch.zeros_like(c))
             picked = torch.zeros_like(share).scatter_add_(1, self._columns(), of_column)
-            return picked - share * c.sum(dim=1, keepdim=True)
+            gradient = picked - self._logs(statistic).exp() * c.sum(dim=1, keepdim=True)
+            # All gradients are divided by the temperature at the end.
+            return gradient if statistic.tempered else gradient * self.temperature
         if statistic.kind == "tail":
             labels, tail = self._is_label(), self._tail()
             of_labels = torch.where(labels, share, torch.zeros_like(share))

@@ -27,7 +27,7 @@ class Statistic:
     """One row of the registry. `value`, `grad_logq`, `grad_logp` are elementwise; see `elements.py`.
 
     `log_sum` is a term whose log-sum-exp the row wants as well. Its gradients are then shares that sum to 1, of which
-    probabilities are taken: they sum to 0 over a row.
+    probabilities are taken: they sum to 0 over a row. What is not `tempered` takes logits as they are.
     """
 
     name: str
@@ -42,6 +42,7 @@ class Statistic:
     log_sum: Callable[[Elements], Tensor] | None = None
     alpha: Bound | None = None
     beta: Bound | None = None
+    tempered: bool = True
     builtin: bool = True
     triton: tuple[Any, Any, Any] | None = None
 

@@ -96,6 +96,7 @@ def _cauchy_schwarz(r: Rows) -> Tensor:
 FORMULAS: dict[str, Callable[[Rows], Tensor]] = {
     "logprob": lambda r: _picked(r.logq, r.labels),
     "reference_logprob": lambda r: _picked(r.logp, r.labels),
+    "untempered_logprob": lambda r: _picked(r.logq, r.labels),
     "tail_logprob": lambda r: _without(r.logq, r.labels).logsumexp(-1),
     "logsumexp": lambda r: r.s.logsumexp(-1),
     "entropy": lambda r: -(r.q * r.logq).sum(-1),
@@ -155,6 +156,7 @@ def evaluate(
     floor: float = FLOOR,
 ) -> Expected:
     """The statistic `name` and the gradients of (cotangent · value).sum()."""
+    temperature = 1.0 if name == "untempered_logprob" else temperature
     leading, columns = logits.shape[:-1], logits.shape[-1]
     reference = logits if reference is None else reference
 
