@@ -28,7 +28,7 @@ Tensor shard_state(const Tensor& logits, std::optional<Tensor> reference, std::o
                    int64_t first_column) {
     const kldiv::Job job =
         kldiv::make_job(logits, reference, labels, mask, exclude, token_parameters, parameters, stats, vocab_size);
-    const Tensor states = new_empty(logits, {job.rows, kldiv::kShardState}, ScalarType::Double);
+    const Tensor states = new_empty(logits, {job.rows, kldiv::shard_state(job)}, ScalarType::Double);
     kldiv::run_shard_state(job, first_column, static_cast<double*>(states.data_ptr()));
     return states;
 }
@@ -41,7 +41,7 @@ Tensor shard_sums(const Tensor& logits, std::optional<Tensor> reference, std::op
         kldiv::make_job(logits, reference, labels, mask, exclude, token_parameters, parameters, stats, vocab_size);
     const int64_t shards = shards_of(states), count = static_cast<int64_t>(stats.size());
     const Tensor sums = new_empty(logits, {job.rows, count, kldiv::kShardSums}, ScalarType::Double);
-    kldiv::run_shard_sums(job, of_shards(states, shards, job.rows * kldiv::kShardState, "states"), shards,
+    kldiv::run_shard_sums(job, of_shards(states, shards, job.rows * kldiv::shard_state(job), "states"), shards,
                           static_cast<double*>(sums.data_ptr()));
     return sums;
 }
@@ -63,7 +63,7 @@ std::tuple<Tensor, Tensor> shard_finish(const Tensor& logits, std::optional<Tens
     const Tensor state = kldiv::new_floats(logits, kldiv::kStateOfRow + kldiv::kStateOfStatistic * count, job.rows);
     job.values = static_cast<float*>(values.data_ptr());
     job.state = static_cast<float*>(state.data_ptr());
-    kldiv::run_shard_finish(job, of_shards(states, shards, job.rows * kldiv::kShardState, "states"),
+    kldiv::run_shard_finish(job, of_shards(states, shards, job.rows * kldiv::shard_state(job), "states"),
                             of_shards(sums, shards, summed, "sums"), shards);
     return {values, state};
 }

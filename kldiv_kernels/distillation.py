@@ -10,10 +10,7 @@ student's head: for logits and for gradients (with the teacher's once more, wher
     D alone                          3                2 where one read serves it,       1 + 2
                                                       else 3
     cross-entropy alone              2                2                                 1 + 2
-    both, temperature 1              3                3                                 1 + 2, of k log-probs 2 + 2
-    both, another: each, and where   3 + 2 + 3        2 or 3, + 2 + 3                   2 + 4
-        logits are there 3 to add
-        the two gradients
+    both                             3                3                                 1 + 2, of k log-probs 2 + 2
 """
 
 from __future__ import annotations
@@ -93,20 +90,19 @@ def distillation_of(
     there is none.
     """
     weight = options.ce_weight
-    divergence, cross_entropy = {}, {"logprob": -weight} if weight else {}
+    weights = {}
     if weight < 1.0:
         if source.reference is None:
             raise ValueError(f"distillation_loss: teacher_logits is None; ce_weight = {weight} needs them")
         squared = options.temperature**2 if options.temperature_squared else 1.0
-        divergence[options.kind] = (1.0 - weight) * squared
-    common: dict[str, Any] = {
-        "mask": targets != IGNORED, "normalizer": normalizer, "vocab_size": vocab_size, "backend": options.backend,
-        **options.parameters(),
-    }  # fmt: skip
-    if options.temperature == 1.0 or not divergence:
-        return weighted_sum_of(_WHERE, source, targets, divergence | cross_entropy, **common)[0]
-    loss, _ = weighted_sum_of(_WHERE, source, None, divergence, temperature=options.temperature, **common)
-    return loss + weighted_sum_of(_WHERE, source, targets, cross_entropy, **common)[0] if cross_entropy else loss
+        weights[options.kind] = (1.0 - weight) * squared
+    if weight:
+        weights[_cross_entropy(options)] = -weight
+    loss, _ = weighted_sum_of(
+        _WHERE, source, targets, weights, temperature=options.temperature, mask=targets != IGNORED,
+        normalizer=normalizer, vocab_size=vocab_size, backend=options.backend, **options.parameters(),
+    )  # fmt: skip
+    return loss
 
 
 def topk_distillation_of(
@@ -132,19 +128,13 @@ def topk_distillation_of(
         "mask": rows_with_ids(topk_ids) & target,
         "normalizer": normalizer,
         "backend": options.backend,
-        **options.divergence_options(),
+        **options.parameters(),
     }
-    if weight == 0.0 or options.temperature != 1.0:
-        loss = topk_divergence_of(
-            where, source, topk_ids, topk_logprobs, options.kind, vocab_size=vocab_size, **rows
+    if weight == 0.0:
+        return topk_divergence_of(
+            where, source, topk_ids, topk_logprobs, options.kind, vocab_size=vocab_size,
+            temperature=options.temperature, temperature_squared=options.temperature_squared, **rows,
         )  # fmt: skip
-        if weight == 0.0:
-            return loss
-        cross_entropy, _ = weighted_sum_of(
-            where, source, targets, {"logprob": -weight}, mask=target, normalizer=normalizer, vocab_size=vocab_size,
-            backend=options.backend,
-        )  # fmt: skip
-        return (1.0 - weight) * loss + cross_entropy
     logits = source.logits
     looks = top_k.looks_at(logits, None)
     ids, logprobs = top_k.teacher_checked(where, topk_ids, topk_logprobs, logits, vocab_size, looks)
@@ -152,18 +142,25 @@ def topk_distillation_of(
         rows["tail_logprob"] = top_k.tail_of(
             where, logprobs, ids, vocab_size, given=topk_logprobs.dtype, floor=None, check=looks
         )
+    of_target = _cross_entropy(options)
     student = topk_statistics_of(
-        where, source, ids, targets, stats=("topk_logprobs", "tail_logprob", "logprob"), temperature=1.0,
-        mask=target, vocab_size=vocab_size, check=False, backend=options.backend,
+        where, source, ids, targets, stats=("topk_logprobs", "tail_logprob", of_target),
+        temperature=options.temperature, mask=target, vocab_size=vocab_size, check=False, backend=options.backend,
     )  # fmt: skip
     # The k tokens and the rest are a distribution on k + 1 outcomes: logits of themselves, of which the last is the
     # tail again.
     outcomes = torch.cat([student.topk_logprobs, student.tail_logprob[..., None]], dim=-1)
     columns = torch.arange(ids.shape[-1], device=ids.device).expand_as(ids)
     loss = topk_divergence_loss(
-        outcomes, torch.where(ids >= 0, columns, -1), logprobs, options.kind, check=False, **rows
-    )
-    return (1.0 - weight) * loss - weight * student.logprob.sum() / normalizer
+        outcomes, torch.where(ids >= 0, columns, -1), logprobs, options.kind, check=False, **rows, temperature=1.0,
+    )  # fmt: skip
+    squared = options.temperature**2 if options.temperature_squared else 1.0
+    return (1.0 - weight) * squared * loss - weight * student[of_target].sum() / normalizer
+
+
+def _cross_entropy(options: LossOptions) -> str:
+    """The statistic whose negative it is: of the student at temperature 1, whatever that of the divergence is."""
+    return "logprob" if options.temperature == 1.0 else "untempered_logprob"
 
 
 def rows_with_ids(topk_ids: Tensor) -> Tensor:

@@ -62,8 +62,9 @@ def token_stats(
             mesh, and its rows over others: results are DTensors with its rows' placements, replicated where columns
             are spread.
         reference_logits: [*, V], the teacher; needed by statistics that compare two rows. May require grad.
-        labels: [*] integers for logprob and reference_logprob, or [*, K] for K labels a token. A label equal to
-            `ignore_index` (default -100) makes those statistics 0 there, without gradient.
+        labels: [*] integers for logprob, untempered_logprob (at temperature 1) and reference_logprob, or [*, K] for K
+            labels a token. A label equal to `ignore_index` (default -100) makes those statistics 0 there, without
+            gradient.
             A causal model's logits at t predict token t + 1: give its own labels with `shift=True`, or labels[:, 1:]
             with logits[:, :-1].
         stats: names of the registry; the documentation of losses has their table.

@@ -110,15 +110,21 @@ struct Kernels {
     void (*scale[kDtypes])(void* data, int columns, float factor);
     // z = sum 2^(x kLog2e - m)
     double (*sum_exp)(const float* x, int columns, float m);
+    // z = sum 2^(x factor - m), [1]: parking its terms
+    double (*sum_exp_times[2])(const float* x, int columns, float factor, float m, float* terms);
     // z, and sum 2^(x kLog2e - m) (m / kLog2e - x), from which the entropy follows without cancellation
     void (*sum_exp_entropy)(const float* x, int columns, float m, double* z, double* a);
     // The first-sweep divergences of a second row s from a first row t, [1]: parking x and y. Forward KL parks both
     // exponentials (of s, of t), reverse KL that of t and its product with u, Hellinger that of s and the root of both.
     OnlineKernel forward_kl[2], reverse_kl[2], hellinger[2];
     // to = c_x x + c_y y
-    void (*combine[kDtypes])(const float* x, const float* y, int padded, int columns, float c_x, float c_y, void* to);
+    void (*combine)(const float* x, const float* y, int columns, float c_x, float c_y, float* to);
+    // to += c x
+    void (*add)(const float* x, int columns, float c, float* to);
     // to = share * softmax
     void (*softmax)(const float* x, int columns, const Softmax&, float share, float* to);
+    // to += share * 2^(x factor - m)
+    void (*add_exp)(const float* x, int columns, float factor, float m, float share, float* to);
     const DivergenceKernels* divergences;
     int divergence_count;
 };

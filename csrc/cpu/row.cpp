@@ -33,13 +33,16 @@ Row::Row(const Job& job, int64_t index)
     scale_t_ = static_cast<float>(1 / parameters[1]);
     alpha_ = parameters[2];
     beta_ = parameters[3];
+    untempered_factor_ = static_cast<float>(parameters[0] * kLog2e);
     resolve();
+    resolve_parking();
 }
 
 void Row::resolve() {
     for (size_t i = 0; i < job_.stats.size(); ++i) {
         const Request& request = job_.stats[i];
         argmax_ |= request.kind == Kind::argmax;
+        if (request.kind == Kind::untempered_logprob) untempered_ = static_cast<int>(i);
         if (request.kind == Kind::tail_logprob) {
             tail_ = static_cast<int>(i);
             const int64_t* labels = job_.labels + index_ * job_.labels_per_row;
@@ -72,11 +75,24 @@ void Row::resolve() {
         entropy_t_ |= r.entropy_t;
         second_sweep_ |= !r.divergence->finishes_first;
     }
-    const bool student_loss = job_.values && job_.coefficients && job_.d_student && !job_.d_teacher;
-    if (!student_loss || job_.stats.size() != 1 || !resolved_[0].divergence) return;
-    const Resolved& only = resolved_[0];
+}
+
+void Row::resolve_parking() {
+    if (!job_.values || !job_.coefficients || !job_.d_student || job_.d_teacher) return;
+    int divergences = 0;
+    for (size_t i = 0; i < job_.stats.size(); ++i) {
+        const Kind kind = job_.stats[i].kind;
+        if (kind == Kind::divergence) {
+            ++divergences;
+            parked_stat_ = i;
+        } else if (kind != Kind::logprob && kind != Kind::untempered_logprob) {
+            return;
+        }
+    }
+    if (divergences != 1) return;
+    const Resolved& only = resolved_[parked_stat_];
     if (only.online < 0 && !(second_sweep_ && only.divergence->terms_and_park)) return;
-    park_floats_ = 2 * padded_to_lanes(job_.columns);
+    park_floats_ = (untempered_ < 0 ? 2 : 3) * padded_to_lanes(job_.columns);
     parked_tiles_.resize((job_.columns + kTile - 1) / kTile);
 }
 
@@ -109,30 +125,37 @@ Loaded Row::measured_load(bool student, int64_t start, int count, float* to, flo
         to[at] = kNoMass;
     }
     if (loaded.largest <= kNoMass) loaded.largest = -std::numeric_limits<float>::infinity();
-    if (std::isfinite(loaded.largest) && (double(loaded.largest) - *offset) * scale > kFarAboveOffset) {
+    const double sharpest = student && untempered_ >= 0 ? std::max(scale, 1.0f) : scale;
+    if (std::isfinite(loaded.largest) && (double(loaded.largest) - *offset) * sharpest > kFarAboveOffset) {
         *offset = loaded.largest;
         load(student, start, count, scale, *offset, to);
     }
     return loaded;
 }
 
-double Row::logprob(bool student, int64_t j) const {
+double Row::untempered_lse() const {
+    const double m = finished_[untempered_].k[0], z = finished_[untempered_].k[1];
+    return z == 0 ? kNaN : (m + std::log2(z)) * kExponentToLog;
+}
+
+double Row::logprob(Kind kind, int64_t j) const {
+    const bool student = kind != Kind::reference_logprob, untempered = kind == Kind::untempered_logprob;
+    const float scale = untempered ? 1 : (student ? scale_s_ : scale_t_), offset = student ? offset_s_ : offset_t_;
     const int64_t cell = index_ * job_.labels_per_row + j, label = job_.labels[cell];
     if (label == kNoLabel) return 0;
     if (label >= 0 && label == exclude_) return -kInfinity;
     float x;
     if (job_.picked) {
-        x = scaled(student, job_.picked[(student ? 0 : job_.rows * job_.labels_per_row) + cell]);
+        x = scaled_one(job_.picked[(student ? 0 : job_.rows * job_.labels_per_row) + cell], offset, scale);
     } else {
         const Rows& rows = student ? job_.student : job_.teacher;
         // The tile loader converts one column; it pads its output.
         alignas(64) float buffer[kPad];
-        job_.kernels->load[static_cast<int>(rows.dtype)]((student ? s_ : t_) + label * rows.element_bytes(), 1,
-                                                         student ? scale_s_ : scale_t_, student ? offset_s_ : offset_t_,
-                                                         buffer);
+        job_.kernels->load[static_cast<int>(rows.dtype)]((student ? s_ : t_) + label * rows.element_bytes(), 1, scale,
+                                                         offset, buffer);
         x = buffer[0];
     }
-    const double lse = student ? lse_s_ : lse_t_;
+    const double lse = untempered ? untempered_lse() : (student ? lse_s_ : lse_t_);
     if (std::isnan(lse)) return kNaN;
     return x <= kNoMass ? -kInfinity : x - lse;
 }
@@ -144,7 +167,8 @@ void Row::write_values() const {
         switch (job_.stats[i].kind) {
             case Kind::logprob:
             case Kind::reference_logprob:
-                for (int64_t j = 0; j < job_.labels_per_row; ++j) put(logprob(job_.stats[i].kind == Kind::logprob, j));
+            case Kind::untempered_logprob:
+                for (int64_t j = 0; j < job_.labels_per_row; ++j) put(logprob(job_.stats[i].kind, j));
                 break;
             case Kind::logsumexp:
                 put(lse_s_ + static_cast<double>(offset_s_) * scale_s_);

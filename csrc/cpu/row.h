@@ -46,7 +46,8 @@ struct Resolved {
 // What the first sweep takes of a slice.
 struct FirstSweep {
     SoftmaxState s, t;
-    SoftmaxState tail;  // of s, without the labels
+    SoftmaxState tail;        // of s, without the labels
+    SoftmaxState untempered;  // of s at temperature 1
     OnlineState online[kOnlineCount];
     float largest_s = -std::numeric_limits<float>::infinity(), largest_t = largest_s;  // logits as they are given
     int64_t argmax = -1;
@@ -72,7 +73,7 @@ struct LabelWeight {
 
 // Exponents and estimate that a tile's parked numbers are in.
 struct ParkedTile {
-    double m_s = 0, m_t = 0, delta = 0;
+    double m_s = 0, m_t = 0, delta = 0, m_untempered = 0;
 };
 
 // The scratch of one tile.
@@ -127,13 +128,21 @@ class Row {
     void resolve();
     void finish(size_t i, const double* sums, double log_sum);
     void gradient_of(bool student, int64_t block) const;
-    double logprob(bool student, int64_t j) const;  // at the j-th label
+    double logprob(Kind kind, int64_t j) const;  // at the j-th label
+    double untempered_lse() const;
     SoftmaxState sweep_tail(float* x, int64_t start, int count, float largest, SoftmaxState* tail) const;
     void softmax_with_tail(const float* x, int64_t start, int count, float share, float* out) const;
     void parked_gradient(int64_t block) const;
+    // The tile's gradient with what the labels add to it, rounded to its dtype.
+    void store_gradient(bool student, int64_t start, int count, float* from) const;
     void zero_padding(const Gradient& to, char* row, int64_t end) const;
-    float* parked_x(int64_t column) const { return park_ + column; }
-    float* parked_y(int64_t column) const { return park_ + padded_to_lanes(job_.columns) + column; }
+    void resolve_parking();
+    float* parked(int which, int64_t column) const {
+        return park_ ? park_ + which * padded_to_lanes(job_.columns) + column : nullptr;
+    }
+    float* parked_x(int64_t column) const { return parked(0, column); }
+    float* parked_y(int64_t column) const { return parked(1, column); }
+    float* parked_untempered(int64_t column) const { return parked(2, column); }
 
     const Job& job_;
     int64_t index_;
@@ -143,17 +152,23 @@ class Row {
     float scale_s_, scale_t_, offset_s_ = 0, offset_t_ = 0;
     double alpha_, beta_;
     int64_t exclude_;
-    // In the one-read form of a single divergence the sweeps park two floats a column, [2, padded columns], and the
-    // gradient is a linear combination of them: the logits are not read, nor exponentials taken, a second time.
+    // In the one-read form of a single divergence, also beside log-probabilities, the sweeps park floats of a column,
+    // [2 or 3, padded columns], and the gradient is a linear combination of them: the logits are not read, nor
+    // exponentials taken, a second time. The third is of the softmax at temperature 1.
     float* park_ = nullptr;
     int64_t park_floats_ = 0;
-    mutable std::vector<ParkedTile> parked_tiles_;  // how each tile of a first-sweep divergence was taken
+    size_t parked_stat_ = 0;                        // whose the first two are
+    mutable std::vector<ParkedTile> parked_tiles_;  // how each tile was taken in the first sweep
     std::vector<Resolved> resolved_;                // one a statistic; empty divergence for the others
     bool online_[kOnlineCount] = {false, false, false};
     bool entropy_s_ = false, entropy_t_ = false, second_sweep_ = false, argmax_ = false;
     // The distinct labels in their order, where tail_logprob is asked for, and that statistic's place.
     std::vector<int64_t> support_;
     int tail_ = -1;
+    // The place of untempered_logprob, whose constants are m and z of its softmax.
+    int untempered_ = -1;
+    // Of a tile's numbers: to the base-2 logarithms of the student's exponentials at temperature 1.
+    float untempered_factor_ = 0;
 
     SoftmaxState anchor_s_, anchor_t_;  // of the first tile, for a first-sweep divergence to start from
     SoftmaxState state_s_, state_t_;
@@ -166,7 +181,8 @@ class Row {
     // Gradient weights, 1/temperature included: of softmax(s), softmax(t), and of each statistic's g.
     std::vector<double> weight_;
     std::vector<LabelWeight> label_weights_s_, label_weights_t_;  // by column
-    double share_s_ = 0, share_t_ = 0, tail_weight_ = 0;
+    double share_s_ = 0, share_t_ = 0, tail_weight_ = 0, untempered_share_ = 0;
+    double label_share_ = 0;  // what of share_s_ is due to labels
 };
 
 }  // namespace kldiv

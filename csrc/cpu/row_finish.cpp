@@ -41,6 +41,8 @@ void Row::finish_first(FirstSweep whole) {
     whole.s.shift(base_s);
     whole.t.shift(base_t);
     whole.tail.shift(base_s);
+    const double base_untempered = exponent_of_offset(offset_s_, 1);
+    whole.untempered.shift(base_untempered);
     for (int i = 0; i < kOnlineCount; ++i) {
         whole.online[i].m -= first_is_student(i) ? base_s : base_t;
         whole.online[i].delta -= (first_is_student(i) ? -1 : 1) * (base_t - base_s) * kExponentToLog;
@@ -48,20 +50,24 @@ void Row::finish_first(FirstSweep whole) {
     for (ParkedTile& tile : parked_tiles_) {
         tile.m_s -= base_s;
         tile.m_t -= base_t;
+        tile.m_untempered -= base_untempered;
         tile.delta -= (online_[kReverseKl] ? -1 : 1) * (base_t - base_s) * kExponentToLog;
     }
     q_is_zero_ = t_ && whole.t.has_mass() && whole.t.blocked - whole.t.lse() > kLogZero;
     p_is_zero_ = t_ && whole.s.has_mass() && whole.s.blocked - whole.s.lse() > kLogZero;
     normalise(whole.s, whole.t);
-    if (tail_ >= 0) {
-        SoftmaxState tail = whole.tail;
-        tail.normalise();
+    const auto keep = [&](SoftmaxState state, int statistic) {
+        state.normalise();
         // In an exponent that the saved state, and the kernels, hold: far below the labels not every integer is one.
-        tail.rebase(static_cast<float>(tail.m));
-        FinishedStatistic& f = finished_[tail_];
-        f.value = std::isnan(lse_s_) ? kNaN : (tail.has_mass() ? tail.lse() - lse_s_ : -kInfinity);
-        f.k[0] = tail.m;
-        f.k[1] = tail.z;
+        state.rebase(static_cast<float>(state.m));
+        finished_[statistic].k[0] = state.m;
+        finished_[statistic].k[1] = state.z;
+        return state;
+    };
+    if (untempered_ >= 0) keep(whole.untempered, untempered_);
+    if (tail_ >= 0) {
+        const SoftmaxState tail = keep(whole.tail, tail_);
+        finished_[tail_].value = std::isnan(lse_s_) ? kNaN : (tail.has_mass() ? tail.lse() - lse_s_ : -kInfinity);
     }
     for (size_t i = 0; i < resolved_.size(); ++i) {
         const Resolved& r = resolved_[i];

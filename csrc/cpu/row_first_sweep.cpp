@@ -108,7 +108,7 @@ FirstSweep Row::first_sweep(int64_t block) const {
             const bool park = park_ != nullptr;
             kernel[park](by_student ? b.t : b.s, by_student ? b.s : b.t, padded, how, &sums,
                          park ? parked_x(start) : nullptr, park ? parked_y(start) : nullptr);
-            if (park) parked_tiles_[start / kTile] = {tile.s.m, tile.t.m, online.delta};
+            if (park) parked_tiles_[start / kTile] = {tile.s.m, tile.t.m, online.delta, 0};
             online.g = sums.g;
             tile.s.z = by_student ? sums.z_first : sums.z_second;
             tile.t.z = by_student ? sums.z_second : sums.z_first;
@@ -128,6 +128,13 @@ FirstSweep Row::first_sweep(int64_t block) const {
             kernels.sum_exp_entropy(b.t, padded, m_t, &tile.t.z, &tile.t.a);
         else if (teacher && !have_z)
             tile.t.z = kernels.sum_exp(b.t, padded, m_t);
+        if (untempered_ >= 0) {
+            const float top = scaled_one(ls.largest, offset_s, 1), m = top < kNoExponential ? 0 : exponent_of(top);
+            tile.untempered.m = exponent_of_offset(offset_s, 1) + m;
+            tile.untempered.z =
+                kernels.sum_exp_times[park_ != nullptr](b.s, padded, untempered_factor_, m, parked_untempered(start));
+            if (park_) parked_tiles_[start / kTile].m_untempered = tile.untempered.m;
+        }
         out.merge(tile, online_);
     }
     return out;
@@ -197,6 +204,7 @@ void FirstSweep::merge(const FirstSweep& other, const bool* wanted) {
     s = both_s;
     t = both_t;
     tail.merge(right.tail);
+    untempered.merge(right.untempered);
     if (right.largest_s > largest_s) {
         largest_s = right.largest_s;
         argmax = right.argmax;

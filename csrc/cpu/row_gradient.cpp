@@ -17,7 +17,7 @@ bool before(const LabelWeight& a, const LabelWeight& b) { return a.column < b.co
 bool Row::load_coefficients() {
     bool any = false;
     int64_t at = 0;
-    share_s_ = share_t_ = tail_weight_ = 0;
+    share_s_ = share_t_ = tail_weight_ = untempered_share_ = label_share_ = 0;
     const double inverse_s = scale_s_, inverse_t = scale_t_;
     const auto take = [&](bool logprob) {
         const int64_t cell = at++ * job_.rows + index_;
@@ -31,16 +31,18 @@ bool Row::load_coefficients() {
     const auto times = [](double c, double x) { return c == 0 ? 0.0 : c * x; };
     for (size_t i = 0; i < job_.stats.size(); ++i) {
         const Kind kind = job_.stats[i].kind;
-        if (kind == Kind::logprob || kind == Kind::reference_logprob) {
-            const bool student = kind == Kind::logprob;
+        if (per_label(kind)) {
+            const bool student = kind != Kind::reference_logprob;
+            const double inverse = kind == Kind::untempered_logprob ? 1 : (student ? inverse_s : inverse_t);
+            double& share = kind == Kind::untempered_logprob ? untempered_share_ : (student ? label_share_ : share_t_);
             std::vector<LabelWeight>& weights = student ? label_weights_s_ : label_weights_t_;
             for (int64_t j = 0; j < job_.labels_per_row; ++j) {
-                const double c = take(student);
+                const double c = take(kind == Kind::logprob);
                 const int64_t label = job_.labels[index_ * job_.labels_per_row + j];
                 if (label == kNoLabel) continue;
-                const double weight = c * (student ? inverse_s : inverse_t);
+                const double weight = c * inverse;
                 if (label >= 0) weights.push_back({label, weight});
-                (student ? share_s_ : share_t_) -= weight;
+                share -= weight;
             }
             // What several labels add to one column is added in their order.
             std::stable_sort(weights.begin(), weights.end(), before);
@@ -58,6 +60,7 @@ bool Row::load_coefficients() {
         share_s_ -= times(c, finished_[i].sum_q) * inverse_s;
         share_t_ -= times(c, finished_[i].sum_p) * inverse_t;
     }
+    share_s_ += label_share_;
     return any;
 }
 
@@ -74,11 +77,14 @@ void Row::gradient(int64_t block) const {
 //   reverse KL   q (u - e - D)        parked: q, q u, in the tile's units
 //   Hellinger    (q (1 - D) - sqrt(pq)) / 2
 //   the others   g - q sum g          parked: q, g, normalised
+// and a log-probability takes its share of q, or of the softmax at temperature 1.
 void Row::parked_gradient(int64_t block) const {
+    Buffers b;
     const Gradient& to = job_.d_student;
-    char* row = to.row(index_);
-    const Resolved& r = resolved_[0];
-    const double weight = weight_[0] * scale_s_, value = finished_[0].value;
+    const Resolved& r = resolved_[parked_stat_];
+    const double weight = weight_[parked_stat_] * scale_s_;
+    // A coefficient of 0 takes no part, whatever the divergence is.
+    const double value = weight == 0 ? 0 : finished_[parked_stat_].value;
     const int64_t begin = block * kBlock, end = std::min(job_.columns, begin + kBlock);
     // Backwards: the columns parked last are still in cache.
     for (int64_t start = begin + (end - begin - 1) / kTile * kTile; start >= begin; start -= kTile) {
@@ -89,22 +95,40 @@ void Row::parked_gradient(int64_t block) const {
             return std::min(1e30, std::exp2(m - row_state.m) / row_state.z);
         };
         double c_x = share_s_, c_y = weight;
+        if (r.online >= 0) c_x = label_share_ * unit(tile.m_s, state_s_);
         if (r.online == kForwardKl) {
-            c_x = weight * unit(tile.m_s, state_s_);
+            c_x += weight * unit(tile.m_s, state_s_);
             c_y = -weight * unit(tile.m_t, state_t_);
         } else if (r.online == kReverseKl) {
             c_y = weight * unit(tile.m_s, state_s_);
-            c_x = -c_y * ((lse_s_ - lse_t_) - tile.delta + value);
+            c_x -= c_y * ((lse_s_ - lse_t_) - tile.delta + value);
         } else if (r.online == kHellinger) {
-            c_x = 0.5 * weight * (1 - value) * unit(tile.m_s, state_s_);
+            c_x += 0.5 * weight * (1 - value) * unit(tile.m_s, state_s_);
             c_y = -0.5 * weight * std::sqrt(unit(tile.m_s, state_s_) * unit(tile.m_t, state_t_));
         }
-        const int count = static_cast<int>(std::min<int64_t>(kTile, end - start));
-        job_.kernels->combine[static_cast<int>(to.dtype)](parked_x(start), parked_y(start), padded_to_lanes(count),
-                                                          count, static_cast<float>(c_x), static_cast<float>(c_y),
-                                                          row + start * to.element_bytes());
+        const int count = static_cast<int>(std::min<int64_t>(kTile, end - start)), padded = padded_to_lanes(count);
+        job_.kernels->combine(parked_x(start), parked_y(start), padded, static_cast<float>(c_x),
+                              static_cast<float>(c_y), b.out);
+        if (untempered_share_ != 0) {
+            SoftmaxState untempered;
+            untempered.m = finished_[untempered_].k[0];
+            untempered.z = finished_[untempered_].k[1];
+            job_.kernels->add(parked_untempered(start), padded,
+                              static_cast<float>(untempered_share_ * unit(tile.m_untempered, untempered)), b.out);
+        }
+        store_gradient(true, start, count, b.out);
     }
-    zero_padding(to, row, end);
+    zero_padding(to, to.row(index_), end);
+}
+
+void Row::store_gradient(bool student, int64_t start, int count, float* from) const {
+    const Gradient& to = student ? job_.d_student : job_.d_teacher;
+    const std::vector<LabelWeight>& label_weights = student ? label_weights_s_ : label_weights_t_;
+    auto label = std::lower_bound(label_weights.begin(), label_weights.end(), LabelWeight{start, 0}, before);
+    for (; label != label_weights.end() && label->column < start + count; ++label)
+        from[label->column - start] += static_cast<float>(label->weight);
+    if (exclude_ >= start && exclude_ < start + count) from[exclude_ - start] = 0;
+    job_.kernels->store[static_cast<int>(to.dtype)](from, count, to.row(index_) + start * to.element_bytes());
 }
 
 void Row::zero_padding(const Gradient& to, char* row, int64_t end) const {
@@ -115,7 +139,6 @@ void Row::gradient_of(bool student, int64_t block) const {
     Buffers b;
     const Kernels& kernels = *job_.kernels;
     const Gradient& to = student ? job_.d_student : job_.d_teacher;
-    char* row = to.row(index_);
     const double share = student ? share_s_ : share_t_;
     // An infinite sum (an infinite divergence) times a softmax of 0 must stay 0, and outweighs all own terms; see
     // below.
@@ -123,7 +146,6 @@ void Row::gradient_of(bool student, int64_t block) const {
     const float kernel_share = plain ? static_cast<float>(share) : 0.0f;
     const Softmax& softmax = student ? normalised_.s : normalised_.t;
     const double inverse = student ? scale_s_ : scale_t_;
-    const std::vector<LabelWeight>& label_weights = student ? label_weights_s_ : label_weights_t_;
     const int64_t end = std::min(job_.columns, (block + 1) * kBlock);
     for (int64_t start = block * kBlock; start < end; start += kTile) {
         const int count = static_cast<int>(std::min<int64_t>(kTile, end - start));
@@ -166,13 +188,15 @@ void Row::gradient_of(bool student, int64_t block) const {
                 b.out[i] = q <= 0 ? 0 : static_cast<float>(q * share);
             }
         }
-        auto label = std::lower_bound(label_weights.begin(), label_weights.end(), LabelWeight{start, 0}, before);
-        for (; label != label_weights.end() && label->column < start + count; ++label)
-            b.out[label->column - start] += static_cast<float>(label->weight);
-        if (exclude_ >= start && exclude_ < start + count) b.out[exclude_ - start] = 0;
-        kernels.store[static_cast<int>(to.dtype)](b.out, count, row + start * to.element_bytes());
+        if (student && untempered_share_ != 0) {
+            need(true);
+            const FinishedStatistic& f = finished_[untempered_];
+            kernels.add_exp(b.s, padded, untempered_factor_, static_cast<float>(f.k[0]),
+                            static_cast<float>(f.k[1] == 0 ? kNaN : untempered_share_ / f.k[1]), b.out);
+        }
+        store_gradient(student, start, count, b.out);
     }
-    zero_padding(to, row, end);
+    zero_padding(to, to.row(index_), end);
 }
 
 // out = share q + tail_weight q / (sum of q over the tail), the second without the labels.

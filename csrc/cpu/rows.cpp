@@ -21,8 +21,7 @@ const char* Rows::row(int64_t index) const {
 
 int64_t Job::value_rows() const {
     int64_t count = 0;
-    for (const Request& request : stats)
-        count += request.kind == Kind::logprob || request.kind == Kind::reference_logprob ? labels_per_row : 1;
+    for (const Request& request : stats) count += per_label(request.kind) ? labels_per_row : 1;
     return count;
 }
 
@@ -32,9 +31,13 @@ struct Named {
     const char* name;
     Kind kind;
 };
-constexpr Named kPlain[] = {{"logprob", Kind::logprob},           {"reference_logprob", Kind::reference_logprob},
-                            {"tail_logprob", Kind::tail_logprob}, {"logsumexp", Kind::logsumexp},
-                            {"max_logprob", Kind::max_logprob},   {"argmax", Kind::argmax}};
+constexpr Named kPlain[] = {{"logprob", Kind::logprob},
+                            {"reference_logprob", Kind::reference_logprob},
+                            {"untempered_logprob", Kind::untempered_logprob},
+                            {"tail_logprob", Kind::tail_logprob},
+                            {"logsumexp", Kind::logsumexp},
+                            {"max_logprob", Kind::max_logprob},
+                            {"argmax", Kind::argmax}};
 
 std::vector<int64_t> active_rows(const Job& job) {
     std::vector<int64_t> rows;
@@ -51,8 +54,8 @@ void gradient_of_row(Row& row, const std::function<void()>& blocks) {
         row.zero_gradient();
 }
 
-// Scratch that stays with its thread: two floats a column of the widest row seen. Allocated per row, its pages would be
-// given back and faulted in again for every row.
+// Scratch that stays with its thread: up to three floats a column of the widest row seen. Allocated per row, its pages
+// would be given back and faulted in again for every row.
 float* thread_scratch(int64_t floats) {
     thread_local std::vector<float> scratch;
     if (static_cast<int64_t>(scratch.size()) < floats) scratch = std::vector<float>(floats);

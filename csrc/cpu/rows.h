@@ -35,7 +35,19 @@ struct Gradient {
     int64_t element_bytes() const { return dtype == Dtype::float32 ? 4 : 2; }
 };
 
-enum class Kind { logprob, reference_logprob, tail_logprob, logsumexp, max_logprob, argmax, divergence };
+enum class Kind {
+    logprob,
+    reference_logprob,
+    untempered_logprob,
+    tail_logprob,
+    logsumexp,
+    max_logprob,
+    argmax,
+    divergence
+};
+inline bool per_label(Kind kind) {
+    return kind == Kind::logprob || kind == Kind::reference_logprob || kind == Kind::untempered_logprob;
+}
 
 struct Request {
     Kind kind;

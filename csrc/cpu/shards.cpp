@@ -29,15 +29,20 @@ class Reader {
     const double* from_;
 };
 
+bool asks(const Job& job, Kind kind) {
+    return std::any_of(job.stats.begin(), job.stats.end(), [kind](const Request& x) { return x.kind == kind; });
+}
+
 // One list of what is exchanged, for both directions.
 template <class Take, class State>
-void each_of(Take take, State& x) {
-    for (auto* softmax : {&x.s, &x.t, &x.tail}) take(softmax->m), take(softmax->z), take(softmax->a);
+void each_of(Take take, const Job& job, State& x) {
+    for (auto* softmax : {&x.s, &x.t}) take(softmax->m), take(softmax->z), take(softmax->a);
+    if (asks(job, Kind::tail_logprob)) take(x.tail.m), take(x.tail.z);
+    if (asks(job, Kind::untempered_logprob)) take(x.untempered.m), take(x.untempered.z);
     take(x.s.blocked), take(x.t.blocked);
     for (auto& online : x.online) take(online.delta), take(online.g), take(online.m), take(online.started);
     take(x.largest_s), take(x.largest_t), take(x.argmax);
 }
-static_assert(kShardState == 3 * 3 + 2 + kOnlineCount * 4 + 3);
 
 template <class Take, class Sums>
 void each_sum(Take take, Sums& x) {
@@ -52,7 +57,7 @@ void finish_first(const Job& job, Row& row, int64_t index, const double* states,
     FirstSweep whole;
     for (int64_t shard = 0; shard < shards; ++shard) {
         FirstSweep next;
-        each_of(Reader(states + (shard * job.rows + index) * kShardState), next);
+        each_of(Reader(states + (shard * job.rows + index) * shard_state(job)), job, next);
         if (shard == 0)
             whole = next;
         else
@@ -63,17 +68,22 @@ void finish_first(const Job& job, Row& row, int64_t index, const double* states,
 
 }  // namespace
 
+int64_t shard_state(const Job& job) {
+    return 2 * 3 + 2 + kOnlineCount * 4 + 3 + 2 * asks(job, Kind::tail_logprob) +
+           2 * asks(job, Kind::untempered_logprob);
+}
+
 void run_shard_state(const Job& job, int64_t first_column, double* states) {
     for_each(job.threads, job.rows, [&](int64_t index) {
-        double* to = states + index * kShardState;
-        std::fill(to, to + kShardState, 0.0);
+        double* to = states + index * shard_state(job);
+        std::fill(to, to + shard_state(job), 0.0);
         if (!active(job, index)) return;
         Row row(job, index);
         row.begin_sweep();
         FirstSweep whole = row.first_sweep(0);
         for (int64_t b = 1; b < row.blocks(); ++b) row.merge_first(whole, row.first_sweep(b));
         if (whole.argmax >= 0) whole.argmax += first_column;
-        each_of(Writer(to), whole);
+        each_of(Writer(to), job, whole);
     });
 }
 

@@ -1,16 +1,25 @@
 // The first sweep's loops over one tile, before the softmaxes are known: the sums of one row, and of two. Included by
 // tiles.h.
 
-inline double sum_exp(const float* x, int columns, float m) {
-    const Floats reference = broadcast(m);
+template <bool park>
+double sum_exp_times(const float* x, int columns, float factor, float m, float* terms) {
+    const Floats reference = broadcast(m), times = broadcast(factor);
     Floats z = broadcast(0.0f);
     for (int begin = 0; begin < columns; begin += kRun) {
         const int end = std::min(columns, begin + kRun);
         Floats run = broadcast(0.0f);
-        for (int i = begin; i < end; i += Floats::lanes) run = run + exp2(exponent(load(x + i), reference));
+        for (int i = begin; i < end; i += Floats::lanes) {
+            const Floats e = exp2(fma(load(x + i), times, -reference));
+            run = run + e;
+            if constexpr (park) store(terms + i, e);
+        }
         z = z + run;
     }
     return sum(z);
+}
+
+inline double sum_exp(const float* x, int columns, float m) {
+    return sum_exp_times<false>(x, columns, kLog2e, m, nullptr);
 }
 
 inline void sum_exp_entropy(const float* x, int columns, float m, double* z_out, double* a_out) {

@@ -96,11 +96,19 @@ inline void softmax(const float* x, int columns, const Softmax& row, float share
     for (int i = 0; i < columns; i += Floats::lanes) store(to + i, exp2(exponent(load(x + i), m)) * scale);
 }
 
-// to = c_x x + c_y y, rounded to the gradient's dtype. Both products are rounded: those of equal rows cancel exactly.
-template <Dtype dtype>
-void combine(const float* x, const float* y, int padded, int columns, float c_x, float c_y, void* to) {
-    alignas(64) float buffer[kTile];
+inline void add_exp(const float* x, int columns, float factor, float m, float share, float* to) {
+    const Floats reference = broadcast(m), times = broadcast(factor), scale = broadcast(share);
+    for (int i = 0; i < columns; i += Floats::lanes)
+        store(to + i, fma(exp2(fma(load(x + i), times, -reference)), scale, load(to + i)));
+}
+
+// Both products are rounded: those of equal rows cancel exactly.
+inline void combine(const float* x, const float* y, int columns, float c_x, float c_y, float* to) {
     const Floats cx = broadcast(c_x), cy = broadcast(c_y);
-    for (int i = 0; i < padded; i += Floats::lanes) store(buffer + i, cx * load(x + i) + cy * load(y + i));
-    store_tile<dtype>(buffer, columns, to);
+    for (int i = 0; i < columns; i += Floats::lanes) store(to + i, cx * load(x + i) + cy * load(y + i));
+}
+
+inline void add(const float* x, int columns, float c, float* to) {
+    const Floats times = broadcast(c);
+    for (int i = 0; i < columns; i += Floats::lanes) store(to + i, fma(load(x + i), times, load(to + i)));
 }

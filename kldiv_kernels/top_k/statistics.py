@@ -59,6 +59,10 @@ def topk(
     return TopK(values, ids, mass if mask is None else torch.where(mask != 0, mass, 0.0))
 
 
+# Of one label a token, beside the k.
+_OF_LABELS = ("logprob", "untempered_logprob")
+
+
 @on_dtensors
 @together
 def topk_token_stats(
@@ -81,9 +85,9 @@ def topk_token_stats(
 
     Args:
         logits: [*, V]. topk_ids: [*, K] integers, each at most once in its row; -1 for none.
-        labels: [*], for logprob; see `token_stats`.
+        labels: [*], for logprob and untempered_logprob; see `token_stats`.
         stats: "topk_logprobs" [*, K] (-inf where there is no id), "tail_logprob" [*] (-inf where nothing is left), and
-            "logprob", "entropy", "logsumexp" [*] of the whole row, in the same pass.
+            "logprob", "untempered_logprob", "entropy", "logsumexp" [*] of the whole row, in the same pass.
         check: whether values of topk_ids are checked. Default: on CPU tensors only, since it waits for the device. A
             token that occurs twice in a row of unchecked ids counts twice.
         temperature, mask, ignore_index, shift, vocab_size, group, vocab_start, backend: see `token_stats`. topk_ids are
@@ -122,12 +126,15 @@ def topk_statistics_of(
 ) -> TokenStats:
     """`topk_token_stats` of logits wherever they come from."""
     logits = source.logits
-    allowed = ("topk_logprobs", "tail_logprob", "logprob", "entropy", "logsumexp")
+    allowed = ("topk_logprobs", "tail_logprob", *_OF_LABELS, "entropy", "logsumexp")
     for name in stats:
         if name not in allowed:
             raise ValueError(f"{where}: stats has {name!r}; expected {', '.join(allowed)}")
-    if "logprob" in stats and labels is None:
-        raise ValueError(f"{where}: labels is None; logprob needs one label a token, shape {list(logits.shape[:-1])}")
+    of_labels = [name for name in stats if name in _OF_LABELS]
+    if of_labels and labels is None:
+        raise ValueError(
+            f"{where}: labels is None; {of_labels[0]} needs one label a token, shape {list(logits.shape[:-1])}"
+        )
     inputs.logits_checked(where, logits, "logits")
     labels, mask = inputs.shifted(where, shift, logits, labels, mask, ignore_index)
     looks = topk_inputs.looks_at(logits, check)
@@ -136,26 +143,21 @@ def topk_statistics_of(
     shared: dict[str, Any] = {
         "temperature": temperature, "mask": mask, "vocab_size": vocab_size, "backend": backend,
     }  # fmt: skip
-    if (
-        labels is not None
-        and "logprob" in stats
-        and ids.shape[-1] == inputs.shared_columns(where, logits, None, vocab_size)
-    ):
+    if labels is not None and of_labels and ids.shape[-1] == inputs.shared_columns(where, logits, None, vocab_size):
         # One table has no place for a label beside the whole vocabulary.
-        rest = tuple(name for name in stats if name != "logprob") or ("topk_logprobs",)
+        rest = tuple(name for name in stats if name not in of_labels) or ("topk_logprobs",)
         found = topk_statistics_of(where, source, ids, stats=rest, check=False, **shared)
-        found["logprob"] = statistics_of(
-            where, source, labels, stats=("logprob",), ignore_index=ignore_index, **shared
-        )["logprob"]
+        found |= statistics_of(where, source, labels, stats=of_labels, ignore_index=ignore_index, **shared)
         return TokenStats({name: found[name] for name in stats})
     asked = {"topk_logprobs": "logprob"}
     kernel = tuple(dict.fromkeys(asked.get(name, name) for name in stats))
     joined = ids
-    if "logprob" in stats and labels is not None:
+    if of_labels and labels is not None:
         inputs.per_token_checked(where, "labels", labels, logits, integers=True)
         # In the place of no token where it is one of the k already: then the tail is the rest of both.
         known = (ids == labels[..., None]).any(-1) | (labels == ignore_index)
         joined = torch.cat([ids, torch.where(known, -1, labels)[..., None]], dim=-1)
+        kernel = kernel if "logprob" in kernel else (*kernel, "logprob")
     try:
         found = statistics_of(where, source, joined, stats=kernel, ignore_index=-1, **shared)
     except IndexError as error:
@@ -168,10 +170,10 @@ def topk_statistics_of(
             none = ids < 0
             none = none if mask is None else none & (mask != 0)[..., None]
             out[name] = torch.where(none, -torch.inf, found["logprob"][..., :count])
-        elif name == "logprob" and labels is not None:
+        elif name in _OF_LABELS and labels is not None:
             same = (ids == labels[..., None]) & (labels != ignore_index)[..., None]
-            among = torch.where(same, found["logprob"][..., :count], 0.0).sum(-1)
-            out[name] = among + found["logprob"][..., count]
+            among = torch.where(same, found[name][..., :count], 0.0).sum(-1)
+            out[name] = among + found[name][..., count]
         elif name == "tail_logprob" and joined is not ids:
             extra = torch.where(joined[..., count] < 0, -torch.inf, found["logprob"][..., count])
             out[name] = torch.where(extra == -torch.inf, found[name], torch.logaddexp(found[name], extra))

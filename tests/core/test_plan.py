@@ -157,10 +157,10 @@ def test_cluster_and_stages_of_top_k_losses(
 
 @pytest.mark.parametrize("name", [s.name for s in STATISTICS.values() if s.builtin and s.kind != "tail"])
 def test_every_statistic_of_the_student_is_one_read(name: str) -> None:
-    """Those with a gradient of the logits, beside logprob and logsumexp; a new one is among them by itself."""
+    """Those with a gradient of the logits at the temperature, beside logprob and logsumexp; a new one is among them."""
     statistic = STATISTICS[name]
     names = {name: None, "logprob": None, "logsumexp": None}
-    expected = statistic.student and statistic.differentiable
+    expected = statistic.student and statistic.differentiable and statistic.tempered
     assert (plan(90, 151_936, stats=list(names)).kernel == "one-read") == expected
 
 

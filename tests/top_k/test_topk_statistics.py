@@ -6,28 +6,39 @@ import pytest
 import torch
 from checks import BACKENDS
 from topk_formulas import N, V, problem
+from torch import Tensor
 
 import kldiv_kernels as kk
 
 
+@pytest.mark.parametrize("names", [
+    ("topk_logprobs", "tail_logprob", "logprob", "entropy", "logsumexp"),
+    ("topk_logprobs", "untempered_logprob", "tail_logprob", "logprob"),
+    ("tail_logprob", "untempered_logprob"),
+], ids="-".join)  # fmt: skip
 @pytest.mark.parametrize("backend", BACKENDS)
-def test_statistics_of_one_pass(backend: str) -> None:
+def test_statistics_of_one_pass(backend: str, names: tuple[str, ...]) -> None:
     logits, ids, _ = problem()
     labels = ids[:, 0].clone()
     labels[3:5] = torch.tensor([0, 1])
     labels[5] = -100
     logits.requires_grad_()
-    names = ("topk_logprobs", "tail_logprob", "logprob", "entropy", "logsumexp")
     out = kk.topk_token_stats(logits, ids, labels, stats=names, temperature=0.7, backend=backend)
     leaf = logits.detach().double().requires_grad_()
     logq, rest = (leaf / 0.7).log_softmax(-1), torch.ones(N, V, dtype=torch.bool).scatter_(1, ids, False)
-    expected = {
+
+    def at_labels(logs: Tensor) -> Tensor:
+        return torch.where(labels < 0, 0.0, logs.gather(1, labels.clamp_min(0)[:, None])[:, 0])
+
+    every = {
         "topk_logprobs": logq.gather(1, ids),
         "tail_logprob": torch.where(rest, logq, -torch.inf).logsumexp(-1),
-        "logprob": torch.where(labels < 0, 0.0, logq.gather(1, labels.clamp_min(0)[:, None])[:, 0]),
+        "logprob": at_labels(logq),
+        "untempered_logprob": at_labels(leaf.log_softmax(-1)),
         "entropy": -(logq.exp() * logq).sum(-1),
         "logsumexp": (leaf / 0.7).logsumexp(-1),
     }
+    expected = {name: every[name] for name in names}
     assert list(out) == list(names)
     total, wanted = torch.zeros(()), torch.zeros((), dtype=torch.float64)
     for name, value in expected.items():

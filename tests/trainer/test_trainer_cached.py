@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import pickle
 from pathlib import Path
 from typing import Any
@@ -100,15 +101,22 @@ def test_the_loss_is_the_divergence_where_there_are_rows_and_cross_entropy_at_ev
     ids[1, :5], ids[2, 3, 4:] = -1, -1  # the first have targets without a row, the other a shorter row
     ids[0, 5, 2] = targets[0, 5]
     known = (ids >= 0).any(-1) & (targets != -100)
-    divergence = kk.topk_divergence_loss(logits, ids, values, tail=tail, mask=known, reduction="sum")
     cross_entropy = torch.nn.functional.cross_entropy(logits.flatten(0, 1), targets.flatten(), reduction="sum")
-    expected = ((1 - weight) * divergence + weight * cross_entropy) / 20
-    expected_gradients = torch.autograd.grad(expected, (hidden, weights), retain_graph=True)
-    options = LossOptions("forward_kl", weight, tail=tail)
-    for source in (Logits(logits), hidden_states("test", hidden, weights)):
+    sources = (Logits(logits), hidden_states("test", hidden, weights))
+    for temperature, squared, source in itertools.product((1.0, 2.5), (False, True), sources):
+        divergence = kk.topk_divergence_loss(
+            logits, ids, values, tail=tail, mask=known, reduction="sum", temperature=temperature,
+            temperature_squared=squared,
+        )  # fmt: skip
+        expected = ((1 - weight) * divergence + weight * cross_entropy) / 20
+        expected_gradients = torch.autograd.grad(expected, (hidden, weights), retain_graph=True)
+        options = LossOptions(
+            "forward_kl", weight, tail=tail, temperature=temperature, temperature_squared=squared
+        )  # fmt: skip
         loss = topk_distillation_of(source, ids, values, targets, options, vocab_size=40, normalizer=torch.tensor(20))
         assert loss.item() == pytest.approx(expected.item(), rel=1e-5)
-        for found, wanted in zip(torch.autograd.grad(loss, (hidden, weights)), expected_gradients, strict=True):
+        found_gradients = torch.autograd.grad(loss, (hidden, weights), retain_graph=True)
+        for found, wanted in zip(found_gradients, expected_gradients, strict=True):
             assert (found - wanted).abs().max() <= 1e-5 * wanted.abs().max()
 
 
