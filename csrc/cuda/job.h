@@ -66,7 +66,6 @@ int statistic_code(const std::string& name);
 const char* statistic_name(int code);
 std::vector<std::string> statistic_names();
 bool needs_labels(int code);
-bool per_label(int code);
 bool needs_reference(int code);
 bool compares_two(int code);
 

@@ -21,9 +21,13 @@ int sums_count(const Job& job) {
         std::count_if(job.stats, job.stats + job.stat_count, [](int code) { return !finishes_first(code); }));
 }
 
-bool has_tail(const Job& job) {
-    return std::find(job.stats, job.stats + job.stat_count, kTailLogprob) != job.stats + job.stat_count;
+bool has(const Job& job, int code) {
+    return std::find(job.stats, job.stats + job.stat_count, code) != job.stats + job.stat_count;
 }
+bool has_tail(const Job& job) { return has(job, kTailLogprob); }
+
+// Of the softmaxes that a state has beside it.
+int64_t softmax_floats(const Job& job) { return kSoftmaxFloats * (has_tail(job) + has(job, kUntemperedLogprob)); }
 
 int64_t slices_of(const Job& job) {
     const int64_t slice = slice_columns(job.columns);
@@ -36,9 +40,16 @@ SweepArguments sweep_arguments(const Job& job) {
     a.slices = a.states_a_row = slices_of(job);
     a.slice = slice_columns(job.columns);
     a.sums_count = sums_count(job);
-    a.states = job.workspace;
-    a.sums = job.workspace ? job.workspace + job.rows * a.slices * kStateFloats : nullptr;
-    a.tails = a.sums && has_tail(job) ? a.sums + job.rows * a.slices * kSumsFloats * a.sums_count : nullptr;
+    float* next = job.workspace;
+    const auto take = [&](int64_t floats) {
+        float* taken = next && floats > 0 ? next : nullptr;
+        if (taken) next += job.rows * a.slices * floats;
+        return taken;
+    };
+    a.states = take(kStateFloats);
+    a.sums = take(kSumsFloats * a.sums_count);
+    a.tails = take(kSoftmaxFloats * has_tail(job));
+    a.untempered = take(kSoftmaxFloats * has(job, kUntemperedLogprob));
     a.student = job.d_student.data != nullptr;
     a.teacher = job.d_teacher.data != nullptr;
     a.divergences = job.topk.divergences;
@@ -79,6 +90,7 @@ int first_of(const Job& job) {
         if (code == k_hellinger) first |= kHellinger;
         if (code == kMaxLogprob || code == kArgmaxCode) first |= kArgmax;
         if (code == kTailLogprob) first |= kTail;
+        if (code == kUntemperedLogprob) first |= kUntempered;
     }
     return first;
 }
@@ -96,9 +108,16 @@ Kernel<SweepArguments> sweep_kernel(int first) {
         {kTeacher | kReverseKl, sweep<kTeacher | kReverseKl>},
         {kTeacher | kHellinger, sweep<kTeacher | kHellinger>},
         {kEverything, sweep<kEverything>},
+        {kUntempered | kEntropy | kArgmax, sweep<kUntempered | kEntropy | kArgmax>},
+        {kUntempered | kTeacher, sweep<kUntempered | kTeacher>},
+        {kUntempered | kTeacher | kForwardKl, sweep<kUntempered | kTeacher | kForwardKl>},
+        {kUntempered | kTeacher | kReverseKl, sweep<kUntempered | kTeacher | kReverseKl>},
+        {kUntempered | kEverything, sweep<kUntempered | kEverything>},
         {kTail, sweep<kTail>},
         {kTail | kEntropy | kArgmax, sweep<kTail | kEntropy | kArgmax>},
         {kTail | kEverything, sweep<kTail | kEverything>},
+        {kUntempered | kTail | kEntropy | kArgmax, sweep<kUntempered | kTail | kEntropy | kArgmax>},
+        {kUntempered | kTail | kEverything, sweep<kUntempered | kTail | kEverything>},
     };
     return std::find_if(std::begin(variants), std::end(variants),
                         [&](const Variant& v) { return (first & ~v.first) == 0 && !((v.first & ~first) & kTeacher); })
@@ -125,12 +144,16 @@ void merge(const Job& job, int64_t items, const From& from, int64_t parts, const
     launch_warps(merge_parts<X>, a.items, job, a, "merge");
 }
 
-// One state a row, and tail, from those of all processes.
+// One state a row, and of each softmax beside it, from those of all processes.
 void merge_shards(const Job& job, const float* states, int64_t shards, SweepArguments* a) {
     const int64_t width = shard_state_floats(job);
     merge<State>(job, 1, {states, width, job.rows * width}, shards, {a->states, kStateFloats});
-    if (a->tails)
-        merge<Softmax>(job, 1, {states + kStateFloats, width, job.rows * width}, shards, {a->tails, kTailFloats});
+    const float* from = states + kStateFloats;
+    for (float* to : {a->tails, a->untempered}) {
+        if (!to) continue;
+        merge<Softmax>(job, 1, {from, width, job.rows * width}, shards, {to, kSoftmaxFloats});
+        from += kSoftmaxFloats;
+    }
     a->states_a_row = 1;
 }
 
@@ -200,7 +223,7 @@ std::string refusal() { return driver_refusal(); }
 int64_t state_rows(const Job& job) { return kStateOfRow + kStateOfStatistic * job.stat_count; }
 
 int64_t workspace_floats(const Job& job) {
-    return job.rows * slices_of(job) * (kStateFloats + kSumsFloats * sums_count(job) + kTailFloats * has_tail(job));
+    return job.rows * slices_of(job) * (kStateFloats + kSumsFloats * sums_count(job) + softmax_floats(job));
 }
 
 CudaPlan plan(const Job& job) {
@@ -272,7 +295,7 @@ void run_backward(const Job& job) {
     if (a.student || a.teacher) launch_sweep(gradient, job.rows * a.slices, job, a, "gradient", labels_apart(job));
 }
 
-int64_t shard_state_floats(const Job& job) { return kStateFloats + kTailFloats * has_tail(job); }
+int64_t shard_state_floats(const Job& job) { return kStateFloats + softmax_floats(job); }
 int64_t shard_sums_floats(const Job& job) { return kSumsFloats * sums_count(job); }
 
 void run_shard_state(const Job& job, int64_t first_column, float* states) {
@@ -281,9 +304,12 @@ void run_shard_state(const Job& job, int64_t first_column, float* states) {
     launch_sweep(sweep_kernel(first_of(job)), job.rows * a.slices, job, a, "sweep", a.tails != nullptr);
     const int64_t width = shard_state_floats(job);
     merge<State>(job, 1, {a.states, a.slices * kStateFloats, kStateFloats}, a.slices, {states, width}, first_column);
-    if (a.tails)
-        merge<Softmax>(job, 1, {a.tails, a.slices * kTailFloats, kTailFloats}, a.slices,
-                       {states + kStateFloats, width});
+    float* to = states + kStateFloats;
+    for (const float* from : {a.tails, a.untempered}) {
+        if (!from) continue;
+        merge<Softmax>(job, 1, {from, a.slices * kSoftmaxFloats, kSoftmaxFloats}, a.slices, {to, width});
+        to += kSoftmaxFloats;
+    }
 }
 
 void run_shard_sums(const Job& job, const float* states, int64_t shards, float* to) {

@@ -1,5 +1,6 @@
 // The operators of rows whose columns are spread over processes, for CUDA tensors. What is exchanged is float32:
-// states [N, kStateFloats and with a tail kTailFloats more], sums [N, statistics that take them, kSumsFloats].
+// states [N, kStateFloats, and kSoftmaxFloats for each of a tail and a softmax at temperature 1], sums [N, statistics
+// that take them, kSumsFloats].
 #include <tuple>
 
 #include "op_job.h"

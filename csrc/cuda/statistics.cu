@@ -11,9 +11,13 @@ struct Named {
     const char* name;
     int code;
 };
-constexpr Named kNames[] = {{"logprob", kLogprob},          {"reference_logprob", kReferenceLogprob},
-                            {"tail_logprob", kTailLogprob}, {"logsumexp", kLogsumexp},
-                            {"max_logprob", kMaxLogprob},   {"argmax", kArgmaxCode},
+constexpr Named kNames[] = {{"logprob", kLogprob},
+                            {"reference_logprob", kReferenceLogprob},
+                            {"untempered_logprob", kUntemperedLogprob},
+                            {"tail_logprob", kTailLogprob},
+                            {"logsumexp", kLogsumexp},
+                            {"max_logprob", kMaxLogprob},
+                            {"argmax", kArgmaxCode},
 #define KLDIV_NAME(name, D) {#name, k_##name},
                             KLDIV_DIVERGENCES(KLDIV_NAME)
 #undef KLDIV_NAME
@@ -40,7 +44,6 @@ std::vector<std::string> statistic_names() {
     return names;
 }
 
-bool per_label(int code) { return code == kLogprob || code == kReferenceLogprob; }
 bool needs_labels(int code) { return per_label(code) || code == kTailLogprob; }
 
 bool needs_reference(int code) {

@@ -19,12 +19,14 @@ if not CUDA_ON_HOST:
 SLICE, COLUMNS = 16_384, 32_811
 BORDERS = torch.tensor([0, 7, 8, SLICE - 1, SLICE, 2 * SLICE - 1, 2 * SLICE, COLUMNS - 1, -1, -1])
 ALONE = [
-    ("tail_logprob",), ("logprob", "tail_logprob"), ("logprob",),
-    ("max_logprob", "logprob", "argmax", "tail_logprob", "logsumexp", "entropy"),
+    ("tail_logprob",), ("logprob", "tail_logprob"), ("logprob",), ("untempered_logprob",),
+    ("max_logprob", "logprob", "argmax", "tail_logprob", "logsumexp", "entropy", "untempered_logprob"),
 ]  # fmt: skip
 BESIDE = [
     ("logprob", "reference_logprob"), ("tail_logprob", "js", "argmax", "reference_logprob", "forward_kl"),
     ("hellinger", "logprob", "tvd", "tail_logprob", "reverse_kl", "reference_entropy"),
+    ("untempered_logprob", "forward_kl"), ("reverse_kl", "untempered_logprob"), ("untempered_logprob", "logprob", "js"),
+    ("hellinger", "untempered_logprob"), ("js", "reverse_kl", "untempered_logprob", "tail_logprob", "logprob"),
 ]  # fmt: skip
 
 
@@ -105,12 +107,16 @@ def test_how_many(stats: tuple[str, ...], count: int) -> None:
     assert (tail == -torch.inf).all() if count == 3000 else tail.isfinite().all()
 
 
-@pytest.mark.parametrize("stats", [("logprob", "tail_logprob"), ("logprob", "reference_logprob")], ids="+".join)
+@pytest.mark.parametrize(
+    "stats",
+    [("logprob", "tail_logprob"), ("logprob", "reference_logprob"), ("logprob", "untempered_logprob")],
+    ids="+".join,
+)
 def test_a_label_that_occurs_again(stats: tuple[str, ...]) -> None:
     """Its coefficients add up, and the tail is without it once."""
     logits, reference = pair(2, 300, torch.float32)
     labels = torch.tensor([[7, 9, 7, -1, 299, 7], [3, 3, 3, 3, 3, 3]])
-    call = prepare(stats, logits, reference if len(stats) == 2 else None, labels, ignore_index=-1)
+    call = prepare(stats, logits, reference, labels, ignore_index=-1, temperature=1.7)
     _check(call, _coefficients(call))
 
 
@@ -172,7 +178,8 @@ def test_parameters_per_token() -> None:
     logits, _ = pair(5, 777, torch.float32)
     temperature = torch.rand(5) + 0.6
     call = prepare(
-        ("tail_logprob", "logprob"), logits, None, _labels(5, 777, 6), ignore_index=-1, temperature=temperature
+        ("tail_logprob", "logprob", "untempered_logprob"), logits, None, _labels(5, 777, 6), ignore_index=-1,
+        temperature=temperature,
     )  # fmt: skip
     _check(call, _coefficients(call))
 

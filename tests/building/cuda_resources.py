@@ -132,11 +132,11 @@ def _found(pattern: str) -> list[tuple[str, str]]:
 def _taken(first: int) -> list[str]:
     """What a first sweep takes beside the student's sums: csrc/cuda/row/state.cuh."""
     bits = re.findall(r"^\s*k(\w+) = (\d+),", (SOURCES / "row" / "state.cuh").read_text(), re.MULTILINE)
-    tail = [int(bit) for name, bit in bits if name == "Tail"]
-    if first | sum(tail) == sum(int(bit) for _, bit in bits):
-        return ["everything", "tail"] if first & sum(tail) else ["everything"]
     words = [re.sub(r"(?<!^)(?=[A-Z])", "_", name).lower() for name, bit in bits if first & int(bit)]
-    return [word for word in words if word != "teacher" or len(words) == 1]
+    beside = [word for word in words if word in ("tail", "untempered")]
+    if len(words) - len(beside) == len(bits) - 2:
+        return ["everything", *beside]
+    return [word for word in words if word != "teacher" or len(words) - len(beside) == 1]
 
 
 def runs_on(kernel: str, target: int) -> bool:
@@ -151,7 +151,7 @@ def threads_of(kernel: str) -> int:
 def dynamic_shared(kernel: str, target: int) -> int:
     """Bytes that a block asks for when it is launched; 0 for a one-read kernel that no plan there chooses."""
     if not kernel.startswith("one_read"):
-        return SWEEP_SHARED + (LABEL_BYTES if kernel.endswith(" tail") else 0)
+        return SWEEP_SHARED + (LABEL_BYTES if " tail" in kernel else 0)
     from kldiv_kernels import _C  # type: ignore[attr-defined]
 
     family, *names, dtype = kernel.split()

@@ -102,7 +102,9 @@ REFUSALS: dict[str, tuple[dict[str, Any], str]] = {
         {"stats": ["logprob"], "labels_per_row": 8, "topk_outcomes": 8, "float16": True},
         "top-k losses have no one-read kernel for float16",
     ),
-    "tail": ({"stats": ["tail_logprob"]}, "tail_logprob has no one-read kernel"),
+    **{
+        name: ({"stats": [name]}, f"{name} has no one-read kernel") for name in ("tail_logprob", "untempered_logprob")
+    },
     "two divergences": (
         {"stats": ["logprob", "forward_kl", "js"]},
         "2 statistics beside logprob and logsumexp; one-read takes one",
@@ -155,12 +157,12 @@ def test_cluster_and_stages_of_top_k_losses(
         assert found.bytes == plain.bytes
 
 
-@pytest.mark.parametrize("name", [s.name for s in STATISTICS.values() if s.builtin and s.kind != "tail"])
+@pytest.mark.parametrize("name", [s.name for s in STATISTICS.values() if s.builtin and s.tempered and s.kind != "tail"])
 def test_every_statistic_of_the_student_is_one_read(name: str) -> None:
     """Those with a gradient of the logits at the temperature, beside logprob and logsumexp; a new one is among them."""
     statistic = STATISTICS[name]
     names = {name: None, "logprob": None, "logsumexp": None}
-    expected = statistic.student and statistic.differentiable and statistic.tempered
+    expected = statistic.student and statistic.differentiable
     assert (plan(90, 151_936, stats=list(names)).kernel == "one-read") == expected
 
 

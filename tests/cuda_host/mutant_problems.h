@@ -107,13 +107,6 @@ class Logits {
     Memory memory_;
 };
 
-inline int64_t value_rows_of(const Problem& p) {
-    int64_t count = 0;
-    for (const std::string name : p.stats)
-        count += name == "logprob" || name == "reference_logprob" ? p.labels_per_row : 1;
-    return count;
-}
-
 // The answer of processes that have some of the columns each, in their order. `whole` has coefficients.
 inline std::string solve_in_shards(const Job& whole, int64_t shards) {
     const int64_t n = whole.rows, cells = n * whole.labels_per_row;
@@ -190,7 +183,8 @@ inline std::string solve(const Problem& p) {
     job.rows = p.rows;
     job.columns = p.columns + p.beyond;
     for (const char* name : p.stats) job.stats[job.stat_count++] = statistic_code(name);
-    const int64_t values = value_rows_of(p), width = p.columns + p.padding;
+    job.labels_per_row = p.labels_per_row;
+    const int64_t values = value_rows(job, job.stat_count), width = p.columns + p.padding;
     Memory labels(p.rows * p.labels_per_row * 8), mask(p.rows), exclude(p.rows * 8);
     Memory out(values * p.rows * 4), coefficients(values * p.rows * 4);
     for (int64_t i = 0; i < p.rows * p.labels_per_row; ++i)
@@ -201,7 +195,6 @@ inline std::string solve(const Problem& p) {
     }
     for (int64_t i = 0; i < values * p.rows; ++i) coefficients.as<float>()[i] = noise(-i) + 2;
     job.labels = labels.as<int64_t>();
-    job.labels_per_row = p.labels_per_row;
     job.parameters[0] = 0.7f;
     job.parameters[1] = 1.3f;
     job.parameters[3] = 0.4f;

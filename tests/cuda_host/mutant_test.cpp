@@ -49,9 +49,10 @@ std::vector<Problem> problems_of(const std::string& group) {
     const Problem kl = {"forward_kl", {"forward_kl"}, "cluster=4,stages=3"};
     const Problem student = {"of the student", {"entropy", "logprob", "logsumexp"}, "cluster=2,stages=2"};
     const Problem sums = {"sums", {"js", "tvd", "jeffreys", "triangular", "cross_entropy"}, "two-sweep"};
-    const Problem many = {
-        "two sweeps", {"js", "forward_kl", "tvd", "entropy", "logprob", "reference_logprob"}, "two-sweep"};
-    const Problem labels = {"labels", {"logprob", "tail_logprob", "entropy"}, "two-sweep"};
+    const Problem many = {"two sweeps",
+                          {"js", "forward_kl", "tvd", "entropy", "logprob", "reference_logprob", "untempered_logprob"},
+                          "two-sweep"};
+    const Problem labels = {"labels", {"logprob", "tail_logprob", "entropy", "untempered_logprob"}, "two-sweep"};
     const Problem topk = {"top-k", {"logprob", "tail_logprob"}, "cluster=2,stages=2"};
     const auto alone = [](Problem& p) { p.teacher = false, p.element = kFloat32; };
     if (group == "orders") {

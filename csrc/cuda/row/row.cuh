@@ -9,10 +9,11 @@
 
 namespace kldiv::gpu {
 
-// The statistics by number, in the order of this list; the first six are no divergences.
+// The statistics by number, in the order of this list; the first seven are no divergences.
 enum Code {
     kLogprob,
     kReferenceLogprob,
+    kUntemperedLogprob,
     kTailLogprob,
     kLogsumexp,
     kMaxLogprob,
@@ -24,7 +25,8 @@ enum Code {
 };
 
 // Saved state of a row: references and sums of both softmaxes, then for each statistic the sums of its gradients and
-// its constants, as [state rows, N]. The constants of tail_logprob are the tail's reference and sum.
+// its constants, as [state rows, N]. The constants of tail_logprob and of untempered_logprob are the reference and the
+// sum of the softmax that they are of.
 constexpr int kStateOfRow = 4, kStateOfStatistic = 2 + kRowConstants;
 
 // Below this exponent a float64 softmax underflows: log2(e^-745).
@@ -102,6 +104,11 @@ KLDIV_DEVICE void with_divergence(int code, Function function) {
         KLDIV_DIVERGENCES(KLDIV_CASE)
 #undef KLDIV_CASE
     }
+}
+
+// A value for each label.
+KLDIV_HOST_DEVICE constexpr bool per_label(int code) {
+    return code == kLogprob || code == kReferenceLogprob || code == kUntemperedLogprob;
 }
 
 // What is no divergence has a code below theirs.

@@ -22,6 +22,7 @@
 namespace kldiv::gpu {
 
 // What the first sweep takes: bits of FIRST. kTail: the labels' columns last, after a look at the sum without them.
+// kUntempered: the student's softmax at temperature 1 as well.
 enum First {
     kTeacher = 1,
     kEntropy = 2,
@@ -31,6 +32,7 @@ enum First {
     kHellinger = 32,
     kArgmax = 64,
     kTail = 128,
+    kUntempered = 256,
 };
 
 // The reference of no columns. Below the exponents of columns with mass and far above those of the others, so that a
@@ -58,6 +60,7 @@ struct Softmax {
 
 struct State {
     Softmax s, t;
+    Softmax untempered;  // m and z alone; what threads are merged into has it apart (two_sweep/sweeps.cuh)
     float forward_kl = 0, reverse_kl = 0, hellinger = 0;
     float best = kNoLogit;  // the largest logit, and where
     int column = kNoColumn;
@@ -70,6 +73,11 @@ KLDIV_DEVICE float move_kl(float g, float z_first, float z_second, float a, floa
     return select(abs(x) < 1.0f, near, far);
 }
 
+// m and z alone.
+KLDIV_DEVICE void move(Softmax& x, float to) {
+    x.z *= exp2(x.m - to);
+    x.m = to;
+}
 // The state in exponents relative to other references.
 template <int FIRST>
 KLDIV_DEVICE void move(State& state, float to_s, float to_t) {
@@ -130,7 +138,7 @@ KLDIV_DEVICE void add_exponentials(State& state, const Columns& s, const Columns
     constexpr bool squares = FIRST == (kTeacher | kHellinger);
     constexpr float unit = squares ? 0.5f : 1.0f;
     const float scale_s = unit * cs, scale_t = unit * ct, ms = unit * state.s.m, mt = unit * state.t.m;
-    float zs = 0, zt = 0, as = 0, at = 0, hellinger = 0;
+    float zs = 0, zt = 0, as = 0, at = 0, hellinger = 0, untempered = 0;
     KlTerms forward, reverse;
 #pragma unroll
     for (int i = 0; i < kColumns; ++i) {
@@ -147,6 +155,7 @@ KLDIV_DEVICE void add_exponentials(State& state, const Columns& s, const Columns
         const float q = exp2(ys);
         add(zs, q);
         if constexpr (FIRST & kEntropy) as = fma(-q, ys, as);
+        if constexpr (FIRST & kUntempered) add(untempered, exp2(fma(s.x[i], kLog2e, -state.untempered.m)));
         if constexpr (FIRST & kTeacher) {
             const float p = exp2(yt);
             add(zt, p);
@@ -163,6 +172,7 @@ KLDIV_DEVICE void add_exponentials(State& state, const Columns& s, const Columns
     state.forward_kl = forward.added_to(state.forward_kl);
     state.reverse_kl = reverse.added_to(state.reverse_kl);
     state.hellinger = fma(0.5f, hellinger, state.hellinger);
+    state.untempered.z += untempered;
 }
 
 // References that are below the largest logits move there.
@@ -170,6 +180,10 @@ template <int FIRST>
 KLDIV_DEVICE void move_up(State& state, float largest_s, float largest_t, float cs, float ct) {
     const float top_s = largest_s * cs, top_t = FIRST & kTeacher ? largest_t * ct : kNoReference;
     if (top_s > state.s.m || top_t > state.t.m) move<FIRST>(state, max(top_s, state.s.m), max(top_t, state.t.m));
+    if constexpr (FIRST & kUntempered) {
+        const float top = largest_s * kLog2e;
+        if (top > state.untempered.m) move(state.untempered, top);
+    }
 }
 
 // Eight columns more where references may have to move first; the largest of each row is given.
@@ -209,6 +223,10 @@ KLDIV_DEVICE float warp_max(float x, int width = kLanes) {
 
 // The log-sum-exp in base 2, and the reference where there is no mass.
 KLDIV_DEVICE float log_sum(float m, float z) { return z > 0 ? m + log2_approx(z) : (z == 0 ? m : z); }
+KLDIV_DEVICE float log_sum_lanes(const Softmax& x, int width) {
+    const float top = warp_max(x.m, width);
+    return log_sum(top, warp_sum(x.z * exp2(x.m - top), width));
+}
 
 // States of the same references, merged into one that every lane gets.
 template <int FIRST>
@@ -228,15 +246,16 @@ KLDIV_DEVICE void add_lanes(State& state, int width = kLanes) {
     if constexpr (FIRST & kHellinger) state.hellinger = warp_sum(state.hellinger, width);
 }
 
-// The states of the lanes merged into one, which every lane gets.
+// The softmaxes of the lanes, m and z alone, merged into one, which every lane gets.
+KLDIV_DEVICE void merge_lanes(Softmax& x, int width = kLanes) {
+    move(x, log_sum_lanes(x, width));
+    x.z = warp_sum(x.z, width);
+}
+// The same of states.
 template <int FIRST>
 KLDIV_DEVICE void merge_lanes(State& state, int width = kLanes) {
-    const auto log_sum_lanes = [&](const Softmax& x) {
-        const float top = warp_max(x.m, width);
-        return log_sum(top, warp_sum(x.z * exp2(x.m - top), width));
-    };
-    const float to_s = log_sum_lanes(state.s);
-    move<FIRST>(state, to_s, FIRST & kTeacher ? log_sum_lanes(state.t) : kNoReference);
+    const float to_s = log_sum_lanes(state.s, width);
+    move<FIRST>(state, to_s, FIRST & kTeacher ? log_sum_lanes(state.t, width) : kNoReference);
     add_lanes<FIRST>(state, width);
     if constexpr (FIRST & kArgmax) {
         const float best = warp_max(state.best, width);

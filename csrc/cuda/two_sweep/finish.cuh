@@ -35,6 +35,13 @@ KLDIV_KERNEL(kSweepThreads, 1) finish(SweepArguments a) {
     State state;
     if (active) state = row_state(a, index);
     const Normalised normal = normalise(row, state, call.teacher.data != nullptr);
+    const auto log_probability = [&](int code, const Softmax& untempered, float logit, bool left_out) {
+        if (code == kReferenceLogprob) return log_softmax(logit, row.t, normal.mt, normal.zt, normal.log_zt, left_out);
+        if (code == kUntemperedLogprob)
+            return log_softmax(logit, {kLog2e, row.s.floor}, untempered.m, untempered.z, ::logf(untempered.z),
+                               left_out);
+        return log_softmax(logit, row.s, normal.ms, normal.zs, normal.log_zs, left_out);
+    };
     const auto save_state = [&](int at, float x) {
         if (call.state && lane == 0) call.state[at * n + index] = active ? x : 0;
     };
@@ -52,8 +59,15 @@ KLDIV_KERNEL(kSweepThreads, 1) finish(SweepArguments a) {
     for (int i = 0; i < call.stat_count; ++i) {
         const int code = call.stats[i];
         Finished done{};
-        if (code == kLogprob || code == kReferenceLogprob) {
-            const bool student = code == kLogprob;
+        if (per_label(code)) {
+            const bool student = code != kReferenceLogprob;
+            Softmax untempered;
+            if (code == kUntemperedLogprob && active) {
+                untempered = row_softmax(a, a.untempered, index);
+                if (untempered.z == 0) untempered.z = std::numeric_limits<float>::quiet_NaN();
+                done.k[0] = untempered.m;
+                done.k[1] = untempered.z;
+            }
             for (int64_t j = lane; j < call.labels_per_row; j += 32) {
                 const int64_t cell = index * call.labels_per_row + j, label = call.labels[cell];
                 const bool beyond = label >= call.columns;
@@ -62,13 +76,11 @@ KLDIV_KERNEL(kSweepThreads, 1) finish(SweepArguments a) {
                     const float logit = call.picked ? call.picked[(student ? 0 : n * call.labels_per_row) + cell]
                                         : student   ? load_column(row.student, call.student.element, label)
                                                     : load_column(row.teacher, call.teacher.element, label);
-                    const bool left_out = label == row.exclude;
-                    x = student ? log_softmax(logit, row.s, normal.ms, normal.zs, normal.log_zs, left_out)
-                                : log_softmax(logit, row.t, normal.mt, normal.zt, normal.log_zt, left_out);
+                    x = log_probability(code, untempered, logit, label == row.exclude);
                 }
                 if (!active) x = 0;
                 value[j * n] = x;
-                if (call.completed) complete(value + j * n, student, x);
+                if (call.completed) complete(value + j * n, code == kLogprob, x);
             }
             value += call.labels_per_row * n;
         } else {
@@ -81,7 +93,7 @@ KLDIV_KERNEL(kSweepThreads, 1) finish(SweepArguments a) {
             }
             done = finish_statistic(code, row, state, normal, sums);
             if (code == kTailLogprob && active) {
-                const Softmax tail = row_tail(a, index);
+                const Softmax tail = row_softmax(a, a.tails, index);
                 done.value = log_mass(tail, normal);
                 done.k[0] = tail.m;
                 done.k[1] = tail.z;

@@ -11,7 +11,8 @@ struct Shares {
     float s = 0, t = 0;  // of the two softmaxes
     float tail = 0;      // of the softmax of the columns that are no label
     Softmax of_tail;
-    bool any = false;  // some coefficient is not 0
+    float untempered = 0;  // of the student's softmax at temperature 1
+    bool any = false;      // some coefficient is not 0
 };
 
 // Whether labels get their gradient after all other columns: a look for each of them at every eight columns would take
@@ -29,7 +30,7 @@ KLDIV_DEVICE Shares shares_of(const Call& call, int64_t index) {
     const float* coefficient = call.coefficients + index;
     for (int i = 0; i < call.stat_count; ++i) {
         const int code = call.stats[i];
-        if (code == kLogprob || code == kReferenceLogprob) {
+        if (per_label(code)) {
             float sum = 0;
             bool any = false;
             for (int64_t j = thread_index() % 32; j < call.labels_per_row; j += 32) {
@@ -38,7 +39,7 @@ KLDIV_DEVICE Shares shares_of(const Call& call, int64_t index) {
                 // Those of other processes take their shares here, too.
                 sum += call.labels[index * call.labels_per_row + j] == kNoLabel ? 0 : c;
             }
-            (code == kLogprob ? out.s : out.t) -= warp_sum(sum);
+            (code == kLogprob ? out.s : code == kReferenceLogprob ? out.t : out.untempered) -= warp_sum(sum);
             out.any |= any_lane(any);
             coefficient += call.labels_per_row * n;
             continue;
@@ -61,17 +62,20 @@ KLDIV_DEVICE Shares shares_of(const Call& call, int64_t index) {
     return out;
 }
 
-// The coefficients of a column that is a label, the j-th of its row; of all that name it where there are others.
-KLDIV_DEVICE float label_weight(const Call& call, int64_t index, int64_t j, bool others, bool student) {
+// The coefficients of a column that is a label, the j-th of its row; of all that name it where there are others. Those
+// of untempered_logprob are times the temperature, by which all of a gradient is divided at the end.
+KLDIV_DEVICE float label_weight(const Call& call, int64_t index, int64_t j, bool others, bool student,
+                                float temperature) {
     const float* coefficient = call.coefficients + index;
     const int64_t* labels = call.labels + index * call.labels_per_row;
     float weight = 0;
     for (int i = 0; i < call.stat_count; ++i) {
         const int code = call.stats[i];
-        const int64_t values = code == kLogprob || code == kReferenceLogprob ? call.labels_per_row : 1;
-        if (code == (student ? kLogprob : kReferenceLogprob)) {
+        const int64_t values = per_label(code) ? call.labels_per_row : 1;
+        if (per_label(code) && student == (code != kReferenceLogprob)) {
+            const float unit = code == kUntemperedLogprob ? temperature : 1.0f;
             for (int64_t other = others ? 0 : j; other < (others ? values : j + 1); ++other)
-                weight += labels[other] == labels[j] ? coefficient[other * call.rows] : 0.0f;
+                weight += labels[other] == labels[j] ? unit * coefficient[other * call.rows] : 0.0f;
         }
         coefficient += values * call.rows;
     }
@@ -101,6 +105,7 @@ KLDIV_DEVICE void slice_gradient(const SweepArguments& a, const RowInput& row, c
     char* out = row_at(to, element, index);
     const int begin = static_cast<int>(at.begin), limit = static_cast<int>(at.limit);
     const auto label_at = [&](int64_t j) { return call.labels[index * call.labels_per_row + j]; };
+    const auto temperature = [&] { return kLog2e / opaque(n.cs); };
     // `alone`: of these columns only the one that is the j-th label. Asked for again at the end, not kept in registers.
     const auto body = [&](int start, Pair& pair, const Dense& dense, bool alone, int j) {
         raise_to(n.floor_s, pair.s);
@@ -119,10 +124,16 @@ KLDIV_DEVICE void slice_gradient(const SweepArguments& a, const RowInput& row, c
         for (int i = 0; own_terms && i < call.stat_count; ++i) {
             const int code = call.stats[i];
             const float c = *coefficient;
-            coefficient += (code == kLogprob || code == kReferenceLogprob ? call.labels_per_row : 1) * call.rows;
+            coefficient += (per_label(code) ? call.labels_per_row : 1) * call.rows;
+            const float* k_at = call.state + (kStateOfRow + i * kStateOfStatistic + 2) * call.rows + index;
+            if (student && code == kUntemperedLogprob && shares.untempered != 0) {
+                const float m = k_at[0], factor = shares.untempered * temperature() / k_at[call.rows];
+#pragma unroll
+                for (int j = 0; j < kColumns; ++j)
+                    g.x[j] = fma(factor, exp2(fma(opaque(pair.s.x[j]), kLog2e, -m)), g.x[j]);
+            }
             if (code < k_entropy || c == 0) continue;
             const Resolved resolved = resolve(code, row.alpha, row.beta);
-            const float* k_at = call.state + (kStateOfRow + i * kStateOfStatistic + 2) * call.rows + index;
             with_divergence(resolved.code, [&](auto divergence) {
                 using D = decltype(divergence);
                 if constexpr (student || D::needs_p) {
@@ -143,7 +154,8 @@ KLDIV_DEVICE void slice_gradient(const SweepArguments& a, const RowInput& row, c
         int64_t label = -1;
         if (alone || (call.labels && !apart)) label = label_at(alone ? j : 0) - start;
         if (label >= 0 && label < kColumns) {
-            const float weight = label_weight(call, index, alone ? j : 0, alone && LabelBits::some_twice(), student);
+            const bool others = alone && LabelBits::some_twice();
+            const float weight = label_weight(call, index, alone ? j : 0, others, student, temperature());
 #pragma unroll
             for (int i = 0; i < kColumns; ++i) g.x[i] += label == i ? weight : 0.0f;
         }
@@ -223,8 +235,7 @@ KLDIV_KERNEL(kSweepThreads, 2) zero_masked(SweepArguments a) {
     const int64_t index = block_index();
     if (call.mask[index]) return;
     int64_t values = 0;
-    for (int i = 0; i < call.stat_count; ++i)
-        values += call.stats[i] == kLogprob || call.stats[i] == kReferenceLogprob ? call.labels_per_row : 1;
+    for (int i = 0; i < call.stat_count; ++i) values += per_label(call.stats[i]) ? call.labels_per_row : 1;
     for (int64_t i = thread_index(); i < values; i += kSweepThreads) call.values[i * call.rows + index] = 0;
     if (a.divergences && thread_index() == 0) a.divergences[index] = 0;
     zero_columns(call.d_student, call.student.element, index, 0, call.d_student.width, kSweepThreads);

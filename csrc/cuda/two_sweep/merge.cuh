@@ -19,7 +19,7 @@ struct MergeArguments {
 };
 
 KLDIV_DEVICE void load(const float* from, State& x) { x = saved_state(from); }
-KLDIV_DEVICE void load(const float* from, Softmax& x) { x = {from[0], from[1]}; }
+KLDIV_DEVICE void load(const float* from, Softmax& x) { x = saved_softmax(from); }
 KLDIV_DEVICE void load(const float* from, Sums& x) { x = saved_sums(from); }
 
 KLDIV_DEVICE void merge_any(State& x) { merge_lanes<kEverything>(x); }

@@ -1,11 +1,12 @@
-// What the blocks of `sweep` leave for the kernels after it: the state of each slice, and of its tail, in memory.
+// What the blocks of `sweep` leave for the kernels after it, in memory: the state of each slice, the softmax of its
+// tail, and that of the student at temperature 1.
 #pragma once
 
 #include "slices.cuh"
 
 namespace kldiv::gpu {
 
-constexpr int kStateFloats = 13, kTailFloats = 2;
+constexpr int kStateFloats = 13, kSoftmaxFloats = 2;
 constexpr int kEverything = kTeacher | kEntropy | kReferenceEntropy | kForwardKl | kReverseKl | kHellinger | kArgmax;
 
 KLDIV_DEVICE void save(const State& x, float* to) {
@@ -40,12 +41,8 @@ KLDIV_DEVICE void save(const Softmax& x, float* to) {
     to[0] = x.m;
     to[1] = x.z;
 }
-KLDIV_DEVICE void merge_lanes(Softmax& x) {
-    State alone;
-    alone.s = x;
-    merge_lanes<0>(alone);
-    x = alone.s;
-}
+KLDIV_DEVICE Softmax saved_softmax(const float* from) { return {from[0], from[1]}; }
+
 // What the block's threads have, merged, in its first warp. What `save` and `load` exchange goes through shared memory,
 // `floats` a warp.
 template <class X, class Merge, class Load>
@@ -72,15 +69,13 @@ KLDIV_DEVICE State row_state(const SweepArguments& a, int64_t index) {
     return state;
 }
 
-KLDIV_DEVICE Softmax row_tail(const SweepArguments& a, int64_t index) {
+// The same of one of the softmaxes beside it.
+KLDIV_DEVICE Softmax row_softmax(const SweepArguments& a, const float* softmaxes, int64_t index) {
     const int lane = thread_index() % 32;
-    Softmax tail;
-    if (lane < a.states_a_row) {
-        const float* from = a.tails + (index * a.states_a_row + lane) * kTailFloats;
-        tail = {from[0], from[1]};
-    }
-    merge_lanes(tail);
-    return tail;
+    Softmax x;
+    if (lane < a.states_a_row) x = saved_softmax(softmaxes + (index * a.states_a_row + lane) * kSoftmaxFloats);
+    merge_lanes(x);
+    return x;
 }
 
 }  // namespace kldiv::gpu

@@ -22,15 +22,15 @@ namespace kldiv::gpu {
 
 struct SweepArguments {
     Call call;
-    float* states;          // [N, states_a_row, kStateFloats]
-    float* sums;            // [N, sums_count, slices, kSumsFloats]
-    float* tails;           // [N, states_a_row, kTailFloats], or null
-    int64_t slices, slice;  // of a row; columns of one
-    int64_t states_a_row;   // its slices, or 1: the whole row's, most of whose columns other processes may have
-    int sums_count;         // statistics that take normalised sums
-    bool backwards;         // the order of the slices
-    bool student, teacher;  // gradients wanted
-    float* divergences;     // [N], of a top-k loss, or null
+    float* states;              // [N, states_a_row, kStateFloats]
+    float* sums;                // [N, sums_count, slices, kSumsFloats]
+    float *tails, *untempered;  // [N, states_a_row, kSoftmaxFloats] each, or null
+    int64_t slices, slice;      // of a row; columns of one
+    int64_t states_a_row;       // its slices, or 1: the whole row's, most of whose columns other processes may have
+    int sums_count;             // statistics that take normalised sums
+    bool backwards;             // the order of the slices
+    bool student, teacher;      // gradients wanted
+    float* divergences;         // [N], of a top-k loss, or null
 };
 
 // Which slice a block has, counted over all rows. Asked for again where it is wanted: that costs no register meanwhile.

@@ -62,15 +62,18 @@ sweep(SweepArguments a) {
     const Place at = place_of(a);
     if (a.call.mask && !a.call.mask[at.index]) return;
     Softmax tail;
-    State state = sweep_slice<FIRST>(a.call, open_row(a.call, at.index), at, &tail);
-    state = merge_block(
-        state, kStateFloats, [](State& x) { merge_lanes<FIRST>(x); }, [](const float* x) { return saved_state(x); });
+    const State of_thread = sweep_slice<FIRST>(a.call, open_row(a.call, at.index), at, &tail);
+    const State state = merge_block(
+        of_thread, kStateFloats, [](State& x) { merge_lanes<FIRST>(x); },
+        [](const float* x) { return saved_state(x); });
     if (thread_index() == 0) save(state, a.states + slice_of(a) * kStateFloats);
-    if constexpr (FIRST & kTail) {
-        tail = merge_block(
-            tail, kTailFloats, [](Softmax& x) { merge_lanes(x); }, [](const float* x) { return Softmax{x[0], x[1]}; });
-        if (thread_index() == 0) save(tail, a.tails + slice_of(a) * kTailFloats);
-    }
+    const auto leave = [&](const Softmax& mine, float* softmaxes) {
+        const Softmax x = merge_block(
+            mine, kSoftmaxFloats, [](Softmax& x) { merge_lanes(x); }, [](const float* x) { return saved_softmax(x); });
+        if (thread_index() == 0) save(x, softmaxes + slice_of(a) * kSoftmaxFloats);
+    };
+    if constexpr (FIRST & kTail) leave(tail, a.tails);
+    if constexpr (FIRST & kUntempered) leave(of_thread.untempered, a.untempered);
 }
 
 KLDIV_KERNEL(kSweepThreads, 2) sums(SweepArguments a) {
