@@ -6,19 +6,30 @@
 // pairs (Estrin): the loops wait on chains of dependent operations more than on their number.
 
 #ifndef KLDIV_EXP2_AND_LOG
-// 2^x, relative error 9.2e-8 on [-1/2, 1/2], 2^0 exactly 1; 0 below the normal range, NaN for NaN.
-KLDIV_FN inline Floats exp2(Floats x) {
-    Floats n;
-    const Floats r = round_off(x, &n);
+// 2^r for |r| up to 1/2, relative error 9.2e-8, 2^0 exactly 1.
+KLDIV_FN inline Floats exp2_near(Floats r) {
     Floats y = fma(broadcast(1.326472889e-3f), r, broadcast(9.671513637e-3f));
     y = fma(y, r, broadcast(5.5507337483e-2f));
     y = fma(y, r, broadcast(2.40222420702e-1f));
     y = fma(y, r, broadcast(6.93146977591e-1f));
-    y = fma(y, r, broadcast(1.0f));
-    return times_power_of_two(y, n);
+    return fma(y, r, broadcast(1.0f));
 }
-#endif
 
+// 2^x for x up to 128; 0 below the normal range, NaN for NaN.
+KLDIV_FN inline Floats exp2(Floats x) {
+    const Floats y = least_power(x), n = rounded(y);
+    return times_power_of_two(exp2_near(y - integer(n)), n);
+}
+
+// e^x with log2(e) in two parts, so that the error does not grow with |x|.
+KLDIV_FN inline Floats exp(Floats x) {
+    // Beyond the range of floats the two parts would be inf - inf.
+    const Floats bounded = min(broadcast(88.9f), max(broadcast(-200.0f), x));
+    const Floats n = rounded(least_power(bounded * broadcast(1.44269504f)));
+    const Floats r = fma(bounded, broadcast(1.44269504f), -integer(n));
+    return times_power_of_two(exp2_near(fma(bounded, broadcast(1.92596299e-8f), r)), n);
+}
+#else
 // e^x with x log2(e) in two parts, so that the error does not grow with |x|.
 KLDIV_FN inline Floats exp(Floats x) {
     // Beyond the range of floats the two parts would be inf - inf.
@@ -27,6 +38,7 @@ KLDIV_FN inline Floats exp(Floats x) {
     const Floats rest = fma(bounded, broadcast(1.44269504f), -whole) + bounded * broadcast(1.92596299e-8f);
     return exp2(whole) * fma(rest, broadcast(0.693147181f), broadcast(1.0f));
 }
+#endif
 
 // log(1 + f) for f in [-1/3, 1/3]: f - f^2/2 + ..., the polynomial's error is 1.6e-7 f^2.
 KLDIV_FN inline Floats log1p_near(Floats f) {

@@ -161,7 +161,8 @@ inline Floats scaled(Floats x, Floats offset, Floats scale) {
     return select(x < broadcast(kAboveNoMass), broadcast(kNoMass), y);
 }
 
-// The first sweep also measures the tile; the later ones only convert it.
+// The first sweep also measures the tile; the later ones only convert it. A tile all of whose logits have mass, as most
+// have, takes no more than a difference and a product.
 template <Dtype dtype, bool measured>
 Loaded load_tile(const void* from, int columns, float scale, float offset, float* to) {
     constexpr float inf = std::numeric_limits<float>::infinity();
@@ -170,13 +171,14 @@ Loaded load_tile(const void* from, int columns, float scale, float offset, float
     Floats largest = broadcast(-inf), smallest = broadcast(inf);
     for (int i = 0; i < whole; i += Floats::lanes) {
         const Floats x = convert<dtype>(from, i);
-        if constexpr (measured) {
-            largest = max(x, largest);
-            smallest = min(x, smallest);
-        }
-        store(to + i, scaled(x, shift, factor));
+        if constexpr (measured) largest = max(x, largest);
+        smallest = min(x, smallest);
+        store(to + i, (x - shift) * factor);
     }
-    Loaded out{kldiv::KLDIV_ISA::largest(largest), -kldiv::KLDIV_ISA::largest(-smallest) <= kNoMass};
+    const float least = -kldiv::KLDIV_ISA::largest(-smallest);
+    if (!(least > kNoMass && (least - offset) * scale > kAboveNoMass))
+        for (int i = 0; i < whole; i += Floats::lanes) store(to + i, scaled(convert<dtype>(from, i), shift, factor));
+    Loaded out{kldiv::KLDIV_ISA::largest(largest), least <= kNoMass};
     for (int i = whole; i < columns; ++i) {
         const float x = convert_one<dtype>(from, i);
         out.largest = out.largest > x ? out.largest : x;

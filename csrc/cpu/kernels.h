@@ -91,7 +91,8 @@ struct DivergenceKernels {
     // Adds the tile's terms to sums[0 .. sums) and, if the struct takes one, to the log-sum.
     void (*terms)(const float* s, const float* t, int columns, const NormalisedRow&, double* sums, LogSum*, float*,
                   float*);
-    // The same, and parks q and grad_logq; null where that needs the finished row.
+    // The same with exponentials that are parked, in units of the row's 1/z; it parks q and grad_logq in their place.
+    // Null where a gradient needs the finished row, and where the divergence takes roots.
     void (*terms_and_park)(const float* s, const float* t, int columns, const NormalisedRow&, double* sums, LogSum*,
                            float* x, float* y);
     // to = (first ? share * softmax : to) + weight * grad_logq (grad_logp)

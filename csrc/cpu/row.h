@@ -7,6 +7,7 @@
 //   row_gradient.cpp       from coefficients to gradients
 #pragma once
 
+#include <algorithm>
 #include <cmath>
 #include <limits>
 #include <vector>
@@ -75,6 +76,10 @@ struct LabelWeight {
 struct ParkedTile {
     double m_s = 0, m_t = 0, delta = 0, m_untempered = 0;
 };
+
+// From a tile's units to probabilities. Bounded for a tile without mass, whose exponent is the other row's: its
+// exponentials are 0, and must not meet an infinity.
+inline double unit(double tile_m, const SoftmaxState& row) { return std::min(1e30, std::exp2(tile_m - row.m) / row.z); }
 
 // The scratch of one tile.
 struct Buffers {

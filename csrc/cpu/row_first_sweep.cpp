@@ -108,7 +108,7 @@ FirstSweep Row::first_sweep(int64_t block) const {
             const bool park = park_ != nullptr;
             kernel[park](by_student ? b.t : b.s, by_student ? b.s : b.t, padded, how, &sums,
                          park ? parked_x(start) : nullptr, park ? parked_y(start) : nullptr);
-            if (park) parked_tiles_[start / kTile] = {tile.s.m, tile.t.m, online.delta, 0};
+            if (park) parked_tiles_[start / kTile].delta = online.delta;
             online.g = sums.g;
             tile.s.z = by_student ? sums.z_first : sums.z_second;
             tile.t.z = by_student ? sums.z_second : sums.z_first;
@@ -119,6 +119,15 @@ FirstSweep Row::first_sweep(int64_t block) const {
             tile.tail.m += base_s;
             // A divergence moves by the sums that it was taken with.
             if (!have_z) tile.s.m = base_s + whole.m, tile.s.z = whole.z, tile.s.a = whole.a;
+        }
+        if (park_) {
+            parked_tiles_[start / kTile].m_s = tile.s.m;
+            parked_tiles_[start / kTile].m_t = tile.t.m;
+        }
+        if (park_ && !have_z) {
+            tile.s.z = kernels.sum_exp_times[1](b.s, padded, kLog2e, m_s, parked_x(start));
+            tile.t.z = kernels.sum_exp_times[1](b.t, padded, kLog2e, m_t, parked_y(start));
+            have_z = true;
         }
         if (entropy_s_ && (tail_ < 0 || have_z))
             kernels.sum_exp_entropy(b.s, padded, m_s, &tile.s.z, &tile.s.a);

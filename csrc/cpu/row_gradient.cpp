@@ -89,11 +89,6 @@ void Row::parked_gradient(int64_t block) const {
     // Backwards: the columns parked last are still in cache.
     for (int64_t start = begin + (end - begin - 1) / kTile * kTile; start >= begin; start -= kTile) {
         const ParkedTile& tile = parked_tiles_[start / kTile];
-        // From a tile's units to probabilities. Bounded for a tile without mass, whose exponent is the other row's:
-        // its exponentials are 0, and must not meet an infinity.
-        const auto unit = [](double m, const SoftmaxState& row_state) {
-            return std::min(1e30, std::exp2(m - row_state.m) / row_state.z);
-        };
         double c_x = share_s_, c_y = weight;
         if (r.online >= 0) c_x = label_share_ * unit(tile.m_s, state_s_);
         if (r.online == kForwardKl) {

@@ -23,6 +23,11 @@ void Row::second_sweep(int64_t block, std::vector<NormalisedSums>& sums) const {
             row.alpha = r.alpha;
             row.beta = r.beta;
             const bool park = park_ != nullptr;
+            if (park) {
+                const ParkedTile& tile = parked_tiles_[start / kTile];
+                row.s.inverse_z = static_cast<float>(unit(tile.m_s, state_s_));
+                row.t.inverse_z = static_cast<float>(unit(tile.m_t, state_t_));
+            }
             (park ? r.divergence->terms_and_park : r.divergence->terms)(
                 b.s, b.t, padded, row, sums[i].sums, &sums[i].log_sum, park ? parked_x(start) : nullptr,
                 park ? parked_y(start) : nullptr);

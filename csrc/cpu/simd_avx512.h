@@ -18,7 +18,9 @@ inline Floats operator*(Floats a, Floats b) { return {_mm512_mul_ps(a.v, b.v)}; 
 inline Floats operator/(Floats a, Floats b) { return {_mm512_div_ps(a.v, b.v)}; }
 inline Floats operator-(Floats a) { return {_mm512_sub_ps(_mm512_set1_ps(-0.0f), a.v)}; }
 inline Mask operator<(Floats a, Floats b) { return {_mm512_cmp_ps_mask(a.v, b.v, _CMP_LT_OQ)}; }
+inline Mask operator!(Mask m) { return {static_cast<__mmask16>(~m.v)}; }
 inline Mask operator&(Mask a, Mask b) { return {static_cast<__mmask16>(a.v & b.v)}; }
+inline bool any(Mask m) { return m.v != 0; }
 inline Floats select(Mask m, Floats yes, Floats no) { return {_mm512_mask_blend_ps(m.v, no.v, yes.v)}; }
 
 // The second operand where either is NaN, so that a NaN in the data survives max(bound, data).
@@ -40,11 +42,10 @@ inline Floats split(Floats x, Floats* exponent) {
     return {_mm512_castsi512_ps(_mm512_sub_epi32(bits, _mm512_slli_epi32(e, 23)))};
 }
 
-// `n` = x rounded to an integer; returns x - n.
-inline Floats round_off(Floats x, Floats* n) {
-    n->v = _mm512_roundscale_ps(x.v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
-    return x - *n;
-}
+// As in simd_generic.h: powers of two of this instruction set have no least one, and its integers are plain numbers.
+inline Floats least_power(Floats x) { return x; }
+inline Floats rounded(Floats x) { return {_mm512_roundscale_ps(x.v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC)}; }
+inline Floats integer(Floats n) { return n; }
 inline Floats times_power_of_two(Floats x, Floats n) { return {_mm512_scalef_ps(x.v, n.v)}; }
 
 inline float sum(Floats a) { return _mm512_reduce_add_ps(a.v); }

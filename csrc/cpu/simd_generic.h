@@ -26,7 +26,17 @@ inline Floats operator*(Floats a, Floats b) { return {a.v * b.v}; }
 inline Floats operator/(Floats a, Floats b) { return {a.v / b.v}; }
 inline Floats operator-(Floats a) { return {-a.v}; }
 inline Mask operator<(Floats a, Floats b) { return {a.v < b.v}; }
+inline Mask operator!(Mask m) { return {~m.v}; }
 inline Mask operator&(Mask a, Mask b) { return {a.v & b.v}; }
+inline bool any(Mask m) {
+#ifdef KLDIV_AVX2
+    return _mm256_movemask_ps(_mm256_castsi256_ps((__m256i)m.v)) != 0;
+#endif
+    const int_lanes bits = m.v;
+    int32_t found = 0;
+    for (int i = 0; i < KLDIV_LANES; ++i) found |= bits[i];
+    return found != 0;
+}
 inline Floats select(Mask m, Floats yes, Floats no) { return {m.v ? yes.v : no.v}; }
 
 // The second operand where either is NaN, so that a NaN in the data survives max(bound, data).
@@ -51,14 +61,13 @@ inline Floats split(Floats x, Floats* exponent) {
     return {(float_lanes)(bits - (e << 23))};
 }
 
-// `n` = x rounded to an integer, in the low bits of n + 1.5 * 2^23; returns x - n.
-inline Floats round_off(Floats x, Floats* n) {
-    const Floats magic = broadcast(12582912.0f);
-    x = min(broadcast(128.0f), max(broadcast(-127.0f), x));
-    *n = x + magic;
-    return x - (*n - magic);
-}
-inline Floats times_power_of_two(Floats x, Floats n) { return {x.v * (float_lanes)(((int_lanes)n.v + 127) << 23)}; }
+// An exponent from which on powers of two are 0, where x is below it.
+inline Floats least_power(Floats x) { return max(broadcast(-127.0f), x); }
+// x, at most 128, rounded to an integer in the form whose low bits are the exponent of 2^n: n + 127 + 1.5 * 2^23.
+constexpr float kIntegers = 12582912.0f + 127.0f;
+inline Floats rounded(Floats x) { return x + broadcast(kIntegers); }
+inline Floats integer(Floats n) { return n - broadcast(kIntegers); }
+inline Floats times_power_of_two(Floats x, Floats n) { return {x.v * (float_lanes)((int_lanes)n.v << 23)}; }
 
 inline float sum(Floats a) {
     float partial[KLDIV_LANES];

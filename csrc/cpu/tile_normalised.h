@@ -18,15 +18,21 @@ struct Normaliser {
           log2e(broadcast(D::roots ? 0.5f * kLog2e : kLog2e)) {}
 
     Element<Floats> element(const float* s, const float* t, int i) const {
+        const Floats student = load(s + i), q = exp2(fma(student, log2e, -m_s));
+        if constexpr (!D::needs_p) return of(student, student, q, q);
+        const Floats teacher = load(t + i);
+        return of(student, teacher, q, exp2(fma(teacher, log2e, -m_t)));
+    }
+
+    // With exponentials, or their roots, that are known.
+    Element<Floats> of(Floats student, Floats teacher, Floats exp_s, Floats exp_t) const {
         Element<Floats> e;
-        const Floats student = load(s + i);
-        const Floats q = exp2(fma(student, log2e, -m_s)) * scale_s;
+        const Floats q = exp_s * scale_s;
         e.lq = student - lse_s;
         e.root_q = q;
         e.q = D::roots ? q * q : q;
         if constexpr (D::needs_p) {
-            const Floats teacher = load(t + i);
-            const Floats p = exp2(fma(teacher, log2e, -m_t)) * scale_t;
+            const Floats p = exp_t * scale_t;
             e.lp = teacher - lse_t;
             e.root_p = p;
             e.p = D::roots ? p * p : p;
@@ -48,7 +54,11 @@ __attribute__((flatten)) void terms(const float* s, const float* t, int columns,
         Floats totals[D::sums], out[D::sums];
         for (Floats& total : totals) total = broadcast(0.0f);
         for (int i = begin; i < end; i += Floats::lanes) {
-            const Element<Floats> e = normaliser.element(s, t, i);
+            Element<Floats> e;
+            if constexpr (park)
+                e = normaliser.of(load(s + i), load(t + i), load(x + i), load(y + i));
+            else
+                e = normaliser.element(s, t, i);
             D::terms(e, constants, out);
             if constexpr (park) {
                 store(x + i, e.q);

@@ -37,7 +37,7 @@ constexpr DivergenceKernels divergence(const char* name) {
             return static_cast<decltype(&gradient<D, true>)>(nullptr);
     }();
     constexpr auto park = [] {
-        if constexpr (D::grad_needs_row)
+        if constexpr (D::grad_needs_row || D::roots || !D::needs_p)
             return static_cast<decltype(&terms<D, false>)>(nullptr);
         else
             return &terms<D, true>;

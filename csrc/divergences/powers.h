@@ -31,7 +31,9 @@ struct Alpha : Plain {
     template <class F>
     KLDIV_FN static F power_minus_p(const Element<F>& e, const Constants<F>& c) {
         const F x = c.c * e.u;
-        const F power = select(x < broadcast(60.0f), e.p * expm1(x), exp(e.lp + x) - e.p);
+        F power = e.p * expm1(x);
+        const auto large = !(x < broadcast(60.0f));
+        if (any(large)) power = select(large, exp(e.lp + x) - e.p, power);
         return select(e.lp < broadcast(least_log), broadcast(0.0f), power);
     }
     template <class F>

@@ -29,6 +29,8 @@ constexpr float kExponentToLog = 0.6931471898132927f;
 
 using Floats = float;
 using Mask = bool;
+// Whether work for lanes of this mask is worth a branch: a thread does it beside the other's.
+KLDIV_DEVICE constexpr bool any(Mask) { return true; }
 
 KLDIV_DEVICE float broadcast(float x) { return x; }
 KLDIV_DEVICE float fma(float a, float b, float c) { return ::fmaf(a, b, c); }
