@@ -71,7 +71,7 @@ def test_kernels_fit_and_are_of_the_right_widths() -> None:
 def test_kernels_of_vocabulary_shards_fit(everything: bool, target: str) -> None:
     """What is not launched for whole rows as well."""
     processor = PROCESSORS[target]
-    for stats in ((*TOP_K, "entropy"), ("forward_kl", "js", "renyi", "argmax")):
+    for stats in ((*TOP_K, "untempered_logprob", "entropy"), ("forward_kl", "js", "renyi", "argmax")):
         noted = shard_launches(stats, "bf16", everything, processor.target.backend == "cuda")
         names = {"merge_states_kernel", "finish_kernel", *(["merge_sums_kernel"] if "js" in stats else [])}
         for name in names:
@@ -85,7 +85,9 @@ def test_kernels_of_vocabulary_shards_fit(everything: bool, target: str) -> None
 
 
 @pytest.mark.parametrize("target", ["sm_80", "sm_90"])
-@pytest.mark.parametrize("stats", [("logprob",), TOP_K, (*TOP_K, "entropy")], ids="+".join)
+@pytest.mark.parametrize(
+    "stats", [("logprob",), TOP_K, (*TOP_K, "entropy"), ("forward_kl", "untempered_logprob")], ids="+".join
+)
 def test_loops_over_columns_are_pipelined(stats: tuple[str, ...], target: str) -> None:
     """The logits come through shared memory, blocks ahead, with one label a row or many."""
     processor = PROCESSORS[target]

@@ -21,6 +21,7 @@ TOGETHER = (
     ("logprob", "tail_logprob"),
     ("logprob", "tail_logprob", "entropy"),
     ("forward_kl", "js"),
+    ("forward_kl", "untempered_logprob"),
     ("entropy", "reference_entropy", "forward_kl", "reverse_kl", "hellinger", "argmax"),
 )
 SETS = [*((name,) for name, statistic in STATISTICS.items() if statistic.builtin), *TOGETHER]

@@ -42,6 +42,7 @@ SETS: list[tuple[str, ...]] = [
     ("logprob", "forward_kl", "tail_logprob", "js"),
     *(tuple(STATISTIC_NAMES[i : i + _AT_A_TIME]) for i in range(0, len(STATISTIC_NAMES), _AT_A_TIME)),
     *(() if SLOW else ((name,) for name in STATISTIC_NAMES)),
+    ("forward_kl", "untempered_logprob"),
 ]
 
 

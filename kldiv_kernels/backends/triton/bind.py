@@ -22,7 +22,17 @@ import triton
 import triton.language as tl
 
 from kldiv_kernels import registry
-from kldiv_kernels.backends.triton.device import kernels, label_kernels, labels, row, rows, shard_kernels, slices, state
+from kldiv_kernels.backends.triton.device import (
+    kernels,
+    label_kernels,
+    labels,
+    row,
+    rows,
+    shard_kernels,
+    slices,
+    state,
+    untempered,
+)
 from kldiv_kernels.backends.triton.formulas import distances, kl, math, mixtures, powers, quadratic, table
 from kldiv_kernels.backends.triton.formulas.statistic import TritonStatistic, of_user
 from kldiv_kernels.backends.triton.hook_text import Hooks
@@ -53,6 +63,16 @@ class Bound:
         """Whether the columns that are no label are summed up."""
         return bool(self.first & state.TAIL.value)
 
+    @property
+    def untempered(self) -> bool:
+        """Whether the student has a softmax at temperature 1 as well."""
+        return bool(self.first & state.UNTEMPERED.value)
+
+    @property
+    def part_size(self) -> int:
+        """Numbers that the first sweep leaves of a slice."""
+        return int(state.STATE_SIZE.value) + 2 * self.untempered
+
 
 def bound_for(stats: tuple[str, ...], nvidia: bool) -> Bound:
     """The kernels for the statistics of these names, in this order."""
@@ -75,7 +95,7 @@ def bind(statistics: tuple[Statistic, ...], functions: tuple[TritonStatistic, ..
     hooks = Hooks(statistics, functions)
     namespace: dict[str, Any] = {"__name__": f"{__name__}.bound", "triton": triton, "tl": tl}
     formulas = (math, kl, mixtures, distances, powers, quadratic)
-    for module in (*formulas, rows, state, row, labels, slices, kernels, label_kernels, shard_kernels):
+    for module in (*formulas, rows, state, untempered, row, labels, slices, kernels, label_kernels, shard_kernels):
         namespace.update({name: value for name, value in vars(module).items() if _is_triton(value)})
     namespace["NVIDIA"] = tl.constexpr(nvidia)
     namespace["INFINITY"] = tl.constexpr(_Infinity("inf"))
@@ -93,7 +113,7 @@ def bind(statistics: tuple[Statistic, ...], functions: tuple[TritonStatistic, ..
         **kernel,
         first=_first_sweep(statistics, functions),
         sums=hooks.sums,
-        state_rows=4 + 4 * ("tail_logprob" in hooks.names) + hooks.saved,
+        state_rows=4 + 4 * ("tail_logprob" in hooks.names) + 2 * ("untempered_logprob" in hooks.names) + hooks.saved,
         label_s="logprob" in hooks.names,
         label_t="reference_logprob" in hooks.names,
     )

@@ -11,6 +11,12 @@ _THREE = ("value", "grad_logq", "grad_logp")
 _ARGUMENTS = "p, q, lp, lq, u, alpha, beta"
 # What statistics that are no divergences are called in `write_values`.
 _VALUES = {name: name for name in ("max_logprob", "argmax", "tail_logprob")} | {"logsumexp": "lse"}
+# Where those of labels find their softmax there, and what its share of the gradient is called in `weights`.
+_SOFTMAXES = {
+    "logprob": ("s_side, ms, log_zs", "share_q"),
+    "reference_logprob": ("t_side, mt, log_zt", "share_p"),
+    "untempered_logprob": ("untempered_side(s_side), untempered[0], tl.log(untempered[1])", "share_untempered"),
+}
 
 
 class Hooks:
@@ -135,9 +141,8 @@ class Hooks:
         for name in self.names:
             row = self._value_row(name)
             if self.statistics[name].per_label:
-                student = name == "logprob"
-                row_of = "s_side, ms, log_zs" if student else "t_side, mt, log_zt"
-                picked = "picked + numbers" if student else "picked + n * label_count + numbers"
+                row_of, _ = _SOFTMAXES[name]
+                picked = "picked + numbers" if self.statistics[name].student else "picked + n * label_count + numbers"
                 lines += [
                     "for first in range(0, label_count, LABELS):",
                     "    numbers = first + tl.arange(0, LABELS)",
@@ -150,14 +155,12 @@ class Hooks:
             lines.append(f"tl.store(out + ({row}) * n, {value})")
         head = (
             "write_values(finished, out, n, lse, max_logprob, argmax, tail_logprob, s_side, ms, log_zs, "
-            "t_side, mt, log_zt, exclude, vocab, labels, label_count, picked, SHARED: tl.constexpr)"
+            "untempered, t_side, mt, log_zt, exclude, vocab, labels, label_count, picked, SHARED: tl.constexpr)"
         )
         return _function(head, lines)
 
     def _label_rows(self) -> str:
-        rows_of = {
-            name: self._value_row(name) if name in self.names else "0" for name in ("logprob", "reference_logprob")
-        }
+        rows_of = {name: self._value_row(name) if name in self.names else "0" for name in _SOFTMAXES}
         return "\n\n".join(_function(f"{name}_at(label_count)", [f"return {row}"]) for name, row in rows_of.items())
 
     def _load_and_save(self) -> str:
@@ -172,14 +175,15 @@ class Hooks:
         return load + "\n\n" + _function("save_finished(finished, state, n)", saved or ["pass"])
 
     def _weights(self) -> str:
-        lines = ["share_q = 0.0", "share_p = 0.0", "taking_part = 0", "tail_logprob_c = 0.0"]
+        shares = [share for _, share in _SOFTMAXES.values()]
+        lines = [*(f"{share} = 0.0" for share in shares), "taking_part = 0", "tail_logprob_c = 0.0"]
         for name in self.names:
             statistic = self.statistics[name]
             if not statistic.differentiable:
                 continue
             row = self._value_row(name)
             if statistic.per_label:
-                share = "share_q" if statistic.student else "share_p"
+                _, share = _SOFTMAXES[name]
                 lines += [
                     f"x, count = label_weight(coefficients + ({row}) * n, labels, n, label_count, MANY)",
                     f"{share} -= x",
@@ -202,7 +206,7 @@ class Hooks:
         coefficients = _tuple([f"{name}_c" for name in self.divergences])
         return _function(
             "weights(finished, coefficients, labels, n, label_count, MANY: tl.constexpr)",
-            [*lines, f"return share_q, share_p, taking_part > 0, {coefficients}, tail_logprob_c"],
+            [*lines, f"return {', '.join(shares)}, taking_part > 0, {coefficients}, tail_logprob_c"],
         )
 
     def _gradient(self, hook: str, role: str, softmax: str) -> str:

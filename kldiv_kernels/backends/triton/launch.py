@@ -15,7 +15,7 @@ from torch import Tensor
 from kldiv_kernels.backends.interface import Call, value_rows
 from kldiv_kernels.backends.strides import leading
 from kldiv_kernels.backends.triton.bind import bound_for, unspecialised
-from kldiv_kernels.backends.triton.device import kernels, state
+from kldiv_kernels.backends.triton.device import kernels
 from kldiv_kernels.backends.triton.sizes import Shape, padded
 
 
@@ -106,9 +106,9 @@ class Launch:
             return self.finished(parts, self.summed(parts), duplicates, with_state)
 
     def swept(self) -> tuple[Tensor, Tensor]:
-        """The states of slices [N, slices, STATE_SIZE], and for a tail how many labels occur twice [N]."""
+        """The states of slices [N, slices, part_size], and for a tail how many labels occur twice [N]."""
         call, shape = self.call, self.shape
-        partial = self.floats(self.rows, shape.slices, state.STATE_SIZE.value)
+        partial = self.floats(self.rows, shape.slices, self.bound.part_size)
         marks, duplicates = call.logits, call.logits
         if self.bound.tail:
             marks = torch.zeros((self.rows, shape.mark_words), dtype=torch.int32, device=self.device)
@@ -171,7 +171,7 @@ class Launch:
                 self.bound.gradient_kernel, self.rows * self.shape.slices, self.shape.warps,
                 {"state_ptr": state, **arguments},
             )  # fmt: skip
-            of_s = ds is not None and (self.bound.tail or self.bound.label_s)
+            of_s = ds is not None and (self.bound.tail or self.bound.label_s or self.bound.untempered)
             of_t = dt is not None and self.bound.label_t
             if self.apart and (of_s or of_t):
                 labelled = {"LABEL_S": self.bound.label_s, "LABEL_T": self.bound.label_t, "OF_S": of_s, "OF_T": of_t}

@@ -1,6 +1,6 @@
 """Launches for rows whose columns are spread over processes (`parallel`), of which each launches for its own.
 
-What a process says of its columns are the numbers of a state, and with a tail three more of its labels
+What a process says of its columns are the numbers that a slice leaves, and with a tail three more of its labels
 (device/shard_kernels.py); of the sums, those of its slices.
 """
 
@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from kldiv_kernels.backends.triton.device import state
 from kldiv_kernels.backends.triton.launch import Launch, Parts, or_instead
 
 _OF_LABELS = 3
@@ -20,7 +19,7 @@ class ShardLaunch(Launch):
     def state(self, first_column: int) -> Tensor:
         """[N, numbers], of the columns here. Rows that the mask leaves out have 0, here and below."""
         call, bound, shape = self.call, self.bound, self.shape
-        width = state.STATE_SIZE.value + _OF_LABELS * bound.tail
+        width = bound.part_size + _OF_LABELS * bound.tail
         states = self.floats(self.rows, width, zeroed=call.mask is not None)
         with self._on_device():
             partial, duplicates = self.swept()

@@ -39,7 +39,7 @@ def finish(first, sums, q_is_zero, p_is_zero, bad_s, bad_t, alpha, beta):
 
 @triton.jit
 def write_values(
-    finished, out, n, lse, max_logprob, argmax, tail_logprob, s_side, ms, log_zs, t_side, mt, log_zt,
+    finished, out, n, lse, max_logprob, argmax, tail_logprob, s_side, ms, log_zs, untempered, t_side, mt, log_zt,
     exclude, vocab, labels, label_count, picked, SHARED: tl.constexpr,
 ):  # fmt: skip
     """A row's column of the table of values [value_rows, n]. SHARED: see `rows.log_softmax_at`."""
@@ -58,6 +58,11 @@ def reference_logprob_at(label_count):
 
 
 @triton.jit
+def untempered_logprob_at(label_count):
+    return 0
+
+
+@triton.jit
 def load_finished(state, n):
     """`finished` from the saved state; the values, which no gradient needs, are 0."""
     return ()
@@ -70,11 +75,12 @@ def save_finished(finished, state, n):
 
 @triton.jit
 def weights(finished, coefficients, labels, n, label_count, MANY: tl.constexpr):
-    """(share of q, share of p, whether any coefficient is not 0, the coefficients c, that of tail_logprob).
+    """(share of q, of p, of q at temperature 1, whether any coefficient is not 0, the coefficients c, that of
+    tail_logprob).
 
     The gradient is Σ c g + share · softmax, and those of labels and of the tail. MANY: more than one label a row.
     """
-    return 0.0, 0.0, False, (), 0.0
+    return 0.0, 0.0, 0.0, False, (), 0.0
 
 
 @triton.jit

@@ -24,11 +24,21 @@ import triton
 import triton.language as tl
 
 from kldiv_kernels.backends.triton.device.hooks import merge_sums, save_finished, zero_sums
-from kldiv_kernels.backends.triton.device.labels import merge_labels, no_labels, sum_of_labels, tail_value, take_tail
+from kldiv_kernels.backends.triton.device.labels import no_labels, sum_of_labels, tail_value, take_tail
 from kldiv_kernels.backends.triton.device.row import finish_row, load_row, open_row, take_row, write_nothing, write_row
 from kldiv_kernels.backends.triton.device.rows import softmaxes
 from kldiv_kernels.backends.triton.device.slices import slice_state, slice_sums, write_gradient, write_zeros
-from kldiv_kernels.backends.triton.device.state import STATE_SIZE, TAIL, TEACHER, empty, load_parts, merge, put
+from kldiv_kernels.backends.triton.device.state import (
+    STATE_SIZE,
+    TAIL,
+    TEACHER,
+    empty,
+    load_parts,
+    merge,
+    merged_sum,
+    put,
+)
+from kldiv_kernels.backends.triton.device.untempered import empty_untempered, load_untempered, take_untempered
 
 
 @triton.jit
@@ -40,8 +50,8 @@ def sweep_kernel(
     FIRST: tl.constexpr, MASK: tl.constexpr, EXCLUDE: tl.constexpr, PER_TOKEN: tl.constexpr,
     ALIGNED: tl.constexpr, EVEN: tl.constexpr, SLICE: tl.constexpr, R: tl.constexpr, C: tl.constexpr,
 ):  # fmt: skip
-    """partial_ptr [n, slices, STATE_SIZE]: the state of each slice. One read of the logits; for the tail also one of
-    marks_ptr, see labels.py."""
+    """partial_ptr [n, slices, numbers]: the state of each slice, and behind it what untempered.py has. One read of the
+    logits; for the tail also one of marks_ptr, see labels.py."""
     program = tl.program_id(0).to(tl.int64)
     index = program // slices
     if MASK:
@@ -54,9 +64,10 @@ def sweep_kernel(
     begin = (program % slices).to(tl.int32) * SLICE
     end = tl.minimum(begin + SLICE, vocab)
     marks = marks_ptr + program * ((SLICE // R + 31) // 32 * R)
-    state = slice_state(begin, end, s_side, t_side, exclude, marks, FIRST, EXCLUDE, EVEN, SLICE, R, C)
-    for i in tl.static_range(STATE_SIZE):
-        tl.store(partial_ptr + program * STATE_SIZE + i, state[i].to(tl.float32))
+    state, untempered = slice_state(begin, end, s_side, t_side, exclude, marks, FIRST, EXCLUDE, EVEN, SLICE, R, C)
+    found = state + untempered
+    for i in tl.static_range(len(found)):
+        tl.store(partial_ptr + program * len(found) + i, found[i].to(tl.float32))
 
 
 @triton.jit
@@ -121,12 +132,15 @@ def finish_kernel(
     )  # fmt: skip
     found = load_parts(partial_ptr, index, parts, part_row, part_step, empty(S_PAD), 0, WIDTH)
     state = merge(found, s_side[1], t_side[1], FIRST)
+    untempered = load_untempered(partial_ptr, index, parts, part_row, part_step, FIRST, WIDTH, S_PAD)
+    OF_LABELS: tl.constexpr = STATE_SIZE + len(untempered)
+    untempered = take_untempered(untempered, s_side, FIRST)
     if FIRST & TAIL:
         if SHARED:
             ml, zl, twice = load_parts(
-                partial_ptr, index, parts, part_row, part_step, no_labels(S_PAD), STATE_SIZE, WIDTH
+                partial_ptr, index, parts, part_row, part_step, no_labels(S_PAD), OF_LABELS, WIDTH
             )
-            of_labels = merge_labels(ml, zl, s_side[1])
+            of_labels = merged_sum(ml, zl, s_side[1])
             duplicates = tl.max(twice, axis=0)
         else:
             duplicates = tl.load(duplicates_ptr + index)
@@ -143,13 +157,14 @@ def finish_kernel(
         sums = load_parts(sums_ptr, index, parts, part_row, part_step, sums, 0, len(sums))
     finished = finish_row(state, m_and_z, first, merge_sums(sums), s_side, t_side, alpha, beta, FIRST)
     write_row(
-        finished, state, m_and_z, tail_logprob, s_side, t_side, exclude, vocab, values_ptr, index, n,
+        finished, state, m_and_z, untempered, tail_logprob, s_side, t_side, exclude, vocab, values_ptr, index, n,
         labels_ptr, label_count, picked_ptr, TWO, SHARED,
     )  # fmt: skip
     if SAVE:
         saved = m_and_z
         if FIRST & TAIL:
             saved = saved + tail + (duplicates.to(tl.float32),)
+        saved = saved + untempered
         for i in tl.static_range(len(saved)):
             tl.store(state_ptr + i * n + index, saved[i])
         save_finished(finished, state_ptr + len(saved) * n + index, n)
@@ -183,11 +198,12 @@ def gradient_kernel(
         index, s_ptr, s_inner, s_outer, s_stride, t_ptr, t_inner, t_outer, t_stride, exclude_ptr, token_ptr, n,
         temperature, reference_temperature, alpha, beta, TWO, EXCLUDE, PER_TOKEN, ALIGNED,
     )  # fmt: skip
-    m_and_z, tail, finished = load_row(state_ptr + index, n, FIRST)
+    m_and_z, tail, untempered, finished = load_row(state_ptr + index, n, FIRST)
     write_gradient(
-        slice_index == slices - 1, keep, begin, end, vocab, s_side, t_side, m_and_z, tail, exclude, alpha, beta,
-        scale_s, scale_t, finished, ds_ptr, dt_ptr, s_width, t_width, coefficients_ptr, labels_ptr, index, n,
-        label_count, FIRST, STUDENT, REFERENCE, LABEL_S, LABEL_T, MANY, EXCLUDE, ALIGNED, EVEN, R, C,
+        slice_index == slices - 1, keep, begin, end, vocab, s_side, t_side, m_and_z, tail, untempered,
+        exclude, alpha, beta, scale_s, scale_t, finished, ds_ptr, dt_ptr, s_width, t_width, coefficients_ptr,
+        labels_ptr, index, n, label_count, FIRST, STUDENT, REFERENCE, LABEL_S, LABEL_T, MANY, EXCLUDE, ALIGNED,
+        EVEN, R, C,
     )  # fmt: skip
 
 
@@ -221,13 +237,17 @@ def loss_kernel(
         temperature, reference_temperature, alpha, beta, TWO, EXCLUDE, PER_TOKEN, ALIGNED,
     )  # fmt: skip
     lanes = tl.arange(0, S_PAD)
-    states = empty(S_PAD)
+    states, untempered = empty(S_PAD), empty_untempered(S_PAD, FIRST)
     for i in range(slices):
         begin = i * SLICE
         end = tl.minimum(begin + SLICE, vocab)
-        found = slice_state(begin, end, s_side, t_side, exclude, labels_ptr, FIRST, EXCLUDE, EVEN, SLICE, R, C)
-        states = put(states, i, lanes, found)
+        of_state, of_untempered = slice_state(
+            begin, end, s_side, t_side, exclude, labels_ptr, FIRST, EXCLUDE, EVEN, SLICE, R, C
+        )
+        states = put(states, i, lanes, of_state)
+        untempered = put(untempered, i, lanes, of_untempered)
     state = merge(states, s_side[1], t_side[1], FIRST)
+    untempered = take_untempered(untempered, s_side, FIRST)
     m_and_z, first = take_row(state, s_side, t_side, FIRST)
     ms, zs, mt, zt = m_and_z
     row = softmaxes(ms, zs, mt, zt, s_side[1], t_side[1], TWO)
@@ -241,8 +261,8 @@ def loss_kernel(
             sums = put(sums, i, lanes, added)
     finished = finish_row(state, m_and_z, first, merge_sums(sums), s_side, t_side, alpha, beta, FIRST)
     write_row(
-        finished, state, m_and_z, 0.0, s_side, t_side, exclude, vocab, values_ptr, index, n, labels_ptr, label_count,
-        labels_ptr, TWO, False,
+        finished, state, m_and_z, untempered, 0.0, s_side, t_side, exclude, vocab, values_ptr, index, n, labels_ptr,
+        label_count, labels_ptr, TWO, False,
     )  # fmt: skip
     # A gradient in place: every warp has read the label's logit.
     tl.debug_barrier()
@@ -251,9 +271,10 @@ def loss_kernel(
         begin = i * SLICE
         end = tl.minimum(begin + SLICE, vocab)
         write_gradient(
-            j == 0, True, begin, end, vocab, s_side, t_side, m_and_z, (0.0, 0.0, 0.0, 0.0), exclude, alpha, beta,
-            scale_s, scale_t, finished, ds_ptr, dt_ptr, s_width, t_width, coefficients_ptr, labels_ptr, index, n,
-            label_count, FIRST, STUDENT, REFERENCE, LABEL_S, LABEL_T, MANY, EXCLUDE, ALIGNED, EVEN, R, C,
+            j == 0, True, begin, end, vocab, s_side, t_side, m_and_z, (0.0, 0.0, 0.0, 0.0), untempered,
+            exclude, alpha, beta, scale_s, scale_t, finished, ds_ptr, dt_ptr, s_width, t_width, coefficients_ptr,
+            labels_ptr, index, n, label_count, FIRST, STUDENT, REFERENCE, LABEL_S, LABEL_T, MANY, EXCLUDE, ALIGNED,
+        EVEN, R, C,
         )  # fmt: skip
 
 

@@ -18,12 +18,14 @@ from kldiv_kernels.backends.triton.device.hooks import (
     gradient_logq,
     logprob_at,
     reference_logprob_at,
+    untempered_logprob_at,
     weights,
 )
 from kldiv_kernels.backends.triton.device.labels import LABELS, mark_of, summed_coefficients
 from kldiv_kernels.backends.triton.device.row import load_row, open_row
 from kldiv_kernels.backends.triton.device.rows import normalised, softmaxes, with_share
-from kldiv_kernels.backends.triton.device.state import TAIL, TEACHER
+from kldiv_kernels.backends.triton.device.state import TAIL, TEACHER, UNTEMPERED
+from kldiv_kernels.backends.triton.device.untempered import untempered_weight, with_untempered
 
 
 @triton.jit
@@ -72,13 +74,14 @@ def label_gradient_kernel(
         index, s_ptr, s_inner, s_outer, s_stride, t_ptr, t_inner, t_outer, t_stride, exclude_ptr, token_ptr, n,
         temperature, reference_temperature, alpha, beta, TWO, EXCLUDE, PER_TOKEN, ALIGNED,
     )  # fmt: skip
-    m_and_z, tail, finished = load_row(state_ptr + index, n, FIRST)
+    m_and_z, tail, untempered, finished = load_row(state_ptr + index, n, FIRST)
     ms, zs, mt, zt = m_and_z
     row = softmaxes(ms, zs, mt, zt, s_side[1], t_side[1], TWO)
     labels = labels_ptr + index * label_count
-    share_q, share_p, any_coefficient, c, c_tail = weights(
+    share_q, share_p, share_untempered, any_coefficient, c, c_tail = weights(
         finished, coefficients_ptr + index, labels, n, label_count, MANY
     )
+    weight = untempered_weight(share_untempered, untempered, scale_s, FIRST)
     duplicates = MANY
     if FIRST & TAIL:
         # A tail without mass has no gradient.
@@ -96,18 +99,21 @@ def label_gradient_kernel(
             p, q, lp, lq, u = normalised(s, t, s_side, t_side, row, TWO)
             if OF_S:
                 g = gradient_logq(c, finished, p, q, lp, lq, u, alpha, beta)
-                at = coefficients_ptr + logprob_at(label_count) * n + index
-                _write_labels(
-                    ds_ptr + index * s_width, g, share_q, q, scale_s, numbers, label, there, labels, at, n,
-                    label_count, duplicates, LABEL_S,
-                )  # fmt: skip
+                g = with_untempered(with_share(g, share_q, q), s, weight, FIRST)
+                if LABEL_S:
+                    at = coefficients_ptr + logprob_at(label_count) * n + index
+                    g += summed_coefficients(numbers, label, labels, at, n, label_count, duplicates)
+                if FIRST & UNTEMPERED:
+                    at = coefficients_ptr + untempered_logprob_at(label_count) * n + index
+                    g += summed_coefficients(numbers, label, labels, at, n, label_count, duplicates) / scale_s
+                _write_labels(ds_ptr + index * s_width, g, scale_s, label, there)
             if OF_T:
                 g = gradient_logp(c, finished, p, q, lp, lq, u, alpha, beta)
-                at = coefficients_ptr + reference_logprob_at(label_count) * n + index
-                _write_labels(
-                    dt_ptr + index * t_width, g, share_p, p, scale_t, numbers, label, there, labels, at, n,
-                    label_count, duplicates, LABEL_T,
-                )  # fmt: skip
+                g = with_share(g, share_p, p)
+                if LABEL_T:
+                    at = coefficients_ptr + reference_logprob_at(label_count) * n + index
+                    g += summed_coefficients(numbers, label, labels, at, n, label_count, duplicates)
+                _write_labels(dt_ptr + index * t_width, g, scale_t, label, there)
 
 
 @triton.jit
@@ -119,12 +125,6 @@ def _gathered(one_side, label, there):
 
 
 @triton.jit
-def _write_labels(
-    to, g, share, softmax, scale, numbers, label, there, labels, coefficients, n, label_count, duplicates,
-    LABEL: tl.constexpr,
-):  # fmt: skip
-    g = with_share(g, share, softmax)
-    if LABEL:
-        g += summed_coefficients(numbers, label, labels, coefficients, n, label_count, duplicates)
+def _write_labels(to, g, scale, label, there):
     # Equal labels write the same number.
     tl.store(to + label, (g * scale).to(to.dtype.element_ty), mask=there)

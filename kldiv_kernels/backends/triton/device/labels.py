@@ -17,7 +17,7 @@ import triton
 import triton.language as tl
 
 from kldiv_kernels.backends.triton.device.rows import no_mass, softmaxes
-from kldiv_kernels.backends.triton.device.state import BOTH, NOTHING, merged_reference
+from kldiv_kernels.backends.triton.device.state import BOTH, NOTHING, merged_sum
 from kldiv_kernels.backends.triton.formulas.math import LN2
 
 # How many a program takes at a time.
@@ -122,7 +122,7 @@ def sum_of_labels(s_side, labels, label_count, exclude, vocab, duplicates):
         to = tl.maximum(m, x)
         z = z * tl.exp2((m - to) * c) + tl.where(there, tl.exp2((x - to) * c), 0.0)
         m = to
-    return merge_labels(m, z, c)
+    return merged_sum(m, z, c)
 
 
 @triton.jit
@@ -130,13 +130,6 @@ def no_labels(R: tl.constexpr):
     """What a shard says of its labels, of none of them, R times: (m, z), and how many occur twice."""
     zero = tl.zeros([R], tl.float32)
     return tl.full([R], NOTHING, tl.float32), zero, zero
-
-
-@triton.jit
-def merge_labels(m, z, c):
-    """(m, z) of lanes [R], merged into one (scalars)."""
-    to = merged_reference(m, z, c)
-    return to, tl.sum(z * tl.exp2((m - to) * c), axis=0)
 
 
 @triton.jit

@@ -7,7 +7,7 @@ import triton.language as tl
 
 from kldiv_kernels.backends.triton.device.hooks import finish, load_finished, write_values
 from kldiv_kernels.backends.triton.device.rows import no_mass, parameters, side
-from kldiv_kernels.backends.triton.device.state import P_IS_ZERO, Q_IS_ZERO, TAIL, TEACHER
+from kldiv_kernels.backends.triton.device.state import P_IS_ZERO, Q_IS_ZERO, TAIL, TEACHER, UNTEMPERED
 from kldiv_kernels.backends.triton.formulas.math import LN2, expm1_minus
 
 # 1 / LOG2E: dividing by the float32 log2(e) undoes the multiplication, rounding included.
@@ -83,7 +83,7 @@ def finish_row(state, m_and_z, first, sums, s_side, t_side, alpha, beta, FIRST: 
 
 @triton.jit
 def write_row(
-    finished, state, m_and_z, tail_logprob, s_side, t_side, exclude, vocab, values_ptr, index, n,
+    finished, state, m_and_z, untempered, tail_logprob, s_side, t_side, exclude, vocab, values_ptr, index, n,
     labels_ptr, label_count, picked_ptr, TWO: tl.constexpr, SHARED: tl.constexpr,
 ):  # fmt: skip
     """A row's column of the table of values. SHARED: the logits at its labels are at picked_ptr [2, n, labels]."""
@@ -95,7 +95,7 @@ def write_row(
     argmax = tl.where(zs != zs, -1.0, state[12].to(tl.float32))
     write_values(
         finished, values_ptr + index, n, lse, max_logprob, argmax, tail_logprob,
-        s_side, ms, log_zs, t_side, mt, log_zt, exclude, vocab,
+        s_side, ms, log_zs, untempered, t_side, mt, log_zt, exclude, vocab,
         labels_ptr + index * label_count, label_count, picked_ptr + index * label_count, SHARED,
     )  # fmt: skip
 
@@ -109,10 +109,16 @@ def write_nothing(values_ptr, index, n, value_rows):
 
 @triton.jit
 def load_row(state, n, FIRST: tl.constexpr):
-    """(ms, zs, mt, zt); m and z of the tail, the labels' share of q and whether one occurs twice; `finished`."""
+    """(ms, zs, mt, zt); m and z of the tail, the labels' share of q and whether one occurs twice; m and z at
+    temperature 1; `finished`."""
     m_and_z = (tl.load(state), tl.load(state + n), tl.load(state + 2 * n), tl.load(state + 3 * n))
+    state += 4 * n
     tail = (0.0, 0.0, 0.0, 0.0)
     if FIRST & TAIL:
-        state += 4 * n
         tail = (tl.load(state), tl.load(state + n), tl.load(state + 2 * n), tl.load(state + 3 * n))
-    return m_and_z, tail, load_finished(state + 4 * n, n)
+        state += 4 * n
+    untempered = ()
+    if FIRST & UNTEMPERED:
+        untempered = (tl.load(state), tl.load(state + n))
+        state += 2 * n
+    return m_and_z, tail, untempered, load_finished(state, n)

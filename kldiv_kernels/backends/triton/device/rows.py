@@ -69,7 +69,7 @@ def read(one_side, columns, limit, exclude, MASKED: tl.constexpr, EXCLUDE: tl.co
 
 
 @triton.jit
-def _softmax(m, z, c):
+def softmax_of(m, z, c):
     """(μ, r, 1/z', log z'): with y = x c − μ, softmax(x) = 2^y / z' and log softmax(x) = y ln 2 − log z'.
 
     μ is m c, rounded, and r what that leaves out: so y is one fused multiply-add, rounded once.
@@ -82,9 +82,9 @@ def _softmax(m, z, c):
 @triton.jit
 def softmaxes(ms, zs, mt, zt, cs, ct, TWO: tl.constexpr):
     """What `normalised` takes of a finished row: (μ, 1/z', log z') of both softmaxes."""
-    reference_s, rest_s, over_zs, log_zs = _softmax(ms, zs, cs)
+    reference_s, rest_s, over_zs, log_zs = softmax_of(ms, zs, cs)
     if TWO:
-        reference_t, rest_t, over_zt, log_zt = _softmax(mt, zt, ct)
+        reference_t, rest_t, over_zt, log_zt = softmax_of(mt, zt, ct)
         return reference_s, over_zs, log_zs, reference_t, over_zt, log_zt
     else:
         return reference_s, over_zs, log_zs, 0.0, 0.0, 0.0

@@ -13,6 +13,7 @@ from kldiv_kernels.backends.triton.device.hooks import merge_sums, zero_sums
 from kldiv_kernels.backends.triton.device.labels import sum_of_labels
 from kldiv_kernels.backends.triton.device.row import open_row
 from kldiv_kernels.backends.triton.device.state import STATE_SIZE, TAIL, TEACHER, empty, load_parts, merge
+from kldiv_kernels.backends.triton.device.untempered import empty_untempered, load_untempered, merge_untempered
 
 
 @triton.jit
@@ -24,9 +25,10 @@ def merge_states_kernel(
     FIRST: tl.constexpr, MASK: tl.constexpr, EXCLUDE: tl.constexpr, PER_TOKEN: tl.constexpr,
     ALIGNED: tl.constexpr, WIDTH: tl.constexpr, S_PAD: tl.constexpr,
 ):  # fmt: skip
-    """states_ptr [n, WIDTH] from partial_ptr [n, slices, STATE_SIZE]; columns are counted on from `first_column`.
+    """states_ptr [n, WIDTH] from partial_ptr [n, slices, numbers]; columns are counted on from `first_column`.
 
-    Behind the state, with TAIL: m and z of the labels that are here, and how many of them occur twice.
+    Behind the state, with UNTEMPERED: m and z at temperature 1. Behind those, with TAIL: m and z of the labels that are
+    here, and how many of them occur twice.
     """
     index = tl.program_id(0).to(tl.int64)
     if MASK:
@@ -36,12 +38,15 @@ def merge_states_kernel(
         index, s_ptr, s_inner, s_outer, s_stride, t_ptr, t_inner, t_outer, t_stride, exclude_ptr, token_ptr, n,
         temperature, reference_temperature, alpha, beta, (FIRST & TEACHER) != 0, EXCLUDE, PER_TOKEN, ALIGNED,
     )  # fmt: skip
-    found = load_parts(partial_ptr, index, slices, slices, 1, empty(S_PAD), 0, STATE_SIZE)
+    PART: tl.constexpr = STATE_SIZE + len(empty_untempered(S_PAD, FIRST))
+    found = load_parts(partial_ptr, index, slices, slices, 1, empty(S_PAD), 0, PART)
     ms, zs, es, bs, mt, zt, et, bt, forward, reverse, hellinger, best, column, mr, zr = merge(
         found, s_side[1], t_side[1], FIRST
     )
     column = column.to(tl.float32) + first_column
     said = ms, zs, es, bs, mt, zt, et, bt, forward, reverse, hellinger, best, column, mr, zr
+    untempered = load_untempered(partial_ptr, index, slices, slices, 1, FIRST, PART, S_PAD)
+    said = said + merge_untempered(untempered, FIRST)
     if FIRST & TAIL:
         duplicates = tl.load(duplicates_ptr + index)
         labels = labels_ptr + index * label_count

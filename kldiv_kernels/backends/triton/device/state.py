@@ -44,6 +44,8 @@ ARGMAX = tl.constexpr(256)
 # The columns that are no label; with BOTH beside all columns, else instead of them.
 TAIL = tl.constexpr(512)
 BOTH = tl.constexpr(1024)
+# The student's softmax at temperature 1 as well (untempered.py).
+UNTEMPERED = tl.constexpr(2048)
 
 # Numbers in a state: m, z, a and blocked logit of the student, of the teacher; three g; the largest logit and where;
 # m and z of the tail.
@@ -172,6 +174,13 @@ def merged_reference(m, z, c):
     return tl.where(
         total > 0.0, top + tl.log2(tl.where(total > 0.0, total, 1.0)) / c, tl.where(total == 0.0, top, total)
     )
+
+
+@triton.jit
+def merged_sum(m, z, c):
+    """(m, z) of lanes [R], merged into one (scalars)."""
+    to = merged_reference(m, z, c)
+    return to, tl.sum(z * tl.exp2((m - to) * c), axis=0)
 
 
 @triton.jit

@@ -14,6 +14,7 @@ from kldiv_kernels.backends.triton.formulas.statistic import TWO, TritonStatisti
 TABLE: dict[str, TritonStatistic] = {
     "logprob": TritonStatistic(),
     "reference_logprob": TritonStatistic(takes=TWO),
+    "untempered_logprob": TritonStatistic(takes=state.UNTEMPERED.value),
     "tail_logprob": TritonStatistic(takes=state.TAIL.value),
     "logsumexp": TritonStatistic(),
     "max_logprob": TritonStatistic(takes=state.ARGMAX.value),
