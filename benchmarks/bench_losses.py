@@ -26,8 +26,12 @@ def bench_loss_and_gradient(benchmark: BenchmarkFixture, case: Case, implementat
     benchmark.group = case.name
     benchmark.extra_info.update(rows=case.rows, vocab=case.vocab, floor_bytes=case.floor_bytes)
 
+    def setup() -> None:
+        inputs.forget_gradients()
+        peers.prepare(loss, inputs)
+
     value = benchmark.pedantic(
-        partial(measure.loss_and_gradient, loss, inputs), setup=inputs.forget_gradients, rounds=_ROUNDS, warmup_rounds=1
+        partial(measure.loss_and_gradient, loss, inputs), setup=setup, rounds=_ROUNDS, warmup_rounds=1
     )
     assert value.isfinite()
     # The multiplications alone have none.

@@ -117,7 +117,8 @@ struct Kernels {
     void (*sum_exp_entropy)(const float* x, int columns, float m, double* z, double* a);
     // The first-sweep divergences of a second row s from a first row t, [1]: parking x and y. Forward KL parks both
     // exponentials (of s, of t), reverse KL that of t and its product with u, Hellinger that of s and the root of both.
-    OnlineKernel forward_kl[2], reverse_kl[2], hellinger[2];
+    // [.][1]: of rows that are far apart, where a sum of plain terms has all its digits.
+    OnlineKernel forward_kl[2][2], reverse_kl[2][2], hellinger[2];
     // to = c_x x + c_y y
     void (*combine)(const float* x, const float* y, int columns, float c_x, float c_y, float* to);
     // to += c x

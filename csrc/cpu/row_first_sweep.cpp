@@ -12,6 +12,10 @@ namespace {
 // Of a tile below this no exponential is above 0 beside the row's offset, and 24 bits do not hold its exponents.
 constexpr float kNoExponential = -(1 << 20);
 
+// A divergence of rows, in nats, from which on a sum of terms p u + q - p has the digits that it needs: each is right
+// to 1e-7 of its p.
+constexpr double kFarApart = 0.02;
+
 // The smallest exponent in which no 2^(x kLog2e - m) is above 1, of a tile with mass.
 float exponent_of(float largest) { return std::ceil(largest * kLog2e); }
 
@@ -101,13 +105,21 @@ FirstSweep Row::first_sweep(int64_t block) const {
             online.started = true;
             const double kappa = std::exp(d - apart);
             const OnlineTile how{m_first, m_second, d, static_cast<float>(kappa)};
-            const OnlineKernel* kernel = i == kForwardKl   ? kernels.forward_kl
-                                         : i == kReverseKl ? kernels.reverse_kl
-                                                           : kernels.hellinger;
             OnlineSums sums;
             const bool park = park_ != nullptr;
-            kernel[park](by_student ? b.t : b.s, by_student ? b.s : b.t, padded, how, &sums,
-                         park ? parked_x(start) : nullptr, park ? parked_y(start) : nullptr);
+            const auto run = [&](OnlineKernel kernel) {
+                kernel(by_student ? b.t : b.s, by_student ? b.s : b.t, padded, how, &sums, parked_x(start),
+                       parked_y(start));
+            };
+            if (i == kHellinger) {
+                run(kernels.hellinger[park]);
+            } else {
+                const auto& kernel = (i == kForwardKl ? kernels.forward_kl : kernels.reverse_kl)[park];
+                const SoftmaxState& first = by_student ? out.s : out.t;
+                const bool far = out.online[i].started && out.online[i].g >= kFarApart * first.z;
+                run(kernel[far]);
+                if (far && !(sums.g >= kFarApart * sums.z_first)) run(kernel[false]);
+            }
             if (park) parked_tiles_[start / kTile].delta = online.delta;
             online.g = sums.g;
             tile.s.z = by_student ? sums.z_first : sums.z_second;

@@ -44,7 +44,8 @@ inline void sum_exp_entropy(const float* x, int columns, float m, double* z_out,
 // combination c_x x + c_y y once the row is finished (row_gradient.cpp).
 enum class Park { none, both, weighted };
 
-template <Park park>
+// `far`: the rows are so far apart that terms may be taken as they are (Row::first_sweep).
+template <Park park, bool far>
 __attribute__((flatten)) void online_kl(const float* s, const float* t, int columns, const OnlineTile& tile,
                                         OnlineSums* sums, float* x, float* y) {
     const Floats ms = broadcast(tile.m_second), mt = broadcast(tile.m_first), d = broadcast(tile.delta);
@@ -60,7 +61,7 @@ __attribute__((flatten)) void online_kl(const float* s, const float* t, int colu
             const Floats u = (first - second) - d;
             run_s = run_s + q;
             run_t = run_t + p;
-            run_g = run_g + kl_term(p, q * k, u);
+            run_g = run_g + (far ? fma(p, u, q * k - p) : kl_term(p, q * k, u));
             if constexpr (park == Park::both) {
                 store(x + i, q);
                 store(y + i, p);

@@ -82,9 +82,12 @@ inline Kernels make_kernels(const char* isa) {
     kernels.sum_exp_times[0] = sum_exp_times<false>;
     kernels.sum_exp_times[1] = sum_exp_times<true>;
     kernels.sum_exp_entropy = sum_exp_entropy;
-    kernels.forward_kl[0] = kernels.reverse_kl[0] = online_kl<Park::none>;
-    kernels.forward_kl[1] = online_kl<Park::both>;
-    kernels.reverse_kl[1] = online_kl<Park::weighted>;
+    kernels.forward_kl[0][0] = kernels.reverse_kl[0][0] = online_kl<Park::none, false>;
+    kernels.forward_kl[0][1] = kernels.reverse_kl[0][1] = online_kl<Park::none, true>;
+    kernels.forward_kl[1][0] = online_kl<Park::both, false>;
+    kernels.forward_kl[1][1] = online_kl<Park::both, true>;
+    kernels.reverse_kl[1][0] = online_kl<Park::weighted, false>;
+    kernels.reverse_kl[1][1] = online_kl<Park::weighted, true>;
     kernels.hellinger[0] = online_hellinger<Park::none>;
     kernels.hellinger[1] = online_hellinger<Park::both>;
     kernels.combine = combine;

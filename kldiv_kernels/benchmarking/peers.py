@@ -28,12 +28,15 @@ from kldiv_kernels.benchmarking.cases import (
     Inputs,
 )
 from kldiv_kernels.benchmarking.defaults import LOGPROB_ENTROPY
+from kldiv_kernels.benchmarking.in_place import InPlace
 from kldiv_kernels.choices import Backend
 from kldiv_kernels.parallel import Group
 
 Loss = Callable[[Inputs], Tensor]
 
 OURS = "kldiv_kernels"
+# The same with its gradient in the place of the logits.
+IN_PLACE = "in_place"
 PEERS = ("eager", "compile", "trl")
 # Beside a top-k loss: what reading the logits once and writing their gradient takes for one label.
 LOGPROB = "logprob"
@@ -43,6 +46,7 @@ GEMMS = "gemms"
 GATHER = "gather"
 # What a reader calls them.
 LABELS = {
+    IN_PLACE: "ours, in_place=True",
     "eager": "PyTorch eager",
     "compile": "torch.compile",
     "trl": "TRL",
@@ -62,6 +66,8 @@ def names_for(case: Case, peers: tuple[str, ...] = PEERS) -> list[str]:
         "trl": case.loss in (*linear.TRL_BETA, LOGPROB_ENTROPY, GRPO, TOPK_FROM_LOGITS),
     }
     beside = [LOGPROB] if case.kind == TOPK else [GEMMS] if case.from_hidden else []
+    if case.is_divergence and not case.from_hidden and case.kind != TOPK_FROM_LOGITS and case.dtype != torch.float16:
+        beside = [IN_PLACE]
     return [OURS, *beside, *(name for name in PEERS if name in peers and has[name])]
 
 
@@ -71,6 +77,8 @@ def build(name: str, case: Case) -> Loss:
         return _from_hidden(name, case)
     if name == OURS:
         return ours(case)
+    if name == IN_PLACE:
+        return InPlace(case)
     if name == LOGPROB:
         return lambda inputs: -kk.token_stats(inputs.logits, labels=inputs.labels, stats=("logprob",)).logprob.mean()
     if name == "trl":
@@ -82,6 +90,12 @@ def build(name: str, case: Case) -> Loss:
         return lambda inputs: policy(inputs.logits, inputs)[0]
     function = _compiled(eager.LOSSES[case.kind]) if name == "compile" else eager.LOSSES[case.kind]
     return lambda inputs: function(inputs.logits, _second(inputs))
+
+
+def prepare(loss: Loss, inputs: Inputs) -> None:
+    """What has to be done before each call of a loss, and is none of it."""
+    if isinstance(loss, InPlace):
+        loss.prepare(inputs)
 
 
 def _from_hidden(name: str, case: Case) -> Loss:

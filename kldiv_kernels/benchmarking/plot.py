@@ -18,8 +18,8 @@ from matplotlib.ticker import FuncFormatter
 from kldiv_kernels.benchmarking import peers
 
 COLOURS = {
-    peers.OURS: "#1b7837", peers.LOGPROB: "#7fbf7b", peers.GEMMS: "#c2a5cf", "compile": "#2166ac", "eager": "#888888",
-    "trl": "#d6604d", peers.GATHER: "#888888",
+    peers.OURS: "#1b7837", peers.IN_PLACE: "#a6dba0", peers.LOGPROB: "#7fbf7b", peers.GEMMS: "#c2a5cf",
+    "compile": "#2166ac", "eager": "#888888", "trl": "#d6604d", peers.GATHER: "#888888",
 }  # fmt: skip
 
 

@@ -2,19 +2,23 @@
 
 from __future__ import annotations
 
+import torch
 from rich.box import SIMPLE_HEAD
 from rich.markup import escape
 from rich.table import Table
 
+from kldiv_kernels.backends import native
 from kldiv_kernels.benchmarking import peers
 from kldiv_kernels.benchmarking.measure import CaseResult, Result
 
 _COLUMNS = (
-    "time\n(ms)", "times\nthe\ncopy", "extra\nmemory\n(MB)", "extra\nmemory\n(× logits)", "ours is\nfaster by",
+    "time\n(ms)", "ns a\ncolumn\nand\ncore", "times\nthe\ncopy", "extra\nmemory\n(× logits)",
+    "ours is\nfaster by",
 )  # fmt: skip
 _SENT = "sent\n(floats\na row)"
 EXPLANATION = (
     "Time is that of the loss and its gradient: the median of several calls. "
+    'The next column divides it by tokens and columns, and counts all threads: "ns a column and core". '
     "A loss has to read its logits and write their gradient at least. "
     '"Times the copy" is its time, divided by that of copying so many bytes on this machine. '
     "1 is the limit of the machine's memory; less means that caches helped. "
@@ -41,11 +45,12 @@ def times_table(results: list[CaseResult]) -> Table:
     # Of several processes neither a copy nor memory is measured.
     spread, alone = (any((result.case.ranks > 1) == several for result in results) for several in (True, False))
     columns = [*(_COLUMNS if alone else (_COLUMNS[0], _COLUMNS[-1])), *([_SENT] if spread else [])]
+    cores = f", {torch.get_num_threads()} threads of {native.instruction_set()}" if native.load() is None else ""
     captions = [
         *([EXPLANATION] if alone else []), *([FROM_HIDDEN] if hidden is not None else []), *([SPREAD] if spread else [])
     ]  # fmt: skip
     table = Table(
-        title=f"loss and gradient, {case.rows:,} tokens × {case.vocab:,} columns{width}",
+        title=f"loss and gradient, {case.rows:,} tokens × {case.vocab:,} columns{width}{cores}",
         caption=" ".join(captions),
         caption_justify="left",
         box=SIMPLE_HEAD,
@@ -73,8 +78,8 @@ def _numbers(result: CaseResult, one: Result) -> list[str]:
     extra = None if one.memory is None else one.memory.extra_bytes
     return [
         f"{one.median * 1e3:,.1f}",
+        f"{result.nanoseconds(one):.2f}",
         "" if times_copy is None else f"{times_copy:.2f}",
-        "?" if extra is None else f"{extra / 1e6:,.0f}",
         "?" if extra is None else f"{extra / result.case.unit_bytes:.2f}",
         "" if one.name == peers.OURS or speedup is None else f"{speedup:.1f} ×",
         *([] if one.sent_bytes_per_row is None else [f"{one.sent_bytes_per_row / 4:,.0f}"]),

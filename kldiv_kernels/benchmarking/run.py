@@ -111,6 +111,7 @@ def _implementation(result: CaseResult, one: Result) -> dict[str, Any]:
         "name": one.name,
         "seconds": one.median,
         "all_seconds": one.seconds,
+        "ns_per_column_and_core": result.nanoseconds(one),
         "first_call_seconds": one.first_call_seconds,
         "useful_gb_per_second": None if floor is None else floor / one.median / 1e9,
         "share_of_copy_bandwidth": None if times_copy is None else 1 / times_copy,
