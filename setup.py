@@ -240,17 +240,18 @@ def extensions() -> dict[str, object]:
         flags += ["-O1", "-g", "-fsanitize=address,undefined", "-fno-sanitize-recover=undefined"]
         link += ["-fsanitize=address,undefined"]
     target = f"-DTORCH_TARGET_VERSION={TORCH_TARGET}"
-    archs = f'-DKLDIV_CUDA_ARCHS="{nvcc.arch_text if nvcc else ""}"'
+    told = [f'-DKLDIV_CUDA_ARCHS="{nvcc.arch_text if nvcc else ""}"', f'-DKLDIV_TORCH_TARGET="{TORCH_TARGET}"']
     library = CppExtension(
         "kldiv_kernels.libkldiv_kernels",
         relative(
             "csrc/ops.cpp",
             "csrc/shard_ops.cpp",
+            "csrc/plan_ops.cpp",
             "csrc/plan.cpp",
             "csrc/cpu/*.cpp",
             *(["csrc/cuda/*.cpp"] if nvcc else []),
         ),
-        extra_compile_args=[*flags, target, archs],
+        extra_compile_args=[*flags, target, *told],
         extra_link_args=link,
         py_limited_api=True,
     )
@@ -260,7 +261,7 @@ def extensions() -> dict[str, object]:
         ["csrc/python.cpp", "csrc/plan.cpp"],
         include_dirs=[pybind11.get_include()],
         language="c++",
-        extra_compile_args=["-std=c++17", "-O2", "-g0", f'-DKLDIV_TORCH_TARGET="{TORCH_TARGET}"', archs],
+        extra_compile_args=["-std=c++17", "-O2", "-g0", *told],
     )
     return {"ext_modules": [library, module], "cmdclass": {"build_ext": Build, "build_py": BuildPy}}
 

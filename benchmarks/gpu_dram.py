@@ -22,16 +22,13 @@ from kldiv_kernels.benchmarking import gpu_peers
 from kldiv_kernels.benchmarking.gpu_cases import GpuCase, first_cases
 
 
-def planned_bytes(case: GpuCase, target: str) -> int | str:
-    """What `kldiv_kernels.plan` expects of the cuda backend, or why it cannot say."""
+def planned_bytes(case: GpuCase, target: str) -> int:
+    """What `kldiv_kernels.plan` expects of the cuda backend."""
     # It has no name for statistics with known coefficients: theirs is the floor.
     if case.known:
         return case.floor_bytes
     what = case.on_cpu.planned if case.gradient or not case.two_tensors else {"stats": [case.kind]}
-    try:
-        return kk.plan(rows=case.rows, vocab=case.vocab, device=target, gradient=case.gradient, **what).bytes
-    except ImportError:
-        return "what the planner expects is left out: it is asked through _C, which is not built for this Python"
+    return kk.plan(rows=case.rows, vocab=case.vocab, device=target, gradient=case.gradient, **what).bytes
 
 
 def profiled(work: Callable[[], object]) -> None:

@@ -22,7 +22,7 @@ from kldiv_kernels.backends import cuda, native
 from kldiv_kernels.benchmarking import gpu_peers
 from kldiv_kernels.benchmarking.defaults import LOGPROB_ENTROPY
 
-# It serves one Python; only `kldiv_kernels.plan` and `kldiv doctor` use it. Whoever else does, fails here.
+# It serves one Python, and nothing that a user calls needs it: whoever does, fails here.
 MODULE = "kldiv_kernels._C"
 # Several rows for each stage of each cluster on 132 multiprocessors.
 ROWS = 64

@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import importlib
 import importlib.util
 import os
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 
@@ -86,9 +84,10 @@ def _on_cpu(wanted: Wanted) -> Plan:
     if refusal is not None:
         return _reference(wanted, refusal)
     element = wanted.dtype.itemsize
-    chosen = _compiled().plan_cpu(
-        wanted.rows, wanted.vocab, wanted.names, element, element if wanted.tensors == 2 else 0,
-        wanted.gradient, wanted.one_read, torch.get_num_threads(),
+    chosen = native.plan_cpu(
+        rows=wanted.rows, columns=wanted.vocab, stats=wanted.names, student_bytes=element,
+        teacher_bytes=element if wanted.tensors == 2 else 0, gradient=wanted.gradient, one_read=wanted.one_read,
+        threads=torch.get_num_threads(),
     )  # fmt: skip
     return Plan("cpu", chosen.kernel, chosen.sweeps, chosen.threads, chosen.bytes, chosen.reason + _why_again(wanted))
 
@@ -118,7 +117,7 @@ def _on_gpu(wanted: Wanted, target: str | torch.device) -> Plan:
 def _of_cuda(wanted: Wanted, capability: int, device: str) -> Plan:
     element = wanted.dtype.itemsize
     try:
-        chosen = _compiled().plan_cuda(
+        chosen = native.plan_cuda(
             capability=capability, rows=wanted.rows, columns=wanted.vocab, stats=wanted.names, student_bytes=element,
             teacher_bytes=element if wanted.tensors == 2 else 0, student_gradient=wanted.gradient,
             known_coefficients=wanted.one_read, labels_per_row=wanted.labels,
@@ -182,7 +181,3 @@ def _triton_refusal(wanted: Wanted, target: str | torch.device) -> str | None:
     if refusal is None and missing:
         refusal = f"it has no {', '.join(missing)} (register_statistic takes triton= for that)"
     return refusal
-
-
-def _compiled() -> Any:
-    return importlib.import_module("kldiv_kernels._C")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -70,6 +71,56 @@ served = constant(_names)
 def selects(logits: Tensor) -> bool:
     """Whether the operator `largest` serves these."""
     return logits.device.type == "cpu" and logits.dtype in DTYPES and load() is None
+
+
+@dataclass(frozen=True)
+class Planned:
+    """What the compiled planner says of a call (csrc/plan.h)."""
+
+    kernel: str
+    reason: str
+    sweeps: int
+    threads: int
+    bytes: int
+    cluster: int = 0
+    stages: int = 0
+    shared_bytes: int = 0
+
+
+def plan_cpu(
+    *, rows: int, columns: int, stats: list[str], student_bytes: int, teacher_bytes: int, gradient: bool,
+    one_read: bool, threads: int,
+) -> Planned:  # fmt: skip
+    """One of the cpu backend. teacher_bytes: of an element, 0 without a teacher."""
+    (sweeps, used, moved), texts = _planned(
+        "plan_cpu", rows, columns, stats, student_bytes, teacher_bytes, gradient, one_read, threads
+    )
+    return Planned(*texts, sweeps, used, moved)
+
+
+def plan_cuda(
+    *, capability: int, rows: int, columns: int, stats: list[str], student_bytes: int, teacher_bytes: int,
+    student_gradient: bool, known_coefficients: bool, labels_per_row: int, topk_outcomes: int, float16: bool,
+) -> Planned:  # fmt: skip
+    """One of the cuda backend on a GPU of this capability, 90 for sm_90. ValueError where there is none."""
+    (sweeps, cluster, stages, threads, shared_bytes, moved), texts = _planned(
+        "plan_cuda", capability, rows, columns, stats, student_bytes, teacher_bytes, student_gradient,
+        known_coefficients, labels_per_row, topk_outcomes, float16,
+    )  # fmt: skip
+    return Planned(*texts, sweeps, threads, moved, cluster, stages, shared_bytes)
+
+
+def _planned(operator: str, *arguments: object) -> tuple[list[int], list[str]]:
+    numbers, texts = ask(lambda: getattr(torch.ops.kldiv_kernels_native, operator)(*arguments))
+    if not numbers:
+        raise ValueError(texts[0])
+    return numbers, texts
+
+
+def build_info() -> dict[str, str]:
+    """What the library was built with: compiler, torch_target, cuda_archs."""
+    told = ask(torch.ops.kldiv_kernels_native.build_info)
+    return dict(zip(told[::2], told[1::2], strict=True))
 
 
 def instruction_set() -> str:

@@ -5,8 +5,6 @@ python -m kldiv_kernels.benchmarking.gpu_device
 
 from __future__ import annotations
 
-import importlib
-import importlib.util
 import json
 import platform
 import sys
@@ -42,7 +40,6 @@ def describe(device: str) -> dict[str, Any]:
             **{name: _version(name) for name in PACKAGES},
         },
         "backends": kk.backends(),
-        "compiled_module": importlib.util.find_spec("kldiv_kernels._C") is not None,
     }
 
 

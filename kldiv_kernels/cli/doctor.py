@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
 import os
 import platform
 import shutil
@@ -88,11 +87,11 @@ def _built_for(backend: str) -> str:
 
 
 def _build() -> list[Check]:
-    try:
-        build = importlib.import_module("kldiv_kernels._C")
-    except ImportError as error:
-        return [Check("compiled part", "missing", str(error), "run: pip install --no-build-isolation .")]
-    return [Check(f"build: {key}", "ok", value or "none") for key, value in build.build_info().items()]
+    refusal = native.load()
+    if refusal is not None:
+        why, _, hint = refusal.rpartition("; ")
+        return [Check("compiled part", "missing", why or refusal, hint if why else "")]
+    return [Check(f"build: {key}", "ok", value or "none") for key, value in native.build_info().items()]
 
 
 def _compiler() -> Check:

@@ -110,7 +110,6 @@ def test_plan_shows_what_the_api_says() -> None:
 
 
 def test_plan_of_a_gpu_that_is_not_here() -> None:
-    pytest.importorskip("kldiv_kernels._C")
     result = invoke("plan", "--rows", "8192", "--vocab", "151936", "--kind", "reverse_kl", "--device", "sm_90")
     assert result.exit_code == 0, result.output
     expected = kk.plan(rows=8192, vocab=151_936, kind="reverse_kl", device="sm_90")
@@ -135,7 +134,7 @@ def test_doctor_says_how_to_mend(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(doctor, "backends", lambda: {"cpu": "it was not built; run: pip install ."})
     monkeypatch.setattr(doctor.shutil, "which", lambda name: None)
     monkeypatch.setattr(doctor.util, "find_spec", lambda name: None)
-    monkeypatch.setitem(sys.modules, "kldiv_kernels._C", None)
+    monkeypatch.setattr(doctor.native, "load", lambda: "it was not built; run: pip install .")
     found = {check.name: check for check in doctor.checks()}
     for name in ("backend cpu", "compiled part", "C++ compiler", *OPTIONAL):
         assert found[name].status == "missing"
@@ -227,7 +226,7 @@ def test_bench_writes_results_and_plot(tmp_path: Path) -> None:
     record = json.loads((output / "results.json").read_text())
     assert [case["kind"] for case in record["cases"]] == ["forward_kl", "js", "logprob_entropy"]
     for case, units in zip(record["cases"], (3, 3, 2), strict=True):
-        ours, eager = case["implementations"]
+        ours, *_, eager = case["implementations"]
         assert case["floor_bytes"] == units * 3 * 64 * 4
         assert case["targets"] == []  # the project promises nothing at this shape
         assert (ours["name"], eager["name"]) == (peers.OURS, "eager")
@@ -248,4 +247,4 @@ def test_bench_reports_a_peer_that_fails(tmp_path: Path, monkeypatch: pytest.Mon
     assert result.exit_code == 0, result.output
     assert "forward_kl bf16, compile: RuntimeError: no compiler" in result.output
     case = json.loads((tmp_path / "results.json").read_text())["cases"][0]
-    assert case["implementations"][1] == {"name": "compile", "error": "RuntimeError: no compiler"}
+    assert case["implementations"][-1] == {"name": "compile", "error": "RuntimeError: no compiler"}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from typing import Any
 
 import pytest
@@ -46,6 +47,21 @@ def test_the_api_plans_a_loss_and_statistics() -> None:
     values = kk.plan(rows=ROWS, vocab=151_936, kind="js", gradient=False, device="sm_90")
     assert (values.kernel, values.sweeps) == ("two-sweep", 2)
     assert kk.plan(rows=ROWS, vocab=151_936, dtype=torch.float32, device="sm_90").cluster == 16
+
+
+def test_the_api_needs_no_module_of_one_python(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What it says is what `_C`, which has the planner as well, says."""
+    monkeypatch.setitem(sys.modules, "kldiv_kernels._C", None)
+    for shape in (
+        {"kind": "js"}, {"kind": "policy_loss"}, {"kind": "topk_loss", "dtype": torch.float16},
+        {"stats": ["logprob", "entropy"], "gradient": False},
+    ):  # fmt: skip
+        found = kk.plan(rows=ROWS, vocab=151_936, **shape, device="sm_90")
+        assert (found.backend, found.cluster is not None) == ("cuda", True)
+    found, stated = kk.plan(rows=ROWS, vocab=151_936, device="sm_90"), plan(90, 151_936)
+    for name in ("kernel", "sweeps", "cluster", "stages", "threads", "bytes", "reason"):
+        assert getattr(found, name) == getattr(stated, name)
+    assert found.shared_memory == stated.shared_bytes
 
 
 def test_the_api_names_the_device_of_a_refused_plan(monkeypatch: pytest.MonkeyPatch) -> None:
