@@ -92,10 +92,10 @@ def plan_cpu(
     one_read: bool, threads: int,
 ) -> Planned:  # fmt: skip
     """One of the cpu backend. teacher_bytes: of an element, 0 without a teacher."""
-    (sweeps, used, moved), texts = _planned(
+    (sweeps, used, moved), (kernel, reason) = _planned(
         "plan_cpu", rows, columns, stats, student_bytes, teacher_bytes, gradient, one_read, threads
     )
-    return Planned(*texts, sweeps, used, moved)
+    return Planned(kernel, reason, sweeps, used, moved)
 
 
 def plan_cuda(
@@ -103,11 +103,11 @@ def plan_cuda(
     student_gradient: bool, known_coefficients: bool, labels_per_row: int, topk_outcomes: int, float16: bool,
 ) -> Planned:  # fmt: skip
     """One of the cuda backend on a GPU of this capability, 90 for sm_90. ValueError where there is none."""
-    (sweeps, cluster, stages, threads, shared_bytes, moved), texts = _planned(
+    (sweeps, cluster, stages, threads, shared_bytes, moved), (kernel, reason) = _planned(
         "plan_cuda", capability, rows, columns, stats, student_bytes, teacher_bytes, student_gradient,
         known_coefficients, labels_per_row, topk_outcomes, float16,
     )  # fmt: skip
-    return Planned(*texts, sweeps, threads, moved, cluster, stages, shared_bytes)
+    return Planned(kernel, reason, sweeps, threads, moved, cluster, stages, shared_bytes)
 
 
 def _planned(operator: str, *arguments: object) -> tuple[list[int], list[str]]:
