@@ -65,8 +65,9 @@ bool Row::load_coefficients() {
 }
 
 void Row::gradient(int64_t block) const {
-    // An infinite sum of gradients has no combination of parked values: columns without mass must stay 0.
-    if (park_ && std::isfinite(share_s_)) return parked_gradient(block);
+    // An infinite sum of gradients has no combination of parked values: columns without mass must stay 0. Nor has a row
+    // without a softmax, whose gradients are NaN.
+    if (park_ && std::isfinite(share_s_) && !std::isnan(lse_s_)) return parked_gradient(block);
     // The student's last: it may take the place of the logits, which both are made of.
     if (job_.d_teacher) gradient_of(false, block);
     if (job_.d_student) gradient_of(true, block);

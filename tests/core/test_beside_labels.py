@@ -87,3 +87,23 @@ def test_what_counts_nothing_takes_no_part(backend: str) -> None:
         assert abs(loss.item() - expected.item()) < 1e-5 * max(1.0, expected.item())
         (wanted,) = torch.autograd.grad(expected, leaf)
         assert (got - wanted).abs().max() < 1e-5 * wanted.abs().max()
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_a_row_without_a_softmax_spoils_only_itself(backend: str) -> None:
+    """Also where the divergence counts nothing."""
+    for bad, weight in ((-torch.inf, 0.0), (-torch.inf, 1.0), (torch.nan, 0.0), (torch.inf, 1.0)):
+        s, t = (3 * torch.randn(ROWS, COLUMNS) for _ in "st")
+        logits = s.clone()
+        logits[2] = bad
+        logits.requires_grad_()
+        labels = torch.randint(COLUMNS, (ROWS,))
+        for beside in ("logprob", "untempered_logprob"):
+            loss, _ = weighted_sum_of(
+                "test", Logits(logits, t), labels, {"forward_kl": weight, beside: -1.0}, mask=None, normalizer=None,
+                temperature=2.0, vocab_size=None, backend=backend,
+            )  # fmt: skip
+            (gradient,) = torch.autograd.grad(loss, logits)
+            assert loss.isnan()
+            assert gradient[2].isnan().all(), (bad, weight, beside)
+            assert gradient[[0, 1, 3, 4, 5]].isfinite().all()
