@@ -30,7 +30,7 @@ CXX_SOURCES := $(filter %.h %.cpp %.cuh %.cu,$(SOURCES)) $(CUDA_HOST_SOURCES)
 INTERPRETED_TESTS := $(addprefix tests/,$(addsuffix .py,\
 	$(addprefix core/test_,statistics contract contract_masks small_divergences autograd losses token_helpers golden user_rows beside_labels \
 		in_place in_place_autograd) \
-	$(addprefix top_k/test_,topk topk_statistics topk_rounding) linear/test_linear_values linear/test_linear_forms linear/test_linear_user_rows beside_labels \
+	$(addprefix top_k/test_,topk topk_statistics topk_rounding) linear/test_linear_values linear/test_linear_forms linear/test_linear_user_rows \
 	$(addprefix backends/test_,triton triton_capture triton_scale triton_topk triton_marks) parallel/test_shards_in_one_process \
 	adapters/test_adapters_liger_parity recipes/test_recipes))
 # The shared suite on the cuda backend, its kernels compiled for the host and run by a model of a GPU.
@@ -39,7 +39,7 @@ CUDA_HOST_TESTS := $(addprefix tests/,$(addsuffix .py,\
 		user_rows beside_labels determinism properties in_place in_place_autograd) \
 	$(addprefix policy/test_,policy_calls policy_one_read policy_one_read_autograd policy_extremes policy_parts) \
 	$(addprefix top_k/test_,topk topk_statistics topk_rounding topk_one_read topk_one_read_autograd topk_cuda \
-		topk_cuda_plans) linear/test_linear_values linear/test_linear_forms linear/test_linear_user_rows beside_labels \
+		topk_cuda_plans) linear/test_linear_values linear/test_linear_forms linear/test_linear_user_rows \
 	$(addprefix backends/test_,labels_cuda cuda_one_read cuda_one_read_limits) parallel/test_shards_in_one_process recipes/test_recipes))
 PYTHON_SOURCES := $(wildcard kldiv_kernels tests benchmarks docs examples setup.py)
 
