@@ -6,14 +6,16 @@
 #         gigabytes of CUDA packages; pip options may follow the name.
 # PEERS   what tests compare with: Liger, and verl with what importing its losses needs. Without their dependencies:
 #         verl's pin other versions of transformers and ask for Ray and its servers; not hydra-core, whose pytest plugin
-#         needs packages of its own. verl 0.9.1 says Python < 3.13; its losses do not mind.
+#         needs packages of its own. verl 0.9.1 says Python < 3.13; its losses do not mind. And kernels, which loads what
+#         `make hub` makes.
 # DEMO_OPTIONS  options of `kldiv demo`.
 # GPU_CHECK_OPTIONS  options of benchmarks/gpu_check.py.
+# HUB_OPTIONS  options of `python -m hub`.
 # FUZZ_EXAMPLES, FUZZ_OPTIONS  how many rows each property of `make fuzz` gets, and options of its pytest.
 PYTHON ?= python3
 TORCH ?= torch==2.13.0
 PEERS ?= liger-kernel==0.8.5 verl==0.9.1 tensordict==0.15.3 omegaconf==2.4.0 codetiming==1.4.0 pyvers==0.2.3 \
-	cloudpickle==3.1.3 orjson==3.13.0
+	cloudpickle==3.1.3 orjson==3.13.0 kernels==0.17.2
 DEMO_OPTIONS ?= --output runs/demo
 FUZZ_EXAMPLES ?= 40000
 
@@ -25,7 +27,7 @@ VENV := .venv
 PY := $(VENV)/bin/python
 SOURCES := $(shell find csrc -type f 2>/dev/null)
 CUDA_HOST_SOURCES := $(shell find tests/cuda_host -name '*.h' -o -name '*.cpp' 2>/dev/null)
-CXX_SOURCES := $(filter %.h %.cpp %.cuh %.cu,$(SOURCES)) $(CUDA_HOST_SOURCES)
+CXX_SOURCES := $(filter %.h %.cpp %.cuh %.cu,$(SOURCES)) $(CUDA_HOST_SOURCES) $(wildcard hub/*.cpp)
 # What Triton's interpreter runs: the shared suite on the Triton backend (thinned, see tests/conftest.py), and its own.
 INTERPRETED_TESTS := $(addprefix tests/,$(addsuffix .py,\
 	$(addprefix core/test_,statistics contract contract_masks small_divergences autograd losses token_helpers golden user_rows beside_labels \
@@ -41,9 +43,9 @@ CUDA_HOST_TESTS := $(addprefix tests/,$(addsuffix .py,\
 	$(addprefix top_k/test_,topk topk_statistics topk_rounding topk_one_read topk_one_read_autograd topk_cuda \
 		topk_cuda_plans) linear/test_linear_values linear/test_linear_forms linear/test_linear_user_rows \
 	$(addprefix backends/test_,labels_cuda cuda_one_read cuda_one_read_limits) parallel/test_shards_in_one_process recipes/test_recipes))
-PYTHON_SOURCES := $(wildcard kldiv_kernels tests benchmarks docs examples setup.py)
+PYTHON_SOURCES := $(wildcard kldiv_kernels tests benchmarks docs examples hub setup.py)
 
-.PHONY: demo test lint format docs fuzz sanitize bench gpu-check clean
+.PHONY: demo test lint format docs fuzz sanitize bench hub gpu-check clean
 
 demo: $(VENV)/.installed
 	$(VENV)/bin/kldiv demo $(DEMO_OPTIONS)
@@ -77,6 +79,10 @@ fuzz: $(VENV)/.installed
 # The library built with AddressSanitizer and UndefinedBehaviorSanitizer, under the kernel tests.
 sanitize: $(VENV)/.installed
 	PYTHON=$(PY) bash tests/building/run_sanitized.sh
+
+# The package as a kernel of the Hugging Face Hub, into build/hub.
+hub: $(VENV)/.installed
+	$(PY) -m hub $(HUB_OPTIONS)
 
 bench: $(VENV)/.installed
 	$(VENV)/bin/kldiv bench --output runs/bench

@@ -29,7 +29,14 @@ ROOT = Path(__file__).parent
 TORCH_TARGET = "0x020a000000000000"
 # Binaries run on later members of their generation as well (sm_80 on sm_87); newer generations get the last one's PTX.
 CUDA_ARCHS = (80, 86, 89, 90, 100, 120)
-# --fmad=false: as -ffp-contract=off below. The rest trades the last bit of a division and numbers below 1e-38 for
+# -ffp-contract=off: products are fused into sums only where the source says so. Fusing p = e * scale into p - q would
+# leave a rounding error where p and q are the same. -Wno-*: what GCC 12 says of AVX-512 intrinsics that take an
+# undefined source operand on purpose. (hub/layout.py reads these constants too, for the Hub kernel.)
+CXX_FLAGS = [
+    "-std=c++17", "-O3", "-g0", "-ffp-contract=off", "-fvisibility=hidden", "-Wall",
+    "-Wno-maybe-uninitialized", "-Wno-uninitialized", "-Wno-psabi",
+]  # fmt: skip
+# --fmad=false: as -ffp-contract=off above. The rest trades the last bit of a division and numbers below 1e-38 for
 # speed; exponentials do not depend on it.
 NVCC_FLAGS = [
     "-std=c++17", "-O3", "--fmad=false", "-ftz=true", "-prec-div=false", "-prec-sqrt=false",
@@ -230,11 +237,7 @@ def extensions() -> dict[str, object]:
         def get_export_symbols(self, extension: object) -> list[str]:
             return []
 
-    # -ffp-contract=off: products are fused into sums only where the source says so. Fusing p = e * scale into p - q
-    # would leave a rounding error where p and q are the same.
-    flags = ["-std=c++17", "-O3", "-g0", "-ffp-contract=off", "-fvisibility=hidden", "-Wall"]
-    # GCC 12 says this of AVX-512 intrinsics that take an undefined source operand on purpose.
-    flags += ["-Wno-maybe-uninitialized", "-Wno-uninitialized", "-Wno-psabi"]
+    flags = list(CXX_FLAGS)
     link = [] if nvcc is None else nvcc.link_flags()
     if sanitize:
         flags += ["-O1", "-g", "-fsanitize=address,undefined", "-fno-sanitize-recover=undefined"]

@@ -30,21 +30,21 @@
     "backward(" KLDIV_CALL ", Tensor state, Tensor coefficients, bool student, bool teacher) -> (Tensor, Tensor)"
 // Values and dlogits of a token-level policy loss; what `coefficients` has for logprob is not looked at (policy.h).
 #define KLDIV_POLICY                                                                \
-    "policy(" KLDIV_CALL                                                            \
+    "forward_policy(" KLDIV_CALL                                                    \
     ", Tensor coefficients, Tensor policy_tokens, str policy_term, str policy_kl, " \
     "float[] policy_bounds, bool in_place) -> (Tensor, Tensor)"
 
-// After `policy`, of its values [rows, N] for logprob, entropy and, with `exact`, an exact KL: per_token [N], sums
-// [kPolicySums] and the number of tokens (policy_outcome.h).
+// After `forward_policy`, of its values [rows, N] for logprob, entropy and, with `exact`, an exact KL: per_token [N],
+// sums [kPolicySums] and the number of tokens (policy_outcome.h).
 #define KLDIV_POLICY_OUTCOME                                                                                \
-    "policy_outcome(Tensor values, Tensor coefficients, Tensor policy_tokens, Tensor valid, Tensor scale, " \
+    "finish_policy(Tensor values, Tensor coefficients, Tensor policy_tokens, Tensor valid, Tensor scale, "  \
     "Tensor? old, Tensor? sampling, Tensor? off_policy_weight, Tensor? token_weights, Tensor? kl_weights, " \
     "bool anchored, bool reference, bool exact, float kl_coef, str policy_term, str policy_kl, "            \
     "float[] policy_bounds) -> (Tensor, Tensor, Tensor)"
 
 // Values, the divergences of the outcomes from `teacher`, and dlogits of Σ scale · divergence (cpu/rows.h, TopK).
 #define KLDIV_TOPK                                                                      \
-    "topk(" KLDIV_CALL                                                                  \
+    "forward_topk(" KLDIV_CALL                                                          \
     ", Tensor teacher, Tensor scale, str kind, float alpha, float beta, bool in_place)" \
     " -> (Tensor, Tensor, Tensor)"
 

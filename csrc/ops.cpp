@@ -5,6 +5,7 @@
 
 #include "cpu/largest.h"
 #include "cpu_job.h"
+#include "namespace.h"
 
 #ifdef __linux__
 #include <sys/mman.h>
@@ -183,7 +184,7 @@ std::string isa() { return kldiv::best_kernels().isa; }
 
 }  // namespace
 
-STABLE_TORCH_LIBRARY(kldiv_kernels_native, m) {
+STABLE_TORCH_LIBRARY_FRAGMENT(KLDIV_NAMESPACE, m) {
     m.def(KLDIV_FORWARD);
     m.def(KLDIV_BACKWARD);
     m.def(KLDIV_POLICY);
@@ -192,24 +193,24 @@ STABLE_TORCH_LIBRARY(kldiv_kernels_native, m) {
     m.def(KLDIV_SHARD_STATE);
     m.def(KLDIV_SHARD_SUMS);
     m.def(KLDIV_SHARD_FINISH);
-    m.def("largest(Tensor logits, Tensor? mask, int k, int columns) -> Tensor");
+    m.def("largest_columns(Tensor logits, Tensor? mask, int k, int columns) -> Tensor");
     m.def("scale_(Tensor(a!) gradient, Tensor factor) -> ()");
     m.def("served() -> str[]");
     m.def("finished_first() -> str[]");
     m.def("isa() -> str");
 }
 
-STABLE_TORCH_LIBRARY_IMPL(kldiv_kernels_native, CPU, m) {
+STABLE_TORCH_LIBRARY_IMPL(KLDIV_NAMESPACE, CPU, m) {
     m.impl("forward", TORCH_BOX(&forward));
     m.impl("backward", TORCH_BOX(&backward));
-    m.impl("policy", TORCH_BOX(&policy));
-    m.impl("policy_outcome", TORCH_BOX(&policy_outcome));
-    m.impl("topk", TORCH_BOX(&topk));
-    m.impl("largest", TORCH_BOX(&largest));
+    m.impl("forward_policy", TORCH_BOX(&policy));
+    m.impl("finish_policy", TORCH_BOX(&policy_outcome));
+    m.impl("forward_topk", TORCH_BOX(&topk));
+    m.impl("largest_columns", TORCH_BOX(&largest));
     m.impl("scale_", TORCH_BOX(&scale_));
 }
 
-STABLE_TORCH_LIBRARY_IMPL(kldiv_kernels_native, CompositeExplicitAutograd, m) {
+STABLE_TORCH_LIBRARY_IMPL(KLDIV_NAMESPACE, CompositeExplicitAutograd, m) {
     m.impl("served", TORCH_BOX(&served));
     m.impl("finished_first", TORCH_BOX(&finished_first));
     m.impl("isa", TORCH_BOX(&isa));

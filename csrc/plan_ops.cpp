@@ -6,7 +6,18 @@
 #include <tuple>
 #include <vector>
 
+#include "namespace.h"
 #include "plan.h"
+
+// A Hub kernel's builder is not told what setup.py says of the build.
+#ifndef KLDIV_TORCH_TARGET
+#define KLDIV_TEXT(macro) #macro
+#define KLDIV_TEXT_OF(macro) KLDIV_TEXT(macro)
+#define KLDIV_TORCH_TARGET KLDIV_TEXT_OF(TORCH_TARGET_VERSION)
+#endif
+#ifndef KLDIV_CUDA_ARCHS
+#define KLDIV_CUDA_ARCHS ""
+#endif
 
 namespace {
 
@@ -61,7 +72,7 @@ Texts build_info() {
 
 }  // namespace
 
-STABLE_TORCH_LIBRARY_FRAGMENT(kldiv_kernels_native, m) {
+STABLE_TORCH_LIBRARY_FRAGMENT(KLDIV_NAMESPACE, m) {
     // sweeps, threads, bytes; kernel, reason
     m.def(
         "plan_cpu(int rows, int columns, str[] stats, int student_bytes, int teacher_bytes, bool gradient, "
@@ -74,7 +85,7 @@ STABLE_TORCH_LIBRARY_FRAGMENT(kldiv_kernels_native, m) {
     m.def("build_info() -> str[]");
 }
 
-STABLE_TORCH_LIBRARY_IMPL(kldiv_kernels_native, CompositeExplicitAutograd, m) {
+STABLE_TORCH_LIBRARY_IMPL(KLDIV_NAMESPACE, CompositeExplicitAutograd, m) {
     m.impl("plan_cpu", TORCH_BOX(&plan_cpu));
     m.impl("plan_cuda", TORCH_BOX(&plan_cuda));
     m.impl("build_info", TORCH_BOX(&build_info));

@@ -1,6 +1,7 @@
 // The operators of rows whose columns are spread over processes, on CPUs.
 #include "cpu/shards.h"
 #include "cpu_job.h"
+#include "namespace.h"
 
 namespace {
 
@@ -70,7 +71,7 @@ std::tuple<Tensor, Tensor> shard_finish(const Tensor& logits, std::optional<Tens
 
 }  // namespace
 
-STABLE_TORCH_LIBRARY_IMPL(kldiv_kernels_native, CPU, m) {
+STABLE_TORCH_LIBRARY_IMPL(KLDIV_NAMESPACE, CPU, m) {
     m.impl("shard_state", TORCH_BOX(&shard_state));
     m.impl("shard_sums", TORCH_BOX(&shard_sums));
     m.impl("shard_finish", TORCH_BOX(&shard_finish));

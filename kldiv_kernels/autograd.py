@@ -16,6 +16,8 @@ import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
+from kldiv_kernels._ops import add_op_namespace_prefix
+from kldiv_kernels._ops import ops as operators
 from kldiv_kernels.tracing import untraced
 
 # (gradient, upstream scalar) -> their product, in the gradient's memory (`backends.scale_in_place`).
@@ -58,18 +60,20 @@ def register(prefix: str, scale: Scale) -> None:
         (backward, _no_double_backward, _save_nothing),
         (f"{prefix}loss", functools.partial(_loss_gradient, scale), _save_loss),
     ):
-        torch.library.register_autograd(f"kldiv_kernels::{name}", function, setup_context=save)
+        torch.library.register_autograd(add_op_namespace_prefix(name), function, setup_context=save)
 
 
 def register_given_gradients(scale: Scale) -> None:
     """Autograd of `with_gradients`."""
     torch.library.register_autograd(
-        "kldiv_kernels::with_gradients", functools.partial(_given_gradients, scale), setup_context=_save_gradients
+        add_op_namespace_prefix("with_gradients"),
+        functools.partial(_given_gradients, scale),
+        setup_context=_save_gradients,
     )
 
 
 def _operator(name: str) -> Any:
-    return getattr(torch.ops.kldiv_kernels, name)
+    return getattr(operators, name)
 
 
 def or_empty(gradient: Tensor | None, like: Tensor) -> Tensor:

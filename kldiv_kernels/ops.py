@@ -16,6 +16,8 @@ import torch
 from torch import Tensor
 
 from kldiv_kernels import autograd, inputs
+from kldiv_kernels._ops import add_op_namespace_prefix
+from kldiv_kernels._ops import ops as operators
 from kldiv_kernels.backends import Backend, Call, OneReadPolicy, OneReadTopK, get, scale_in_place, value_rows
 from kldiv_kernels.tracing import constant
 
@@ -39,14 +41,14 @@ def statistics(call: Call, backend: str, with_state: bool) -> Tensor:
         values, _ = autograd.transformable_statistics(*inputs.operator_arguments(call, backend), True)
         return values
     prefix, arguments = _operators(call, backend)
-    values = getattr(torch.ops.kldiv_kernels, f"{prefix}statistics")(*arguments, with_state)[0]
+    values = getattr(operators, f"{prefix}statistics")(*arguments, with_state)[0]
     return values
 
 
 def loss(call: Call, backend: str, coefficients: Tensor, student: bool, teacher: bool) -> tuple[Tensor, Tensor]:
     """Σ coefficients · values, a scalar, differentiable; and the values [value_rows, N], without gradient."""
     prefix, arguments = _operators(call, backend)
-    operator = getattr(torch.ops.kldiv_kernels, f"{prefix}loss")
+    operator = getattr(operators, f"{prefix}loss")
     reduced, values = operator(*arguments, coefficients, student, teacher)[:2]
     return reduced, values.detach()
 
@@ -58,7 +60,7 @@ def policy_loss(
     gradient of their own; `with_gradients` brings them together."""
     logits, *arguments = inputs.operator_arguments(call, backend)
     assert isinstance(logits, Tensor)
-    values, dlogits = torch.ops.kldiv_kernels.policy(
+    values, dlogits = operators.policy(
         logits.detach(), *arguments, coefficients, tokens, term, kl, bounds
     )  # fmt: skip
     return values, dlogits
@@ -66,7 +68,7 @@ def policy_loss(
 
 def policy_outcome(backend: str, *arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
     """The loss of each token [N], the sums of a batch, the number of its tokens (`backends.OneReadPolicy`)."""
-    found: tuple[Tensor, Tensor, Tensor] = torch.ops.kldiv_kernels.policy_outcome(*arguments, backend)
+    found: tuple[Tensor, Tensor, Tensor] = operators.policy_outcome(*arguments, backend)
     return found
 
 
@@ -76,9 +78,7 @@ def topk_loss(
     """Divergences [N] and the gradient of the logits that Σ scale · divergence has (`backends.OneReadTopK`)."""
     logits, *arguments = inputs.operator_arguments(call, backend)
     assert isinstance(logits, Tensor)
-    _, divergences, dlogits = torch.ops.kldiv_kernels.topk(
-        logits.detach(), *arguments, teacher, scale, kind, alpha, beta
-    )
+    _, divergences, dlogits = operators.topk(logits.detach(), *arguments, teacher, scale, kind, alpha, beta)
     return divergences, dlogits
 
 
@@ -87,13 +87,13 @@ def largest(logits: Tensor, mask: Tensor | None, k: int, columns: int) -> Tensor
 
     One read, on CPUs. Rows that the mask leaves out are not read and get 0 to k-1.
     """
-    ids: Tensor = torch.ops.kldiv_kernels.largest(logits, mask, k, columns)
+    ids: Tensor = operators.largest(logits, mask, k, columns)
     return ids
 
 
 def with_gradients(value: Tensor, tensors: Sequence[Tensor], gradients: Sequence[Tensor]) -> Tensor:
     """A scalar of this value, and of these gradients with respect to the tensors, which require grad."""
-    scalar: Tensor = torch.ops.kldiv_kernels.with_gradients(value, list(tensors), list(gradients))
+    scalar: Tensor = operators.with_gradients(value, list(tensors), list(gradients))
     return scalar
 
 
@@ -133,31 +133,6 @@ def _version(stats: tuple[str, ...]) -> str:
 # What an operator that torch.compile sees through has to say of these statistics, "" where it would see nothing.
 # torch.compile takes the answer as it is instead of tracing it.
 _traced_version = constant(_version)
-
-
-_library: Any = torch.library.Library("kldiv_kernels", "DEF")  # type: ignore[no-untyped-call]
-_library.define(f"statistics({_CALL_SCHEMA}, bool with_state) -> (Tensor, Tensor)")
-_library.define(
-    f"statistics_backward({_CALL_SCHEMA}, Tensor state, Tensor coefficients, bool student, bool teacher)"
-    " -> (Tensor, Tensor)"
-)
-_library.define(
-    f"loss({_CALL_SCHEMA}, Tensor coefficients, bool student, bool teacher) -> (Tensor, Tensor, Tensor, Tensor)"
-)
-_library.define(
-    f"policy({_CALL_SCHEMA}, Tensor coefficients, Tensor tokens, str term, str kl, float[] bounds) -> (Tensor, Tensor)"
-)
-_library.define(
-    "policy_outcome(Tensor values, Tensor coefficients, Tensor tokens, Tensor valid, Tensor scale, Tensor? old, "
-    "Tensor? sampling, Tensor? off_policy_weight, Tensor? token_weights, Tensor? kl_weights, bool anchored, "
-    "bool reference, bool exact, float kl_coef, str term, str kl, float[] bounds, str backend)"
-    " -> (Tensor, Tensor, Tensor)"
-)
-_library.define(
-    f"topk({_CALL_SCHEMA}, Tensor teacher, Tensor scale, str kind, float alpha, float beta) -> (Tensor, Tensor, Tensor)"
-)
-_library.define("largest(Tensor logits, Tensor? mask, int k, SymInt columns) -> Tensor")
-_library.define("with_gradients(Tensor value, Tensor[] tensors, Tensor[] gradients) -> Tensor")
 
 
 def _call(arguments: tuple[Any, ...]) -> tuple[Call, Backend]:
@@ -201,25 +176,12 @@ def _topk(*arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def _largest(logits: Tensor, mask: Tensor | None, k: int, columns: int) -> Tensor:
-    ids: Tensor = torch.ops.kldiv_kernels_native.largest(logits, mask, k, columns)
+    ids: Tensor = operators.largest_columns(logits, mask, k, columns)
     return ids
 
 
 def _with_gradients(value: Tensor, tensors: list[Tensor], gradients: list[Tensor]) -> Tensor:
     return value.clone()
-
-
-for _name, _function in (
-    ("statistics", _statistics),
-    ("statistics_backward", _statistics_backward),
-    ("loss", _loss),
-    ("policy", _policy),
-    ("policy_outcome", _policy_outcome),
-    ("topk", _topk),
-    ("largest", _largest),
-    ("with_gradients", _with_gradients),
-):
-    _library.impl(_name, _function, "CompositeExplicitAutograd")
 
 
 def _value_dtype(logits: Tensor, reference: Tensor | None) -> torch.dtype:
@@ -279,14 +241,33 @@ def _fake_largest(logits: Tensor, mask: Tensor | None, k: int, columns: int) -> 
     return logits.new_empty((logits.numel() // logits.shape[-1], k), dtype=torch.int64)
 
 
-torch.library.register_fake("kldiv_kernels::statistics", _fake_statistics)
-torch.library.register_fake("kldiv_kernels::statistics_backward", _fake_backward)
-torch.library.register_fake("kldiv_kernels::loss", _fake_loss)
-torch.library.register_fake("kldiv_kernels::policy", _fake_policy)
-torch.library.register_fake("kldiv_kernels::policy_outcome", _fake_outcome)
-torch.library.register_fake("kldiv_kernels::topk", _fake_topk)
-torch.library.register_fake("kldiv_kernels::largest", _fake_largest)
-torch.library.register_fake("kldiv_kernels::with_gradients", _with_gradients)
+_STATISTICS = f"({_CALL_SCHEMA}, bool with_state) -> (Tensor, Tensor)"
+_BACKWARD = f"({_CALL_SCHEMA}, Tensor state, Tensor coefficients, bool student, bool teacher) -> (Tensor, Tensor)"
+_LOSS = f"({_CALL_SCHEMA}, Tensor coefficients, bool student, bool teacher) -> (Tensor, Tensor, Tensor, Tensor)"
+_POLICY = f"({_CALL_SCHEMA}, Tensor coefficients, Tensor tokens, str term, str kl, float[] bounds) -> (Tensor, Tensor)"
+_OUTCOME = (
+    "(Tensor values, Tensor coefficients, Tensor tokens, Tensor valid, Tensor scale, Tensor? old, Tensor? sampling, "
+    "Tensor? off_policy_weight, Tensor? token_weights, Tensor? kl_weights, bool anchored, bool reference, bool exact, "
+    "float kl_coef, str term, str kl, float[] bounds, str backend) -> (Tensor, Tensor, Tensor)"
+)
+_TOPK = f"({_CALL_SCHEMA}, Tensor teacher, Tensor scale, str kind, float alpha, float beta) -> (Tensor, Tensor, Tensor)"
+for _name, _schema, _function, _fake in (
+    ("statistics", _STATISTICS, _statistics, _fake_statistics),
+    ("statistics_backward", _BACKWARD, _statistics_backward, _fake_backward),
+    ("loss", _LOSS, _loss, _fake_loss),
+    ("policy", _POLICY, _policy, _fake_policy),
+    ("policy_outcome", _OUTCOME, _policy_outcome, _fake_outcome),
+    ("topk", _TOPK, _topk, _fake_topk),
+    ("largest", "(Tensor logits, Tensor? mask, int k, SymInt columns) -> Tensor", _largest, _fake_largest),
+    (
+        "with_gradients", "(Tensor value, Tensor[] tensors, Tensor[] gradients) -> Tensor",
+        _with_gradients, _with_gradients,
+    ),
+):  # fmt: skip
+    _qualified = add_op_namespace_prefix(_name)
+    torch.library.define(_qualified, _schema)
+    torch.library.impl(_qualified, "CompositeExplicitAutograd", _function)
+    torch.library.register_fake(_qualified, _fake)
 
 autograd.register("", scale_in_place)
 autograd.register_given_gradients(scale_in_place)

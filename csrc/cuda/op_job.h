@@ -4,6 +4,7 @@
 #include <string>
 #include <vector>
 
+#include "../namespace.h"
 #include "../op_arguments.h"
 #include "job.h"
 
@@ -11,7 +12,7 @@
 #define KLDIV_LIBRARY kldiv_cuda_host
 #define KLDIV_DEVICE_KEY CPU
 #else
-#define KLDIV_LIBRARY kldiv_kernels_native
+#define KLDIV_LIBRARY KLDIV_NAMESPACE
 #define KLDIV_DEVICE_KEY CUDA
 #include <dlfcn.h>
 #include <torch/csrc/stable/accelerator.h>

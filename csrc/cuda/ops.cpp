@@ -173,7 +173,7 @@ STABLE_TORCH_LIBRARY(kldiv_cuda_host, m) {
     m.def(KLDIV_SHARD_SUMS);
     m.def(KLDIV_SHARD_FINISH);
 #else
-STABLE_TORCH_LIBRARY_FRAGMENT(kldiv_kernels_native, m) {
+STABLE_TORCH_LIBRARY_FRAGMENT(KLDIV_LIBRARY, m) {
 #endif
     m.def("cuda_served() -> str[]");
     m.def("cuda_archs() -> str");
@@ -183,9 +183,9 @@ STABLE_TORCH_LIBRARY_FRAGMENT(kldiv_kernels_native, m) {
 STABLE_TORCH_LIBRARY_IMPL(KLDIV_LIBRARY, KLDIV_DEVICE_KEY, m) {
     m.impl("forward", TORCH_BOX(&forward));
     m.impl("backward", TORCH_BOX(&backward));
-    m.impl("policy", TORCH_BOX(&policy));
-    m.impl("policy_outcome", TORCH_BOX(&policy_outcome));
-    m.impl("topk", TORCH_BOX(&topk));
+    m.impl("forward_policy", TORCH_BOX(&policy));
+    m.impl("finish_policy", TORCH_BOX(&policy_outcome));
+    m.impl("forward_topk", TORCH_BOX(&topk));
 }
 
 STABLE_TORCH_LIBRARY_IMPL(KLDIV_LIBRARY, CompositeExplicitAutograd, m) {

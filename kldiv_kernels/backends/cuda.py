@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 
+from kldiv_kernels._ops import ops as operators
 from kldiv_kernels.backends import native
 from kldiv_kernels.backends.interface import READS_AGAIN, Call
 from kldiv_kernels.backends.strides import joined
@@ -26,7 +27,6 @@ _STATE_OF_ROW, _STATE_OF_STATISTIC = 4, 7
 
 def architectures() -> str:
     """What the library was compiled for, such as "80;90+PTX"; "" where it has no CUDA part."""
-    operators = torch.ops.kldiv_kernels_native
     return str(native.ask(operators.cuda_archs)) if native.load() is None and hasattr(operators, "cuda_archs") else ""
 
 
@@ -66,7 +66,7 @@ def _refusal() -> str | None:
         )
     if not torch.cuda.is_available():
         return "there is no CUDA device here" if torch.version.cuda else "this PyTorch is built without CUDA"
-    driver = str(native.ask(torch.ops.kldiv_kernels_native.cuda_refusal))
+    driver = str(native.ask(operators.cuda_refusal))
     if driver:
         return driver
     try:
@@ -95,7 +95,7 @@ _unavailable_on = constant(_why_not_there)
 
 
 def _native() -> Any:
-    return torch.ops.kldiv_kernels_native
+    return operators
 
 
 class CudaBackend(native.Compiled):

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import _disable_current_modes
 
+from kldiv_kernels._ops import ops as operators
 from kldiv_kernels.backends.interface import Call
 from kldiv_kernels.tracing import constant
 
@@ -24,10 +25,12 @@ _STATE_OF_ROW, _STATE_OF_STATISTIC = 8, 7
 
 @functools.cache
 def _load() -> str | None:
+    if hasattr(operators, "served"):  # a Hub kernel's library is loaded where its namespace is
+        return None
     if not LIBRARY.exists():
         return (
-            "the compiled part was not built (KLDIV_BUILD=0, or a source tree without a build); "
-            "run: pip install --no-build-isolation ."
+            "the compiled part was not built (KLDIV_BUILD=0, a source tree without a build, or a Hub kernel of Triton "
+            "alone); run: pip install --no-build-isolation ."
         )
     try:
         torch.ops.load_library(str(LIBRARY))  # type: ignore[no-untyped-call]
@@ -44,13 +47,13 @@ def ask(operator: Callable[[], Any]) -> Any:
 
 @functools.cache
 def _served() -> frozenset[str]:
-    return frozenset() if _load() is not None else frozenset(ask(torch.ops.kldiv_kernels_native.served))
+    return frozenset() if _load() is not None else frozenset(ask(operators.served))
 
 
 @functools.cache
 def _finished_first() -> frozenset[str]:
     """The statistics that are known once the softmaxes are (csrc/first_sweep.h)."""
-    return frozenset(ask(torch.ops.kldiv_kernels_native.finished_first))
+    return frozenset(ask(operators.finished_first))
 
 
 def _refusal() -> str | None:
@@ -111,7 +114,7 @@ def plan_cuda(
 
 
 def _planned(operator: str, *arguments: object) -> tuple[list[int], list[str]]:
-    numbers, texts = ask(lambda: getattr(torch.ops.kldiv_kernels_native, operator)(*arguments))
+    numbers, texts = ask(lambda: getattr(operators, operator)(*arguments))
     if not numbers:
         raise ValueError(texts[0])
     return numbers, texts
@@ -119,20 +122,20 @@ def _planned(operator: str, *arguments: object) -> tuple[list[int], list[str]]:
 
 def build_info() -> dict[str, str]:
     """What the library was built with: compiler, torch_target, cuda_archs."""
-    told = ask(torch.ops.kldiv_kernels_native.build_info)
+    told = ask(operators.build_info)
     return dict(zip(told[::2], told[1::2], strict=True))
 
 
 def instruction_set() -> str:
     """The code path that this processor gets (KLDIV_CPU_ISA narrows it): avx512, avx2 or baseline."""
-    return str(torch.ops.kldiv_kernels_native.isa())
+    return str(operators.isa())
 
 
 class Compiled:
     """What compiled backends have in common: operators `forward` and `backward` of one schema."""
 
     def _operators(self) -> Any:
-        return torch.ops.kldiv_kernels_native
+        return operators
 
     def forward(self, call: Call, with_state: bool) -> tuple[Tensor, Tensor]:
         values, state, _, _ = self._operators().forward(*_arguments(call), None, with_state, False, False, False)
@@ -164,7 +167,7 @@ class Compiled:
         bounds: list[float],
         in_place: bool = False,
     ) -> tuple[Tensor, Tensor]:
-        values, dlogits = self._operators().policy(
+        values, dlogits = self._operators().forward_policy(
             *_arguments(call), coefficients.contiguous(), tokens.contiguous(), term, kl, bounds, in_place
         )
         return values, call.logits if in_place else dlogits
@@ -189,7 +192,7 @@ class Compiled:
         kl: str,
         bounds: list[float],
     ) -> tuple[Tensor, Tensor, Tensor]:
-        found: tuple[Tensor, Tensor, Tensor] = self._operators().policy_outcome(
+        found: tuple[Tensor, Tensor, Tensor] = self._operators().finish_policy(
             values, coefficients, tokens, valid, scale, old, sampling, off_policy_weight, token_weights, kl_weights,
             anchored, reference, exact, kl_coef, term, kl, bounds,
         )  # fmt: skip
@@ -198,7 +201,7 @@ class Compiled:
     def topk(
         self, call: Call, teacher: Tensor, scale: Tensor, kind: str, alpha: float, beta: float, in_place: bool = False
     ) -> tuple[Tensor, Tensor, Tensor]:
-        values, divergences, dlogits = self._operators().topk(
+        values, divergences, dlogits = self._operators().forward_topk(
             *_arguments(call), teacher.contiguous(), scale.contiguous(), kind, alpha, beta, in_place
         )
         return values, divergences[0], call.logits if in_place else dlogits

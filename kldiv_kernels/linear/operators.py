@@ -12,6 +12,8 @@ import torch
 from torch import Tensor
 
 from kldiv_kernels import ops
+from kldiv_kernels._ops import add_op_namespace_prefix
+from kldiv_kernels._ops import ops as operators
 from kldiv_kernels.autograd import DOUBLE_BACKWARD, keep, kept
 from kldiv_kernels.backends import Call, get, value_rows
 from kldiv_kernels.linear.chunks import Rows, take, take_columns
@@ -148,12 +150,11 @@ def _statistics_gradient(ctx: Any, values: Tensor) -> tuple[Any, ...]:
         raise RuntimeError(DOUBLE_BACKWARD)
     tensors = kept(ctx)
     wanted = [tensor is not None and needed for tensor, needed in zip(tensors, ctx.needs_input_grad, strict=False)]
-    _, *gradients = torch.ops.kldiv_kernels.linear_one_read(*tensors, *ctx.rest, values.contiguous(), wanted[:_SIDES])
+    _, *gradients = operators.linear_one_read(*tensors, *ctx.rest, values.contiguous(), wanted[:_SIDES])
     found = [x if of else None for x, of in zip(gradients, wanted, strict=False)]
     return *found, *(None,) * (_ARGUMENTS - _SIDES)
 
 
-_library: Any = torch.library.Library("kldiv_kernels", "FRAGMENT")  # type: ignore[no-untyped-call]
 for _name, _more, _returns, _function, _meta in (
     ("linear_statistics", "", "Tensor", _statistics, lambda *given: _fake_values(given)),
     ("linear_one_read", ", Tensor coefficients, bool[] wanted", f"(Tensor, {_GRADIENTS})", _one_read, _fake),
@@ -172,7 +173,8 @@ for _name, _more, _returns, _function, _meta in (
         _fake_topk,
     ),
 ):
-    _library.define(f"{_name}({_SCHEMA}{_more}) -> {_returns}")
-    _library.impl(_name, _function, "CompositeExplicitAutograd")
-    torch.library.register_fake(f"kldiv_kernels::{_name}", _meta)
-torch.library.register_autograd("kldiv_kernels::linear_statistics", _statistics_gradient, setup_context=_save)
+    _qualified = add_op_namespace_prefix(_name)
+    torch.library.define(_qualified, f"({_SCHEMA}{_more}) -> {_returns}")
+    torch.library.impl(_qualified, "CompositeExplicitAutograd", _function)
+    torch.library.register_fake(_qualified, _meta)
+torch.library.register_autograd(add_op_namespace_prefix("linear_statistics"), _statistics_gradient, setup_context=_save)

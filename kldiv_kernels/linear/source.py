@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from kldiv_kernels import autograd, ops
+from kldiv_kernels import _ops, autograd, ops
 from kldiv_kernels.backends import Call
 from kldiv_kernels.linear import operators, shards
 from kldiv_kernels.linear.chunks import chunk_shape
@@ -56,7 +56,7 @@ class HiddenStates:
     def statistics(self, call: Call, backend: str) -> Tensor:
         if self.shard is not None:
             return self._of_shards(self.shard, call, backend)
-        values: Tensor = torch.ops.kldiv_kernels.linear_statistics(*self._arguments(call, backend))
+        values: Tensor = _ops.ops.linear_statistics(*self._arguments(call, backend))
         return values
 
     def _of_shards(self, shard: Shard, call: Call, backend: str) -> Tensor:
@@ -75,20 +75,20 @@ class HiddenStates:
         return shards.statistics(shard, replace(task, rows=rows), self._tensors(), self.reduces)
 
     def loss(self, call: Call, backend: str, coefficients: Tensor) -> tuple[Tensor, Tensor]:
-        values, *gradients = torch.ops.kldiv_kernels.linear_one_read(
+        values, *gradients = _ops.ops.linear_one_read(
             *self._detached(call, backend), coefficients.contiguous(), self._wanted()
         )
         return self._attach(gradients)(autograd.weighted_sum(coefficients, values)), values
 
     def policy(self, call: Call, backend: str, known: PolicyTokens) -> tuple[Tensor, Attach]:
-        values, *gradients = torch.ops.kldiv_kernels.linear_policy(
+        values, *gradients = _ops.ops.linear_policy(
             *self._detached(call, backend), known.coefficients, known.tokens, known.term, known.kl, known.bounds,
             self._of_student(),
         )  # fmt: skip
         return values, self._attach(gradients)
 
     def topk(self, call: Call, backend: str, teacher: TopKTeacher) -> tuple[Tensor, Attach]:
-        divergences, *gradients = torch.ops.kldiv_kernels.linear_topk(
+        divergences, *gradients = _ops.ops.linear_topk(
             *self._detached(call, backend), teacher.logprobs, teacher.scale, teacher.kind, teacher.alpha, teacher.beta,
             self._of_student(),
         )  # fmt: skip

@@ -122,4 +122,4 @@ def _exchanged(group: Group, said: dict[str, Any], device: torch.device) -> list
         said = {**said, **{name: value[: CHECK_BYTES // 4] for name, value in said.items() if isinstance(value, str)}}
         text = json.dumps(said)
     mine = torch.frombuffer(bytearray(text.encode().ljust(CHECK_BYTES)), dtype=torch.uint8).to(device)
-    return [json.loads(row.tobytes().decode()) for row in all_gather(group, mine).cpu().numpy()]
+    return [json.loads(bytes(row)) for row in all_gather(group, mine).tolist()]

@@ -44,7 +44,7 @@ FAMILIES = (
 def _collected() -> dict[int, Recipe]:
     found: dict[int, Recipe] = {}
     for family in FAMILIES:
-        for recipe in import_module(f"kldiv_kernels.recipes.{family}").PAPERS:
+        for recipe in import_module(f"{__package__}.{family}").PAPERS:
             assert recipe.paper not in found, f"paper {recipe.paper} twice"
             found[recipe.paper] = replace(recipe, family=family)
     return dict(sorted(found.items()))

@@ -19,6 +19,7 @@ from torch import Tensor
 from torch.library import triton_op, wrap_triton
 
 from kldiv_kernels import autograd, registry
+from kldiv_kernels._ops import add_op_namespace_prefix
 from kldiv_kernels.backends.interface import Call
 from kldiv_kernels.backends.scaling import scale_in_place
 from kldiv_kernels.backends.triton.launch import Launch
@@ -61,7 +62,7 @@ def _launch(
     return Launch(call, interpreted=False, wrap=wrap_triton)
 
 
-@triton_op("kldiv_kernels::triton_statistics", mutates_args={})
+@triton_op(add_op_namespace_prefix("triton_statistics"), mutates_args={})
 def statistics(
     logits: Tensor, reference: Tensor | None, labels: Tensor | None, mask: Tensor | None, exclude: Tensor | None,
     token_parameters: Tensor, stats: str, vocab_size: int, version: str, with_state: bool,
@@ -70,7 +71,7 @@ def statistics(
     return launch.statistics(with_state)
 
 
-@triton_op("kldiv_kernels::triton_statistics_backward", mutates_args={})
+@triton_op(add_op_namespace_prefix("triton_statistics_backward"), mutates_args={})
 def statistics_backward(
     logits: Tensor, reference: Tensor | None, labels: Tensor | None, mask: Tensor | None, exclude: Tensor | None,
     token_parameters: Tensor, stats: str, vocab_size: int, version: str,
@@ -81,7 +82,7 @@ def statistics_backward(
     return autograd.or_empty(dlogits, logits), autograd.or_empty(dreference, logits)
 
 
-@triton_op("kldiv_kernels::triton_loss", mutates_args={})
+@triton_op(add_op_namespace_prefix("triton_loss"), mutates_args={})
 def loss(
     logits: Tensor, reference: Tensor | None, labels: Tensor | None, mask: Tensor | None, exclude: Tensor | None,
     token_parameters: Tensor, stats: str, vocab_size: int, version: str,
