@@ -2,8 +2,8 @@
 // Floats and its operations; in CUDA kernels Floats is float, and exp2 and log are instructions.
 //
 // Coefficients are near-minimax fits (iteratively reweighted least squares in float64) on the stated interval;
-// the errors beside them are those of the polynomial, before rounding to float32. The two hot ones are summed in
-// pairs (Estrin): the loops wait on chains of dependent operations more than on their number.
+// the errors beside them are those of the polynomial, before rounding to float32. The logarithm's is
+// summed in pairs (Estrin): the loops wait on chains of dependent operations more than on their number.
 
 #ifndef KLDIV_EXP2_AND_LOG
 // 2^r for |r| up to 1/2, relative error 9.2e-8, 2^0 exactly 1.

@@ -8,7 +8,6 @@ from pathlib import Path
 
 import torch
 
-from kldiv_kernels.backends import native
 from kldiv_kernels.version import __version__
 
 
@@ -47,7 +46,6 @@ def describe() -> dict[str, str | int | float]:
     return {
         "cpu": cpu_model(),
         "cpu_capability": torch.backends.cpu.get_cpu_capability(),
-        "instruction_set": native.instruction_set() if native.load() is None else "none",
         "cores": usable_cores(),
         "threads": torch.get_num_threads(),
         "last_level_cache_bytes": last_level_cache_bytes(),

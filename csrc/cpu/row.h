@@ -77,9 +77,9 @@ struct ParkedTile {
     double m_s = 0, m_t = 0, delta = 0, m_untempered = 0;
 };
 
-// From a tile's units to probabilities. Bounded for a tile without mass, whose exponent is the other row's: its
-// exponentials are 0, and must not meet an infinity.
-inline double unit(double tile_m, const SoftmaxState& row) { return std::min(1e30, std::exp2(tile_m - row.m) / row.z); }
+// From a tile's units to probabilities, at most 2 where the tile has mass. Bounded for one without, whose exponent is
+// the other row's: its exponentials are 0, and must not meet an infinity.
+inline double unit(double tile_m, const SoftmaxState& row) { return std::min(4.0, std::exp2(tile_m - row.m) / row.z); }
 
 // The scratch of one tile.
 struct Buffers {

@@ -104,7 +104,8 @@ void Row::finish(size_t i, const double* sums, double log_sum) {
     r.divergence->finish(sums, log_sum, q_is_zero_, p_is_zero_, r.alpha, r.beta, out, f.k);
     const bool of_teacher_alone = r.entropy_t, of_student_alone = !r.divergence->needs_p;
     const bool bad = (!of_teacher_alone && std::isnan(lse_s_)) || (!of_student_alone && std::isnan(lse_t_));
-    f.value = bad ? kNaN : out[0];
+    // No divergence is negative; its terms may be, by what float has no place for.
+    f.value = bad ? kNaN : (r.divergence->needs_p ? std::max(0.0, out[0]) : out[0]);
     f.sum_q = bad ? kNaN : out[1];
     f.sum_p = bad ? kNaN : out[2];
 }

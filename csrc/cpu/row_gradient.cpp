@@ -66,8 +66,9 @@ bool Row::load_coefficients() {
 
 void Row::gradient(int64_t block) const {
     // An infinite sum of gradients has no combination of parked values: columns without mass must stay 0. Nor has a row
-    // without a softmax, whose gradients are NaN.
-    if (park_ && std::isfinite(share_s_) && !std::isnan(lse_s_)) return parked_gradient(block);
+    // without a softmax, whose gradients are NaN, and one whose divergence counts nothing, whatever is parked of it.
+    if (park_ && std::isfinite(share_s_) && !std::isnan(lse_s_) && weight_[parked_stat_] != 0)
+        return parked_gradient(block);
     // The student's last: it may take the place of the logits, which both are made of.
     if (job_.d_teacher) gradient_of(false, block);
     if (job_.d_student) gradient_of(true, block);
@@ -83,9 +84,7 @@ void Row::parked_gradient(int64_t block) const {
     Buffers b;
     const Gradient& to = job_.d_student;
     const Resolved& r = resolved_[parked_stat_];
-    const double weight = weight_[parked_stat_] * scale_s_;
-    // A coefficient of 0 takes no part, whatever the divergence is.
-    const double value = weight == 0 ? 0 : finished_[parked_stat_].value;
+    const double weight = weight_[parked_stat_] * scale_s_, value = finished_[parked_stat_].value;
     const int64_t begin = block * kBlock, end = std::min(job_.columns, begin + kBlock);
     // Backwards: the columns parked last are still in cache.
     for (int64_t start = begin + (end - begin - 1) / kTile * kTile; start >= begin; start -= kTile) {

@@ -14,6 +14,7 @@ import torch
 
 import kldiv_kernels as kk
 from kldiv_kernels import machine
+from kldiv_kernels.backends import native
 from kldiv_kernels.benchmarking import parallel, peers
 from kldiv_kernels.benchmarking.cases import Case, dtype_name
 from kldiv_kernels.benchmarking.measure import CaseResult, Result, measure
@@ -51,7 +52,10 @@ def run(settings: Settings, step: Callable[[str], None]) -> list[CaseResult]:
     """
     about: dict[str, Any] = {
         "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
-        "machine": machine.describe(),
+        "machine": {
+            **machine.describe(),
+            "instruction_set": native.instruction_set() if native.load() is None else "none",
+        },
         "repeats": settings.repeats,
         "time": "median seconds of forward + backward, implementations in turns, in each turn the second of two calls",
         "copy": "copy_ of a float32 tensor larger than the last-level cache into one allocated before, in the same "
