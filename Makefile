@@ -6,8 +6,8 @@
 #         gigabytes of CUDA packages; pip options may follow the name.
 # PEERS   what tests compare with: Liger, and verl with what importing its losses needs. Without their dependencies:
 #         verl's pin other versions of transformers and ask for Ray and its servers; not hydra-core, whose pytest plugin
-#         needs packages of its own. verl 0.9.1 says Python < 3.13; its losses do not mind. And kernels, which loads what
-#         `make hub` makes.
+#         needs packages of its own. verl 0.9.1 says Python < 3.13; its losses do not mind. Of torchtune and OpenRLHF only
+#         the files of their losses are imported, which need PyTorch alone. And kernels, which loads what `make hub` makes.
 # DEMO_OPTIONS  options of `kldiv demo`.
 # GPU_CHECK_OPTIONS  options of benchmarks/gpu_check.py.
 # HUB_OPTIONS  options of `python -m hub`.
@@ -15,7 +15,8 @@
 PYTHON ?= python3
 TORCH ?= torch==2.13.0
 PEERS ?= liger-kernel==0.8.5 verl==0.9.1 tensordict==0.15.3 omegaconf==2.4.0 codetiming==1.4.0 pyvers==0.2.3 \
-	cloudpickle==3.1.3 orjson==3.13.0 kernels==0.17.2
+	cloudpickle==3.1.3 orjson==3.13.0 kernels==0.17.2 torchtune==0.6.1 \
+	"openrlhf==0.11.2; python_version < '3.13' and platform_machine == 'x86_64'"
 DEMO_OPTIONS ?= --output runs/demo
 FUZZ_EXAMPLES ?= 40000
 
