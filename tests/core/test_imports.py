@@ -37,7 +37,7 @@ ORDER = (
     ("registry",),
     ("divergences",),
     ("autograd", "dtensors", "groups", "machine"),
-    ("choices", "extras", "keywords", "tracing", "version"),
+    ("_ops", "choices", "extras", "keywords", "tracing", "version"),
 )
 LEVEL = {name: level for level, names in enumerate(ORDER) for name in names}
 # Folders that show others nothing but their face, of which these modules are a part.
