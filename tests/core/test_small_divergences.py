@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import math
+
 import oracle
 import pytest
 import torch
-from checks import BACKENDS, INTERPRETED, check_gradient, with_parameters
+from checks import BACKENDS, DIVERGENCES, INTERPRETED, check_gradient, taken, with_parameters
 from small_divergences import SCENARIOS, TWO_LOG_SUMS, VANISHING, near
 from torch import Tensor
 
@@ -132,3 +134,44 @@ def test_rows_that_are_far_apart_in_some_places(kind: str, backend: str) -> None
             assert ((loss.double() - expected.value).abs() <= 1e-5 * expected.value).all(), (order, apart)
             loss.sum().backward()
             check_gradient(student.grad, expected.student, expected.student_floor)
+
+
+HERE = [name for name in BACKENDS if name in ("cpu", "reference")]
+
+
+@pytest.mark.parametrize("kind", ["forward_kl", "reverse_kl"])
+@pytest.mark.parametrize("backend", HERE)
+def test_a_beginning_of_little_mass_that_is_shifted(kind: str, backend: str) -> None:
+    """What it says of the rows is wrong for the columns behind it, which are the same in both."""
+    head, columns = torch.arange(20_000) < 2048, torch.arange(20_000)
+    moved = 0.22 * (columns % 2 * 2 - 1.0) + 0.22 - math.log(math.cosh(0.22))
+    for low, shift in ((-8.0, moved), (-7.6, torch.full((20_000,), 8.0)), (-7.6, torch.full((20_000,), -8.0))):
+        first = torch.where(head, low, 0.0)[None]
+        second = first + torch.where(head, shift, 0.0)
+        for pair in ((first, second), (second, first)):
+            value = kk.token_stats(*pair, stats=[kind], backend=backend)[kind]
+            expected = oracle.evaluate(kind, *pair).value
+            assert abs(value.item() - expected.item()) <= 1e-4 * expected.item(), (low, value, expected)
+
+
+@pytest.mark.parametrize("backend", HERE)
+def test_steps_along_the_vocabulary(backend: str) -> None:
+    """Divergences of rows that have their mass in the same thousand columns, which must not be below 0."""
+    logits = torch.randn(2, 1, 2049) + 100.0 * (torch.arange(2049) // 1024)
+    for name, alpha, beta in with_parameters(DIVERGENCES):
+        student = logits[0].clone().requires_grad_()
+        loss = kk.divergence_loss(student, logits[1], name, **taken(name, alpha, beta), backend=backend)
+        assert loss.item() >= 0, (name, alpha, beta, loss.item())
+
+
+@pytest.mark.parametrize("backend", HERE)
+def test_a_large_weight_beside_columns_without_mass(backend: str) -> None:
+    student = torch.randn(1, 4096)
+    student[:, :2048] = -torch.inf
+    student[:, 2048:] -= 1e4
+    student.requires_grad_()
+    weight = torch.tensor([65536.0])
+    kk.divergence_loss(
+        student, torch.randn(1, 4096), "reverse_kl", weight=weight, reduction="sum", backend=backend
+    ).backward()
+    assert student.grad.isfinite().all()
