@@ -27,8 +27,8 @@ SHELL := bash
 VENV := .venv
 PY := $(VENV)/bin/python
 SOURCES := $(shell find csrc -type f 2>/dev/null)
-CUDA_HOST_SOURCES := $(shell find tests/cuda_host -name '*.h' -o -name '*.cpp' 2>/dev/null)
-CXX_SOURCES := $(filter %.h %.cpp %.cuh %.cu,$(SOURCES)) $(CUDA_HOST_SOURCES) $(wildcard hub/*.cpp)
+TEST_SOURCES := $(shell find tests/cuda_host tests/building -name '*.h' -o -name '*.cpp' 2>/dev/null)
+CXX_SOURCES := $(filter %.h %.cpp %.cuh %.cu,$(SOURCES)) $(TEST_SOURCES) $(wildcard hub/*.cpp)
 # What Triton's interpreter runs: the shared suite on the Triton backend (thinned, see tests/conftest.py), and its own.
 INTERPRETED_TESTS := $(addprefix tests/,$(addsuffix .py,\
 	$(addprefix core/test_,statistics contract contract_masks small_divergences autograd losses token_helpers golden user_rows beside_labels \
@@ -87,6 +87,16 @@ hub: $(VENV)/.installed
 
 bench: $(VENV)/.installed
 	$(VENV)/bin/kldiv bench --output runs/bench
+
+# Into dist: for every Python, for this one, and without a library. CUDA's part is for all its targets where nvcc is.
+.PHONY: wheel compat
+wheel: $(VENV)/.installed
+	$(PY) tests/building/wheels.py
+
+# The wheel for every Python under each Python here and each PyTorch of the package index; docs/compat.json. Every pair
+# downloads a PyTorch: hours. COMPAT_OPTIONS="--torch 2.14.1 --pythons python3.12" runs one.
+compat: wheel
+	$(PY) tests/building/compat.py $(COMPAT_OPTIONS)
 
 # On a machine with a GPU: everything that only a GPU can show, in seven minutes, into runs/gpu-check (or
 # $OUT). Installs nothing: PyTorch, Triton, pytest and NumPy have to be there.

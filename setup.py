@@ -1,6 +1,8 @@
-"""Builds the compiled part: one shared library on PyTorch's stable ABI, and the small module `_C`.
+"""Builds the compiled part: one shared library on PyTorch's stable ABI, for every Python, and the small module `_C`.
 
-KLDIV_BUILD=0 installs without it. Everything else about the package is in pyproject.toml.
+KLDIV_BUILD=0 installs without it: the wheel is py3-none-any. KLDIV_MODULE=0 leaves out `_C`, which only tests and tools
+ask: nothing of the wheel is then of one Python, and it is py3-none for this platform. Everything else about the package
+is in pyproject.toml.
 
 Where nvcc is found (CUDA_HOME, PATH) the library gets its CUDA part too; KLDIV_CUDA=0 leaves it out, KLDIV_CUDA=1
 insists on it. KLDIV_CUDA_ARCHS="90" or "90;100" narrows what it is compiled for; "native" takes the GPUs that PyTorch
@@ -22,6 +24,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from setuptools import Extension, setup
+from setuptools.command.bdist_wheel import bdist_wheel
 from setuptools.command.build_py import build_py
 
 ROOT = Path(__file__).parent
@@ -59,13 +62,15 @@ def stop(message: str) -> None:
     sys.exit(f"kldiv_kernels: {message}\nKLDIV_BUILD=0 installs without the compiled part (slow: PyTorch only).")
 
 
-def require_tools() -> None:
+def require_tools(module: bool) -> None:
     compiler = os.environ.get("CXX", "g++")
     if shutil.which(compiler.split()[0]) is None:
         stop(f"no C++ compiler: {compiler!r} was not found. Install one (Debian, Ubuntu: apt-get install g++).")
     try:
-        import pybind11  # noqa: F401
         import torch
+
+        if module:
+            import pybind11  # noqa: F401
     except ImportError as error:
         stop(f"building needs {error.name}: pip install torch pybind11 ninja, then pip install --no-build-isolation .")
     if tuple(int(part) for part in torch.__version__.split("+")[0].split(".")[:2]) < (2, 10):
@@ -214,9 +219,16 @@ class BuildPy(build_py):
         super().run()
 
 
+class AnyPython(bdist_wheel):
+    """A wheel with a library in it, and no module of one Python."""
+
+    def get_tag(self) -> tuple[str, str, str]:
+        return "py3", "none", super().get_tag()[-1]
+
+
 def extensions() -> dict[str, object]:
-    require_tools()
-    import pybind11
+    module = os.environ.get("KLDIV_MODULE", "1") != "0"
+    require_tools(module)
     from torch.utils.cpp_extension import BuildExtension, CppExtension
 
     sanitize = os.environ.get("KLDIV_SANITIZE") == "1"
@@ -258,15 +270,23 @@ def extensions() -> dict[str, object]:
         extra_link_args=link,
         py_limited_api=True,
     )
-    # Not PyTorch's: it links none of its libraries, and loads before them.
-    module = Extension(
+    commands = {"build_ext": Build, "build_py": BuildPy}
+    if not module:
+        return {"ext_modules": [library], "cmdclass": {**commands, "bdist_wheel": AnyPython}}
+    return {"ext_modules": [library, plans_module(told)], "cmdclass": commands}
+
+
+def plans_module(told: list[str]) -> Extension:
+    """Not PyTorch's: it links none of its libraries, and loads before them."""
+    import pybind11
+
+    return Extension(
         "kldiv_kernels._C",
         ["csrc/python.cpp", "csrc/plan.cpp"],
         include_dirs=[pybind11.get_include()],
         language="c++",
         extra_compile_args=["-std=c++17", "-O2", "-g0", *told],
     )
-    return {"ext_modules": [library, module], "cmdclass": {"build_ext": Build, "build_py": BuildPy}}
 
 
 setup(

@@ -22,6 +22,7 @@ extensions = [
     "plain_docstrings",
     "package_tables",
     "benchmark_tables",
+    "compat_table",
     "command_help",
 ]
 exclude_patterns = ["_build"]

@@ -15,11 +15,13 @@ class Package(NamedTuple):
 
 
 _TRAINING = "kldiv train, kldiv demo, kldiv cache-teacher, kldiv_kernels.trainer"
+_CACHES = "kldiv cache-teacher, kldiv_kernels.teacher_cache"
 OPTIONAL = {
     "typer": Package("kldiv, but for kldiv doctor", "cli"),
     "rich": Package("kldiv, but for kldiv doctor", "cli"),
     "matplotlib": Package("kldiv bench, kldiv train, kldiv demo", "cli"),
-    "safetensors": Package("kldiv cache-teacher, kldiv_kernels.teacher_cache", "cache"),
+    "safetensors": Package(_CACHES, "cache"),
+    "numpy": Package(_CACHES, "cache"),
     "transformers": Package(_TRAINING, "train"),
     "accelerate": Package(_TRAINING, "train"),
     "datasets": Package(_TRAINING, "train"),

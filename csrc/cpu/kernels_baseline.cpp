@@ -7,6 +7,9 @@
 
 #include "kernels.h"
 #include "tables.h"
+#ifdef __aarch64__
+#include <arm_neon.h>
+#endif
 
 #define KLDIV_ISA baseline
 #define KLDIV_LANES 4

@@ -44,6 +44,10 @@ inline Floats max(Floats a, Floats b) { return {a.v > b.v ? a.v : b.v}; }
 inline Floats min(Floats a, Floats b) { return {a.v < b.v ? a.v : b.v}; }
 #ifdef KLDIV_AVX2
 inline Floats fma(Floats a, Floats b, Floats c) { return {_mm256_fmadd_ps(a.v, b.v, c.v)}; }
+#elif defined(__aarch64__)
+inline Floats fma(Floats a, Floats b, Floats c) {
+    return {(float_lanes)vfmaq_f32((float32x4_t)c.v, (float32x4_t)a.v, (float32x4_t)b.v)};
+}
 #else
 inline Floats fma(Floats a, Floats b, Floats c) { return {a.v * b.v + c.v}; }
 #endif

@@ -31,11 +31,14 @@ than 1. Needs the extra `kldiv_kernels[cache]`.
 
 from __future__ import annotations
 
-from kldiv_kernels.teacher_cache.adapters import Rows, from_prompt_logprobs, from_rows
-from kldiv_kernels.teacher_cache.info import CacheInfo
-from kldiv_kernels.teacher_cache.parallel import ParallelCacheWriter
-from kldiv_kernels.teacher_cache.reader import CachedSequence, TeacherCache
-from kldiv_kernels.teacher_cache.writer import TeacherCacheWriter
+from kldiv_kernels.extras import needed_by
+
+with needed_by(__name__):
+    from kldiv_kernels.teacher_cache.adapters import Rows, from_prompt_logprobs, from_rows
+    from kldiv_kernels.teacher_cache.info import CacheInfo
+    from kldiv_kernels.teacher_cache.parallel import ParallelCacheWriter
+    from kldiv_kernels.teacher_cache.reader import CachedSequence, TeacherCache
+    from kldiv_kernels.teacher_cache.writer import TeacherCacheWriter
 
 __all__ = [
     "CacheInfo",

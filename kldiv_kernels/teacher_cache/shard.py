@@ -18,15 +18,12 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from safetensors import SafetensorError, safe_open
+from safetensors.numpy import save_file
 from torch import Tensor
 
-from kldiv_kernels.extras import needed_by
 from kldiv_kernels.teacher_cache.commit import write_whole
 from kldiv_kernels.teacher_cache.info import FORMAT, CacheInfo, first_difference, info_from
-
-with needed_by("kldiv_kernels.teacher_cache"):
-    from safetensors import SafetensorError, safe_open
-    from safetensors.numpy import save_file
 
 _KEY = "kldiv_kernels.teacher_cache"
 _NAME = re.compile(r"shard-(\d{5,})\.safetensors")

@@ -30,6 +30,16 @@ def test_no_pytorch_symbol_is_mangled() -> None:
     assert any(name.startswith(("aoti_torch_", "torch_")) for name in symbols)
 
 
+def test_every_pytorch_from_2_10_on_has_what_it_asks_for() -> None:
+    """By a list of which release brought which function of the stable interface."""
+    audit = pytest.importorskip("torch_abi_audit")
+    (library,) = audit.inspect_package(LIBRARY).bundled_libs
+    assert library.torch.stable
+    assert not library.torch.unstable_symbols
+    assert not library.torch.unknown_shim_symbols
+    assert library.torch.min_torch_version == "2.10.0"
+
+
 def test_no_python_symbol() -> None:
     assert [name for name in dynamic_symbols() if name.startswith(("Py", "_Py"))] == []
 

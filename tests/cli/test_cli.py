@@ -185,6 +185,7 @@ def test_a_missing_extra_is_one_line(missing: str, extra: str, arguments: tuple[
     [
         ("transformers", "from kldiv_kernels.trainer import DistillationTrainer", "kldiv_kernels.trainer"),
         ("safetensors", "import kldiv_kernels.teacher_cache", "kldiv_kernels.teacher_cache"),
+        ("numpy", "import kldiv_kernels.teacher_cache", "kldiv_kernels.teacher_cache"),
     ],
 )
 def test_a_missing_extra_in_a_program_says_the_same(missing: str, program: str, where: str) -> None:

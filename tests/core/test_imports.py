@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import json
 import os
 import subprocess
 import sys
@@ -158,3 +159,48 @@ def test_importing_and_calling_it_on_a_cpu_imports_nothing_else() -> None:
     packages, of_torch = done.stdout.splitlines()
     assert set(packages.split()) <= {"kldiv_kernels", "torch", "difflib"}
     assert len(of_torch.split()) < 10, of_torch
+
+
+# Where each may be asked for: the folders of an extra, and the Triton backend's own code.
+_ASKED_IN = {
+    "numpy": ("teacher_cache", "trainer"),
+    "triton": ("backends.triton.",),
+    **dict.fromkeys(("typer", "rich"), ("cli.", "trainer.", "benchmarking.report")),
+    "matplotlib": ("trainer.plots", "benchmarking.plot", "benchmarking.gpu_plot"),
+    "safetensors": ("teacher_cache", "trainer."),
+    "trl": ("adapters.trl.", "trainer."),
+    **dict.fromkeys(("transformers", "accelerate", "datasets", "tokenizers"), ("trainer.", "adapters.headless")),
+    **dict.fromkeys(("_C", "liger_kernel", "verl", "nemo_rl", "torchtitan", "megatron"), ()),
+}
+_WITHOUT = """
+import importlib, json, sys
+blocked, modules = json.loads(sys.stdin.read())
+sys.modules.update(dict.fromkeys(blocked))
+import torch, kldiv_kernels as kk
+said = {}
+for name in modules:
+    try:
+        importlib.import_module(name)
+    except ModuleNotFoundError as error:
+        said[name] = error.name
+x, ids = torch.randn(4, 100, requires_grad=True), torch.arange(4).expand(4, 4)
+kk.token_stats(x, torch.randn(4, 100), ids, stats=("logprob", "js")).js.sum().backward()
+kk.linear_divergence_loss(x, torch.randn(50, 100), torch.randn(4, 8), torch.randn(50, 8)).backward()
+kk.plan(rows=8, vocab=100, kind="js", device="sm_90")
+assert kk.backends()["triton"] != "available" == kk.backends()["reference"]
+print(json.dumps(said))
+"""
+
+
+def test_pytorch_is_all_that_the_core_needs() -> None:
+    blocked = [f"{FACE}._C" if name == "_C" else name for name in _ASKED_IN]
+    modules = [name for name in MODULES if not name.endswith("__main__")]
+    done = subprocess.run(
+        [sys.executable, "-W", "ignore", "-c", _WITHOUT], input=json.dumps([blocked, modules]), capture_output=True,
+        text=True, env={**os.environ, "PYTHONPATH": str(ROOT.parent)}, check=False,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    asked = {module.removeprefix(f"{FACE}."): name for module, name in json.loads(done.stdout).items()}
+    wrong = {module: name for module, name in asked.items() if not module.startswith(_ASKED_IN[name.partition(".")[0]])}
+    assert not wrong
+    assert {"teacher_cache", "backends.triton.launch"} <= asked.keys(), "nothing was kept out"

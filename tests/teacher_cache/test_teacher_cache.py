@@ -15,7 +15,7 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
-from kldiv_kernels.teacher_cache import CachedSequence, CacheInfo, TeacherCache, TeacherCacheWriter, shard
+from kldiv_kernels.teacher_cache import CachedSequence, CacheInfo, TeacherCache, TeacherCacheWriter
 
 K, VOCAB = 5, 40
 INFO = CacheInfo(teacher="teacher", vocab_size=VOCAB, k=K, shard_rows=20)
@@ -232,14 +232,6 @@ def test_a_folder_that_is_no_cache(written: Path, copied: Path, tmp_path: Path) 
     record.write_text(record.read_text()[:30])
     with pytest.raises(ValueError, match=r"cache.json is damaged"):
         TeacherCache(copied)
-
-
-def test_without_safetensors_the_error_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(sys.modules, "safetensors", None)
-    with pytest.raises(
-        ModuleNotFoundError, match=r"safetensors is not installed; run: pip install kldiv_kernels\[cache\]"
-    ):
-        runpy.run_path(str(shard.__file__))
 
 
 def test_the_benchmark_runs(
