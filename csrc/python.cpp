@@ -1,26 +1,16 @@
-// The Python module _C: launch plans and build information, what is not a tensor operator.
+// The Python module _C: launch plans of the cuda backend with all that they depend on, for tests and tools. Users ask
+// the operators of plan_ops.cpp.
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
-#include <map>
 #include <string>
+#include <vector>
 
 #include "plan.h"
 
 namespace py = pybind11;
 
 namespace {
-
-std::map<std::string, std::string> build_info() {
-    return {{"compiler", __VERSION__}, {"torch_target", KLDIV_TORCH_TARGET}, {"cuda_archs", KLDIV_CUDA_ARCHS}};
-}
-
-kldiv::CpuPlan plan_cpu(int64_t rows, int64_t columns, const std::vector<std::string>& stats, int64_t student_bytes,
-                        int64_t teacher_bytes, bool gradient, bool one_read, int64_t threads) {
-    return kldiv::plan_cpu(
-        {rows, columns, student_bytes, teacher_bytes, kldiv::needs_normalised_sums(stats), gradient, one_read},
-        threads);
-}
 
 kldiv::CudaPlan plan_cuda(int capability, int64_t rows, int64_t columns, const std::vector<std::string>& stats,
                           int64_t student_bytes, int64_t teacher_bytes, bool student_gradient, bool teacher_gradient,
@@ -47,12 +37,6 @@ kldiv::CudaPlan plan_cuda(int capability, int64_t rows, int64_t columns, const s
 }  // namespace
 
 PYBIND11_MODULE(_C, m) {
-    py::class_<kldiv::CpuPlan>(m, "CpuPlan")
-        .def_readonly("kernel", &kldiv::CpuPlan::kernel)
-        .def_readonly("sweeps", &kldiv::CpuPlan::sweeps)
-        .def_readonly("threads", &kldiv::CpuPlan::threads)
-        .def_readonly("bytes", &kldiv::CpuPlan::bytes)
-        .def_readonly("reason", &kldiv::CpuPlan::reason);
     py::class_<kldiv::CudaPlan>(m, "CudaPlan")
         .def_readonly("kernel", &kldiv::CudaPlan::kernel)
         .def_readonly("sweeps", &kldiv::CudaPlan::sweeps)
@@ -66,12 +50,10 @@ PYBIND11_MODULE(_C, m) {
         .def_readonly("capability", &kldiv::CudaTarget::capability)
         .def_readonly("shared_bytes", &kldiv::CudaTarget::shared_bytes)
         .def_readonly("largest_cluster", &kldiv::CudaTarget::largest_cluster);
-    m.def("plan_cpu", &plan_cpu);
     m.def("plan_cuda", &plan_cuda, py::kw_only(), py::arg("capability"), py::arg("rows"), py::arg("columns"),
           py::arg("stats"), py::arg("student_bytes"), py::arg("teacher_bytes") = 0, py::arg("student_gradient") = true,
           py::arg("teacher_gradient") = false, py::arg("known_coefficients") = true, py::arg("same_dtype") = true,
           py::arg("aligned") = true, py::arg("token_parameters") = false, py::arg("labels_per_row") = 1,
           py::arg("topk_outcomes") = 0, py::arg("float16") = false);
     m.def("cuda_target", &kldiv::cuda_target);
-    m.def("build_info", &build_info);
 }

@@ -49,6 +49,11 @@ class LossOptions:
     backend: Backend = "auto"
     tail: str = "bucket"
 
+    @property
+    def factor(self) -> float:
+        """What `temperature_squared` multiplies the divergence by."""
+        return self.temperature**2 if self.temperature_squared else 1.0
+
     def divergence_options(self) -> dict[str, Any]:
         return {
             "temperature": self.temperature,
@@ -94,8 +99,7 @@ def distillation_of(
     if weight < 1.0:
         if source.reference is None:
             raise ValueError(f"distillation_loss: teacher_logits is None; ce_weight = {weight} needs them")
-        squared = options.temperature**2 if options.temperature_squared else 1.0
-        weights[options.kind] = (1.0 - weight) * squared
+        weights[options.kind] = (1.0 - weight) * options.factor
     if weight:
         weights[_cross_entropy(options)] = -weight
     loss, _ = weighted_sum_of(
@@ -154,8 +158,7 @@ def topk_distillation_of(
     loss = topk_divergence_loss(
         outcomes, torch.where(ids >= 0, columns, -1), logprobs, options.kind, check=False, **rows, temperature=1.0,
     )  # fmt: skip
-    squared = options.temperature**2 if options.temperature_squared else 1.0
-    return (1.0 - weight) * squared * loss - weight * student[of_target].sum() / normalizer
+    return (1.0 - weight) * options.factor * loss - weight * student[of_target].sum() / normalizer
 
 
 def _cross_entropy(options: LossOptions) -> str:
