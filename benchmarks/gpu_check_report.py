@@ -64,7 +64,7 @@ def dram_lines(calls: list[dict[str, Any]], reach: float) -> list[str]:
     lines = []
     for call in calls:
         planned, over = call["planned"], call["over_floor"]
-        plan = "" if planned is None else f" ({planned})" if isinstance(planned, str) else f", plan {planned / 1e9:.2f}"
+        plan = "" if planned is None else f", plan {planned / 1e9:.2f}"
         kernels = ", ".join(f"{k['kernel'].partition('(')[0]} {k['milliseconds']:.3g} ms" for k in call["kernels"])
         lines.append(
             f"dram {call['backend']} {call['case']} {call['rows']}×{call['vocab']}: {call['bytes'] / 1e9:.2f} GB, "
