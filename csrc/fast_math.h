@@ -59,12 +59,6 @@ KLDIV_FN inline Floats log(Floats x) {
 }
 #endif
 
-// log(1 + x), accurate for small x.
-KLDIV_FN inline Floats log1p(Floats x) {
-    const Floats far = log(max(broadcast(1.17549435e-38f), x + broadcast(1.0f)));
-    return select(abs(x) < broadcast(0.3f), log1p_near(x), far);
-}
-
 // e^x - 1, accurate for small x; the polynomial's error is 6.3e-9 x^2 on [-0.4, 0.4].
 KLDIV_FN inline Floats expm1(Floats x) {
     Floats y = fma(broadcast(1.986327967504e-4f), x, broadcast(1.394845495634e-3f));

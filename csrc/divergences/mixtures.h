@@ -90,10 +90,13 @@ struct SkewKl : Plain {
     KLDIV_FN static F mixture(const Element<F>& e, const Constants<F>& c) {
         return max(broadcast(smallest_normal), fma(c.a, e.p, c.b * e.q));
     }
-    // log(p/m) = -log1p((1 - alpha) expm1(-u)); beyond u = -80 the column has no mass in p.
+    // log(p/m) = -log(alpha + (1 - alpha) e^-u); beyond u = -80 the column has no mass in p. Near 1 the logarithm takes
+    // what is missing from 1; elsewhere that would round a small alpha away.
     template <class F>
     KLDIV_FN static F log_p_over_m(const Element<F>& e, const Constants<F>& c) {
-        return -log1p(c.b * expm1(-max(broadcast(-80.0f), e.u)));
+        const F x = -max(broadcast(-80.0f), e.u), off = c.b * expm1(x);
+        const F far = log(max(broadcast(smallest_normal), fma(c.b, exp(x), c.a)));
+        return -select(abs(off) < broadcast(0.3f), log1p_near(off), far);
     }
     template <class F>
     KLDIV_FN static void terms(const Element<F>& e, const Constants<F>& c, F* out) {

@@ -11,38 +11,39 @@ from kldiv_kernels.divergences.statistic import UNIT, swapped, two_sided
 
 
 # --- generalised Jensen-Shannon: m = beta p + (1 - beta) q, TRL's convention
-def _log_mixture(e: Elements, weight_of_p: Tensor) -> Tensor:
-    return torch.logaddexp(e.logp + weight_of_p.log(), e.logq + (1 - weight_of_p).log())
+# Both weights are passed: 1 - (1 - w) has lost the digits of a small w.
+def _log_mixture(e: Elements, weight_of_p: Tensor, weight_of_q: Tensor) -> Tensor:
+    return torch.logaddexp(e.logp + weight_of_p.log(), e.logq + weight_of_q.log())
 
 
-def _js_near(e: Elements, weight_of_p: Tensor) -> Tensor:
-    b, m = weight_of_p, weight_of_p * e.p + (1 - weight_of_p) * e.q
+def _js_near(e: Elements, weight_of_p: Tensor, weight_of_q: Tensor) -> Tensor:
+    b, m = weight_of_p, weight_of_p * e.p + weight_of_q * e.q
     # log(q/m) = -log1p(beta expm1(u)) keeps the small differences that log q - log m would round away.
     return b * e.q * e.u.exp() * e.u - m * torch.log1p(b * torch.expm1(e.u))
 
 
 def js_value(e: Elements) -> Tensor:
-    b, log_m = e.beta, _log_mixture(e, e.beta)
+    b, log_m = e.beta, _log_mixture(e, e.beta, 1 - e.beta)
     # From both rows' side: at beta = 1/2 exchanging the rows leaves every bit.
-    near = 0.5 * (_js_near(e, b) + _js_near(e.swapped(), 1 - b))
+    near = 0.5 * (_js_near(e, b, 1 - b) + _js_near(e.swapped(), 1 - b, b))
     far = b * e.p_times(e.logp - log_m) + (1 - b) * e.q_times(e.logq - log_m)
     inside = torch.where(e.u.abs() < 1, near, far)
     return torch.where(b <= 0, kl_value(e), torch.where(b >= 1, kl_value(e.swapped()), inside))
 
 
-def _log_q_over_mixture(e: Elements, weight_of_p: Tensor) -> Tensor:
+def _log_q_over_mixture(e: Elements, weight_of_p: Tensor, weight_of_q: Tensor) -> Tensor:
     near = -torch.log1p(weight_of_p * torch.expm1(e.u))
-    return torch.where(e.u.abs() < 1, near, e.logq - _log_mixture(e, weight_of_p))
+    return torch.where(e.u.abs() < 1, near, e.logq - _log_mixture(e, weight_of_p, weight_of_q))
 
 
 def js_grad_logq(e: Elements) -> Tensor:
-    inside = (1 - e.beta) * e.q_times(_log_q_over_mixture(e, e.beta))
+    inside = (1 - e.beta) * e.q_times(_log_q_over_mixture(e, e.beta, 1 - e.beta))
     ends = torch.where(e.beta <= 0, kl_grad_logq(e), kl_grad_logp(e.swapped()))
     return torch.where((e.beta > 0) & (e.beta < 1), inside, ends)
 
 
 def js_grad_logp(e: Elements) -> Tensor:
-    inside = e.beta * e.p_times(_log_q_over_mixture(e.swapped(), 1 - e.beta))
+    inside = e.beta * e.p_times(_log_q_over_mixture(e.swapped(), 1 - e.beta, e.beta))
     ends = torch.where(e.beta <= 0, kl_grad_logp(e), kl_grad_logq(e.swapped()))
     return torch.where((e.beta > 0) & (e.beta < 1), inside, ends)
 
@@ -62,7 +63,7 @@ def skew_value(e: Elements) -> Tensor:
     a, m = e.alpha, e.alpha * e.p + (1 - e.alpha) * e.q
     w = -torch.log1p((1 - a) * torch.expm1(-e.u))  # log(p/m)
     near = m * (w * w.exp() - torch.expm1(w))
-    far = e.p_times(e.logp - _log_mixture(e, a)) - e.p + m
+    far = e.p_times(e.logp - _log_mixture(e, a, 1 - a)) - e.p + m
     return torch.where(e.u.abs() < 1, near, far)
 
 
@@ -78,7 +79,7 @@ def skew_grad_logq(e: Elements) -> Tensor:
 
 
 def skew_grad_logp(e: Elements) -> Tensor:
-    log_p_over_m = _log_q_over_mixture(e.swapped(), 1 - e.alpha)
+    log_p_over_m = _log_q_over_mixture(e.swapped(), 1 - e.alpha, e.alpha)
     return e.p_times(log_p_over_m) - (1 - e.alpha) * (1 - _share_of_mixture(e)) * difference(e)
 
 

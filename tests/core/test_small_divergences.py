@@ -7,7 +7,7 @@ import math
 import oracle
 import pytest
 import torch
-from checks import BACKENDS, DIVERGENCES, INTERPRETED, check_gradient, taken, with_parameters
+from checks import BACKENDS, DIVERGENCES, INTERPRETED, check_gradient, check_value, taken, with_parameters
 from small_divergences import SCENARIOS, TWO_LOG_SUMS, VANISHING, near
 from torch import Tensor
 
@@ -134,6 +134,23 @@ def test_rows_that_are_far_apart_in_some_places(kind: str, backend: str) -> None
             assert ((loss.double() - expected.value).abs() <= 1e-5 * expected.value).all(), (order, apart)
             loss.sum().backward()
             check_gradient(student.grad, expected.student, expected.student_floor)
+
+
+@pytest.mark.parametrize("kind", ["js", "skew_kl", "skew_reverse_kl"])
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_a_mixture_of_nearly_one_row_alone(kind: str, backend: str) -> None:
+    """A weight of 1e-6 decides where the other row has no mass to speak of."""
+    name = "beta" if kind == "js" else "alpha"
+    for weight in (1e-6, 1e-4, 1e-2, 0.99, 1 - 2**-14):
+        for scale in (1, 10):
+            student, teacher = (scale * torch.randn(8, 67) for _ in range(2))
+            student.requires_grad_(), teacher.requires_grad_()
+            value = kk.token_stats(student, teacher, stats=[kind], **{name: weight}, backend=backend)[kind]
+            expected = oracle.evaluate(kind, student, teacher, **{name: weight})
+            check_value(value, expected.value)
+            value.sum().backward()
+            check_gradient(student.grad, expected.student, expected.student_floor)
+            check_gradient(teacher.grad, expected.teacher, expected.teacher_floor)
 
 
 HERE = [name for name in BACKENDS if name in ("cpu", "reference")]

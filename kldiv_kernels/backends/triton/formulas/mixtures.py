@@ -5,7 +5,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from kldiv_kernels.backends.triton.formulas.math import SMALLEST_NORMAL, expm1, kl_term, log, log1p
+from kldiv_kernels.backends.triton.formulas.math import SMALLEST_NORMAL, exp, expm1, kl_term, log, log1p
 from kldiv_kernels.backends.triton.formulas.statistic import INFINITY, P_ZERO, Q_ZERO, rows
 
 
@@ -90,8 +90,14 @@ def js_grad_logp(p, q, lp, lq, u, alpha, beta):
 # --- skew KL: KL(p || m), m = alpha p + (1 - alpha) q; KL(p || q) at alpha = 0
 @triton.jit
 def _log_p_over_m(u, alpha):
-    """−log1p((1 − alpha) expm1(−u)); beyond u = −80 the column has no mass in p."""
-    return -log1p((1.0 - alpha) * expm1(-tl.where(u < -80.0, -80.0, u)))
+    """−log(alpha + (1 − alpha) e^−u); beyond u = −80 the column has no mass in p.
+
+    Near 1 the logarithm takes what is missing from 1; elsewhere that would round a small alpha away.
+    """
+    x = -tl.where(u < -80.0, -80.0, u)
+    off = (1.0 - alpha) * expm1(x)
+    mixed = tl.fma(1.0 - alpha, exp(x), alpha)
+    return -tl.where(tl.abs(off) < 0.3, log1p(off), log(tl.maximum(mixed, SMALLEST_NORMAL)))
 
 
 @triton.jit
