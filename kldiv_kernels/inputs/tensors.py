@@ -185,7 +185,8 @@ def _per_token(where: str, name: str, tensor: Tensor, logits: Tensor, leading: t
 def _integers(where: str, name: str, tensor: Tensor) -> None:
     if not isinstance(tensor, Tensor):
         raise TypeError(f"{where}: {name} is {type(tensor).__name__}; expected a torch.Tensor")
-    if tensor.is_floating_point() or tensor.is_complex() or tensor.dtype == torch.bool:
+    # An unsigned one has no -100: that would be its 156.
+    if tensor.is_floating_point() or tensor.is_complex() or not tensor.dtype.is_signed:
         raise TypeError(f"{where}: {name} has dtype {tensor.dtype}; expected int64 or int32")
 
 

@@ -13,6 +13,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
+from kldiv_kernels import registry
 from kldiv_kernels.backends import Call, get, value_rows
 from kldiv_kernels.linear.chunks import Rows, chunk_shape, chunks, kept_rows, take, take_columns, take_logits
 from kldiv_kernels.linear.gemm import Gemm
@@ -97,6 +98,8 @@ class _Made:
         self.dweight = weight.new_empty(side.weight.shape, dtype=self.sums_dtype) if of_weight else None
         self.dbias = weight.new_zeros(side.columns, dtype=self.sums_dtype) if of_bias else None
         self.first, self.wanted, self.softcap = True, any(wanted), side.softcap
+        # What the logits are multiplied by here.
+        self.scale = side.scale / _of_temperature(side, task.call)
 
     def hidden(self, rows: Rows) -> Tensor:
         return take(self.side.hidden.detach(), rows).to(self.side.compute)
@@ -108,7 +111,9 @@ class _Made:
         if self.bias is not None:
             out.add_(self.bias)
         if self.softcap:
-            out.mul_(self.side.scale / self.softcap).tanh_().mul_(self.softcap)
+            out.mul_(self.scale / self.softcap).tanh_().mul_(self.softcap)
+        elif self.scale != 1:
+            out.mul_(self.scale)
         return out
 
     def add(self, rows: Rows, logits: Tensor, dlogits: Tensor | None) -> None:
@@ -117,7 +122,9 @@ class _Made:
             return
         assert dlogits is not None
         if self.softcap:
-            dlogits.mul_(logits.div_(self.softcap).square_().neg_().add_(1).mul_(self.side.scale))
+            dlogits.mul_(logits.div_(self.softcap).square_().neg_().add_(1).mul_(self.scale))
+        elif self.scale != 1:
+            dlogits.mul_(self.scale)
         hidden = self.hidden(rows)
         if self.dhidden is not None:
             of_rows = self.dhidden[rows] if isinstance(rows, slice) else self.dhidden.new_empty(hidden.shape)
@@ -177,12 +184,16 @@ def _run(task: Task, wanted: list[bool], turn: Turn) -> tuple[Tensor, Gradients]
     return values, [*student.gradients(), *of_reference]
 
 
+def _of_temperature(side: Side | Tensor | None, call: Call) -> float:
+    """The scale of a side's logits, where dividing the temperature by it is as good as making those: not where a
+    softcap comes in between, or a statistic takes no temperature."""
+    plain = isinstance(side, Side) and not side.softcap and all(registry.STATISTICS[x].tempered for x in call.stats)
+    return side.scale if isinstance(side, Side) and plain else 1.0
+
+
 def _call_of(task: Task, logits: Tensor, reference: Tensor | None, rows: Rows, *, masked: bool) -> Call:
-    """The call of a chunk. A scale of the logits is one of the temperature, unless a softcap comes in between."""
     call = task.call
-    scales = [
-        side.scale if isinstance(side, Side) and not side.softcap else 1.0 for side in (task.student, task.reference)
-    ]
+    scales = [_of_temperature(side, call) for side in (task.student, task.reference)]
     table = call.token_parameters
     if table is not None:
         # Not in its place: where one chunk has all rows it is the caller's, and autograd's.

@@ -213,7 +213,8 @@ def aggregation_weights(
         else:
             number = sums.sequences.count if count_empty else (counts > 0).sum()
             normalizer = number.clamp_min(1) if isinstance(number, Tensor) else max(number, 1)
-    weights = mask.to(dtype) / normalizer
+    # A normalizer of 0 comes with no token, and 0/0 would be NaN.
+    weights = torch.where(mask, mask.to(dtype) / normalizer, 0.0)
     return weights / sums.at(name).clamp_min(1) if aggregation == "seq-mean-token-mean" else weights
 
 

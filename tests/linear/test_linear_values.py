@@ -88,6 +88,20 @@ def test_heads(how: dict[str, Any], backend: str) -> None:
         check_value(loss, wanted.value)
         leaves = [*student.leaves, *teacher.leaves]
         check_gradients(list(torch.autograd.grad(loss, leaves)), wanted.gradients)
+    # A statistic that takes no temperature takes the scale all the same.
+    labels, cotangent = torch.randint(COLUMNS, (12,)), torch.rand(12)
+    for of in (1.3, temperature):
+        stats = kk.linear_token_stats(
+            student.hidden, student.head, labels, reference_hidden=teacher.hidden, reference_head=teacher.head,
+            stats=["untempered_logprob", "forward_kl"], temperature=of, backend=backend, rows_per_chunk=5,
+        )  # fmt: skip
+        for name in ("untempered_logprob", "forward_kl"):
+            other = teacher if name == "forward_kl" else None
+            wanted = by_oracle(name, student, other, cotangent, COLUMNS, labels, temperature=of)
+            check_value(stats[name], wanted.statistics)
+            leaves = [*student.leaves, *([] if other is None else other.leaves)]
+            total = (cotangent * stats[name]).sum()
+            check_gradients(list(torch.autograd.grad(total, leaves, retain_graph=True)), wanted.gradients)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
