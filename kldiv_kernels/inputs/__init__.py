@@ -11,6 +11,7 @@ from kldiv_kernels.inputs.call import operator_arguments, prepare, select, stati
 from kldiv_kernels.inputs.parameters import Parameter, alpha_and_beta_checked, of_a_kind
 from kldiv_kernels.inputs.shift import shifted
 from kldiv_kernels.inputs.tensors import (
+    integers_checked,
     label_mask_checked,
     logits_checked,
     looks_at,
@@ -26,6 +27,7 @@ from kldiv_kernels.inputs.tensors import (
 __all__ = [
     "Parameter",
     "alpha_and_beta_checked",
+    "integers_checked",
     "label_mask_checked",
     "logits_checked",
     "looks_at",

@@ -76,7 +76,7 @@ def valid_tokens(call_mask: Tensor | None, labels: Tensor | None, ignore_index: 
 
 def label_mask_checked(where: str, labels: Tensor | None, logits: Tensor) -> None:
     if labels is not None:
-        _integers(where, "labels", labels)
+        integers_checked(where, "labels", labels)
         _per_token(where, "labels", labels, logits, logits.shape[:-1])
 
 
@@ -99,7 +99,7 @@ def per_token_checked(where: str, name: str, tensor: Tensor | None, logits: Tens
     """One number a token under any name."""
     if tensor is not None:
         if integers:
-            _integers(where, name, tensor)
+            integers_checked(where, name, tensor)
         _per_token(where, name, tensor, logits, logits.shape[:-1])
 
 
@@ -109,7 +109,7 @@ def labels_checked(
     """[N, K] int64 with -1 where the label is ignored."""
     if labels is None:
         return None
-    _integers(where, "labels", labels)
+    integers_checked(where, "labels", labels)
     _same_device(where, "labels", labels, logits)
     if labels.shape != leading and labels.shape[:-1] != leading:
         raise ValueError(
@@ -131,7 +131,7 @@ def exclude_checked(
 ) -> Tensor | None:
     if exclude is None:
         return None
-    _integers(where, "exclude", exclude)
+    integers_checked(where, "exclude", exclude)
     _per_token(where, "exclude", exclude, logits, leading)
     table = exclude.reshape(-1).to(torch.int64)
     _in_range(where, "exclude", table, table == -1, 0, columns, exclude.shape, "or -1 for none")
@@ -182,7 +182,8 @@ def _per_token(where: str, name: str, tensor: Tensor, logits: Tensor, leading: t
         raise ValueError(f"{where}: {name} has shape {_shape(tensor)}; expected {list(leading)}, one value a token")
 
 
-def _integers(where: str, name: str, tensor: Tensor) -> None:
+def integers_checked(where: str, name: str, tensor: Tensor) -> None:
+    """Column numbers under any name."""
     if not isinstance(tensor, Tensor):
         raise TypeError(f"{where}: {name} is {type(tensor).__name__}; expected a torch.Tensor")
     # An unsigned one has no -100: that would be its 156.

@@ -99,7 +99,7 @@ class _Made:
         self.dbias = weight.new_zeros(side.columns, dtype=self.sums_dtype) if of_bias else None
         self.first, self.wanted, self.softcap = True, any(wanted), side.softcap
         # What the logits are multiplied by here.
-        self.scale = side.scale / _of_temperature(side, task.call)
+        self.scale = side.scale / _of_temperature(side, task)
 
     def hidden(self, rows: Rows) -> Tensor:
         return take(self.side.hidden.detach(), rows).to(self.side.compute)
@@ -184,16 +184,18 @@ def _run(task: Task, wanted: list[bool], turn: Turn) -> tuple[Tensor, Gradients]
     return values, [*student.gradients(), *of_reference]
 
 
-def _of_temperature(side: Side | Tensor | None, call: Call) -> float:
+def _of_temperature(side: Side | Tensor | None, task: Task) -> float:
     """The scale of a side's logits, where dividing the temperature by it is as good as making those: not where a
-    softcap comes in between, or a statistic takes no temperature."""
-    plain = isinstance(side, Side) and not side.softcap and all(registry.STATISTICS[x].tempered for x in call.stats)
-    return side.scale if isinstance(side, Side) and plain else 1.0
+    softcap comes in between, or a statistic of the student takes no temperature."""
+    if not isinstance(side, Side) or side.softcap:
+        return 1.0
+    tempered = all(registry.STATISTICS[name].tempered for name in task.call.stats)
+    return side.scale if tempered or side is not task.student else 1.0
 
 
 def _call_of(task: Task, logits: Tensor, reference: Tensor | None, rows: Rows, *, masked: bool) -> Call:
     call = task.call
-    scales = [_of_temperature(side, call) for side in (task.student, task.reference)]
+    scales = [_of_temperature(side, task) for side in (task.student, task.reference)]
     table = call.token_parameters
     if table is not None:
         # Not in its place: where one chunk has all rows it is the caller's, and autograd's.

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from kldiv_kernels import inputs
 from kldiv_kernels.groups import extreme, numbered, sums
 from kldiv_kernels.policy import PolicyLoss, aggregate
 from kldiv_kernels.recipes.checks import of_tokens_checked
@@ -61,6 +62,7 @@ def valid_labels(labels: Tensor, mask: Tensor | None = None, ignore_index: int =
     >>> valid_labels(torch.tensor([3, -100, 2]), torch.tensor([True, True, False]))
     (tensor([ 3, -1, -1]), tensor([ True, False, False]))
     """
+    inputs.integers_checked("recipes", "labels", labels)
     of_tokens_checked(labels, mask=mask)
     valid = labels != ignore_index
     valid = valid if mask is None else valid & (mask != 0)

@@ -113,6 +113,20 @@ TYPES: dict[str, Case] = {
     "exclude dtype": (
         _stats(ROWS, exclude=LABELS.float()), TypeError, "exclude has dtype torch.float32; expected int64",
     ),
+    # Whose class 156 would be −100.
+    "labels of bytes": (
+        _loss(ROWS, ROWS, labels=LABELS.to(torch.uint8)), TypeError, "labels has dtype torch.uint8; expected int64",
+    ),
+    "exclude of bytes, shifted": (
+        _stats(ROWS, exclude=LABELS.to(torch.uint8), shift=True), TypeError, "exclude has dtype torch.uint8; expected",
+    ),
+    "token ids of bytes": (
+        lambda: kk.policy_loss(ROWS, LABELS.to(torch.uint8), torch.ones(2)), TypeError,
+        "token_ids has dtype torch.uint8; expected int64",
+    ),
+    "labels of bytes in a recipe": (
+        lambda: kk.recipes.dft_loss(ROWS, LABELS.to(torch.uint8)), TypeError, "labels has dtype torch.uint8; expected",
+    ),
     "mask dtype": (
         _stats(ROWS, mask=torch.ones(2, 3)), TypeError, "mask has dtype torch.float32; expected bool or integers",
     ),

@@ -88,17 +88,28 @@ def test_heads(how: dict[str, Any], backend: str) -> None:
         check_value(loss, wanted.value)
         leaves = [*student.leaves, *teacher.leaves]
         check_gradients(list(torch.autograd.grad(loss, leaves)), wanted.gradients)
-    # A statistic that takes no temperature takes the scale all the same.
-    labels, cotangent = torch.randint(COLUMNS, (12,)), torch.rand(12)
-    for of in (1.3, temperature):
+
+
+@pytest.mark.parametrize("how", [{"scale": 0.25}, {"scale": 4.0}, {"softcap": 3.0, "scale": 2.5}], ids=str)
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_statistics_without_a_temperature_take_the_scale(how: dict[str, Any], backend: str) -> None:
+    student, teacher = model((12,), 16, COLUMNS, **how), model((12,), 24, COLUMNS, **how)
+    labels, cotangent, mask = torch.randint(5, COLUMNS, (12,)), torch.rand(12), torch.rand(12) < 0.7
+    # Tokens that are not to be written, an offset, and a row that is sure of its label.
+    assert student.bias is not None
+    with torch.no_grad():
+        student.bias[:5] = -1e4
+        student.bias += 50
+        student.hidden[3] = 3 * student.weight[labels[3]]
+    for temperature in (1.3, torch.rand(12) + 0.5):
         stats = kk.linear_token_stats(
             student.hidden, student.head, labels, reference_hidden=teacher.hidden, reference_head=teacher.head,
-            stats=["untempered_logprob", "forward_kl"], temperature=of, backend=backend, rows_per_chunk=5,
+            stats=["untempered_logprob", "reverse_kl"], temperature=temperature, mask=mask, backend=backend,
+            rows_per_chunk=5,
         )  # fmt: skip
-        for name in ("untempered_logprob", "forward_kl"):
-            other = teacher if name == "forward_kl" else None
-            wanted = by_oracle(name, student, other, cotangent, COLUMNS, labels, temperature=of)
-            check_value(stats[name], wanted.statistics)
+        for name, other in (("untempered_logprob", None), ("reverse_kl", teacher)):
+            wanted = by_oracle(name, student, other, cotangent * mask, COLUMNS, labels, temperature=temperature)
+            check_value(stats[name], torch.where(mask, wanted.statistics, 0.0))
             leaves = [*student.leaves, *([] if other is None else other.leaves)]
             total = (cotangent * stats[name]).sum()
             check_gradients(list(torch.autograd.grad(total, leaves, retain_graph=True)), wanted.gradients)

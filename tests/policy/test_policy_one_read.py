@@ -199,12 +199,18 @@ def test_rows_apart(backend: str, loss_type: str, plan: None) -> None:
 
 @pytest.mark.parametrize("backend", ONE_READ_BACKENDS)
 def test_all_masked(backend: str, plan: None) -> None:
+    """Also where the tokens were counted, and the count is what the loss is divided by."""
     batch = oracle.batch(vocab=VOCAB)
-    logits = torch.full(batch.logits.shape, torch.nan, requires_grad=True)
-    out = kk.policy_loss(
-        logits, batch.token_ids, batch.advantages, mask=torch.zeros_like(batch.mask), kl_coef=0.1,
-        reference_logprobs=batch.old, old_logprobs=torch.full(batch.mask.shape, torch.nan), backend=backend,
-    )  # fmt: skip
-    out.loss.backward()
-    assert out.loss.item() == 0
-    assert not logits.grad.any()
+    mask, beside = torch.zeros_like(batch.mask), torch.full(batch.mask.shape, torch.nan)
+    for loss_type, options, _ in TERMS.values():
+        for normalizer in (None, mask.sum(), torch.tensor(0.0)):
+            if normalizer is None and loss_type == "dr_grpo":
+                continue
+            logits = torch.full(batch.logits.shape, torch.nan, requires_grad=True)
+            out = kk.policy_loss(
+                logits, batch.token_ids, batch.advantages, loss_type=loss_type, mask=mask, kl_coef=0.1,
+                reference_logprobs=batch.old, old_logprobs=beside, normalizer=normalizer, backend=backend, **options,
+            )  # fmt: skip
+            out.loss.backward()
+            assert out.loss.item() == 0, (loss_type, normalizer)
+            assert not logits.grad.any(), (loss_type, normalizer)
