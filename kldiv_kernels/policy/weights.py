@@ -199,7 +199,7 @@ def aggregation_weights(
     sums: SequenceSums | None = None,
     name: str = "tokens",
 ) -> Tensor:
-    """What each token counts in the loss: [B, T], 0 where the mask is False.
+    """What each token counts in the loss: [B, T], 0 where the mask is False, or NaN beside a normalizer of 0.
 
     `sums` has under `name` the number of the mask's tokens in each sequence; None: the sequences are rows.
     """
@@ -213,8 +213,7 @@ def aggregation_weights(
         else:
             number = sums.sequences.count if count_empty else (counts > 0).sum()
             normalizer = number.clamp_min(1) if isinstance(number, Tensor) else max(number, 1)
-    # A normalizer of 0 comes with no token, and 0/0 would be NaN.
-    weights = torch.where(mask, mask.to(dtype) / normalizer, 0.0)
+    weights = mask.to(dtype) / normalizer
     return weights / sums.at(name).clamp_min(1) if aggregation == "seq-mean-token-mean" else weights
 
 
@@ -229,4 +228,6 @@ def aggregate(
 ) -> Tensor:
     """The scalar of per-token values [B, T]; 0 without tokens. `sums`, `name`: see `aggregation_weights`."""
     weights = aggregation_weights(mask, values.dtype, aggregation, normalizer, count_empty, sums, name)
+    # A normalizer of 0 comes with no token.
+    weights = torch.where(mask, weights, 0.0)
     return (torch.where(mask, values, 0.0) * weights).sum()
