@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import tiny
 import torch
+from processes import start_ranks
 from torch import Tensor, distributed
 
 pytest.importorskip("trl")
@@ -105,8 +106,6 @@ def _rank(rank: int, folder: Path, models: Any) -> None:
 
 def test_a_selection_is_over_both_processes(tmp_path: Path) -> None:
     models = make_models(tmp_path / "models")
-    context = torch.multiprocessing.spawn(  # type: ignore[no-untyped-call]
-        _rank, (tmp_path, models), nprocs=2, join=False
-    )
+    context = start_ranks(_rank, (tmp_path, models), join=False)
     while not context.join(timeout=300):
         pass

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from processes import start_ranks
 from torch import Tensor, distributed, nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
@@ -72,7 +73,7 @@ def _rank(rank: int, store: str, alone: bool) -> None:
 
 @pytest.mark.parametrize("alone", [False, True], ids=["with the model", "by itself"])
 def test_the_gradient_of_a_sharded_head_is_that_of_all_ranks(alone: bool, tmp_path: Path) -> None:
-    torch.multiprocessing.spawn(_rank, (str(tmp_path / "store"), alone), nprocs=2)  # type: ignore[no-untyped-call]
+    start_ranks(_rank, (str(tmp_path / "store"), alone))
 
 
 def test_other_placements() -> None:

@@ -32,7 +32,7 @@ def cases_of(*modules: str) -> list[str]:
 
 def run(world: int, *modules: str) -> dict[str, list[str]]:
     """What went wrong in each case, rank by rank; the first failure ends all of them."""
-    context = get_context("spawn")
+    context = get_context("forkserver")
     said = context.Queue()
     with tempfile.TemporaryDirectory() as folder:
         arguments = [(rank, world, modules, os.path.join(folder, "meeting"), said) for rank in range(world)]

@@ -22,6 +22,7 @@ import torch
 from datasets import Dataset
 from huggingface_hub import HfApi
 from huggingface_hub.errors import RepositoryNotFoundError
+from processes import start_ranks
 from rich.console import Console
 from transformers import AutoModelForCausalLM, TrainerCallback
 
@@ -136,7 +137,7 @@ def test_a_signal_to_one_rank_stops_all_after_the_same_step(tmp_path: Path) -> N
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    torch.multiprocessing.spawn(_rank, args=(port, tmp_path), nprocs=2)
+    start_ranks(_rank, (port, tmp_path))
     assert run.last_checkpoint(tmp_path) == tmp_path / f"checkpoint-{STOPPED_AT}"
 
 

@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 import tiny
 import torch
+from processes import start_ranks
 from transformers import TrainerCallback
 
 SEQUENCES = 8
@@ -116,7 +117,7 @@ def test_two_processes_give_the_loss_gradients_and_evaluation_of_one(tmp_path: P
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    torch.multiprocessing.spawn(_rank, args=(port, tmp_path), nprocs=2)
+    start_ranks(_rank, (port, tmp_path))
     for loss in LOSSES:
         whole = one_step(tmp_path, SEQUENCES, 1, loss)
         for accumulation in (1, 2):

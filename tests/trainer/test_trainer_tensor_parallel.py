@@ -23,6 +23,7 @@ import tiny
 import torch
 from accelerate import ParallelismConfig
 from datasets import Dataset
+from processes import start_ranks
 from torch import distributed
 from transformers import LlamaForCausalLM, Trainer, TrainingArguments, default_data_collator
 from transformers.distributed.configuration_utils import DistributedConfig
@@ -196,7 +197,7 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Any:
     multiprocessing.set_forkserver_preload(
         ["transformers.models.llama.modeling_llama", "kldiv_kernels.trainer.run", *_OF_TRL]
     )
-    torch.multiprocessing.start_processes(_rank, args=(port, folder), nprocs=RANKS, start_method="forkserver")
+    start_ranks(_rank, (port, folder), RANKS)
     return alone, [json.loads((folder / f"{rank}.json").read_text()) for rank in range(RANKS)]
 
 
