@@ -85,7 +85,8 @@ def topk_divergence_loss(
         kind: a divergence of the registry.
         tail: what becomes of the tokens outside of topk_ids. "bucket" (default): one more outcome, on both sides.
             "renormalize": left out on both sides. "renormalize_teacher": left out of the teacher, whose k tokens then
-            sum to 1. "none": raw sums over topk_ids, of forward_kl, reverse_kl, jeffreys and cross_entropy.
+            sum to 1; where the k have no mass it is an error, NaN if unchecked. "none": raw sums over topk_ids, of
+            forward_kl, reverse_kl, jeffreys and cross_entropy.
         tail_logprob: [*], the teacher's log-mass outside of topk_ids. Default: log(1 − Σ p), p = exp(topk_logprobs), as
             exact as these are: where the ids are the whole vocabulary what is left of 1 is nothing, unless it is more
             than rounding can leave (then it is a token that the student does not have, and forward_kl infinite).
@@ -170,6 +171,8 @@ def topk_divergence_of(
         temperature if temperature_squared else None,
     )  # fmt: skip
     leading, columns = logits.shape[:-1], inputs.shared_columns(where, logits, None, vocab_size)
+    if tail.startswith("renormalize") and looks:
+        topk_inputs.mass_checked(where, teacher, scale.reshape(leading) != 0, tail)
     if tail == "bucket" and tail_logprob is None:
         tail_logprob = topk_inputs.tail_of(
             where, teacher, ids, columns, given=topk_logprobs.dtype, floor=tail_floor, check=looks

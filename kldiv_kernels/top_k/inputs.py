@@ -58,6 +58,14 @@ def teacher_checked(
     return ids.masked_fill(pads, -1), logprobs.masked_fill(twice.any(-1, keepdim=True), torch.nan)
 
 
+def mass_checked(where: str, logprobs: Tensor, counts: Tensor, tail: str) -> None:
+    """Refuses a token that counts in a loss and whose k probabilities cannot be made to sum to 1."""
+    total = logprobs.exp().sum(-1)
+    empty = counts & (logprobs == -torch.inf).all(-1)
+    expected = f"expected more than 0 with tail={tail!r}, unless the token is masked"
+    _refuse(where, "the sum of exp(topk_logprobs)", total, empty, expected)
+
+
 def _logprobs_checked(where: str, name: str, logprobs: Tensor, ids: Tensor) -> Tensor:
     """[*, K] in float32 (float64 for float64), -inf where there is no id."""
     if not isinstance(logprobs, Tensor):

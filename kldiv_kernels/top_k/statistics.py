@@ -41,8 +41,9 @@ def topk(
 ) -> TopK:
     """The k largest log-probabilities of softmax(logits/temperature), in nats, with their ids and joint mass.
 
-    values and log_mass are differentiable, and 0 where masked. Args and errors: see `token_stats`; k: 1 to the
-    vocabulary size. Of a group, ids are those of the whole vocabulary; k of each rank are gathered for them.
+    values and log_mass are differentiable, and 0 where masked; ids say nothing there. Args and errors: see
+    `token_stats`; k: 1 to the vocabulary size. Of a group, ids are those of the whole vocabulary; k of each rank are
+    gathered for them.
 
     >>> import torch, kldiv_kernels as kk
     >>> top = kk.topk(torch.tensor([[0.0, 2.0, 1.0, -1.0]]), 2)
@@ -206,5 +207,7 @@ def largest(where: str, logits: Tensor, k: int, vocab_size: int | None, mask: Te
 
 
 def _count_checked(where: str, k: int, columns: int) -> None:
-    if not isinstance(k, int) or not 1 <= k <= columns:
+    if isinstance(k, bool) or not isinstance(k, int):
+        raise TypeError(f"{where}: k is {type(k).__name__}; expected an int")
+    if not 1 <= k <= columns:
         raise ValueError(f"{where}: k is {k!r}; expected 1 to {columns}, the vocabulary size")

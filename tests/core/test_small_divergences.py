@@ -8,7 +8,7 @@ import oracle
 import pytest
 import torch
 from checks import BACKENDS, DIVERGENCES, INTERPRETED, check_gradient, check_value, taken, with_parameters
-from small_divergences import SCENARIOS, TWO_LOG_SUMS, VANISHING, near
+from small_divergences import SCENARIOS, VANISHING, log_sums, near
 from torch import Tensor
 
 import kldiv_kernels as kk
@@ -41,7 +41,7 @@ def _check(name: str, logits: Tensor, reference: Tensor, alpha: float, beta: flo
     assert (error <= 0.01 * expected.value.clamp_min(1e-8)).all(), f"got {value}, expected {expected.value}"
     if name != "tvd":  # its gradient jumps where p = q
         value.sum().backward()
-        check_gradient(logits.grad, expected.student, TWO_LOG_SUMS * expected.student_floor)
+        check_gradient(logits.grad, expected.student, log_sums(backend) * expected.student_floor)
 
 
 @pytest.mark.parametrize(("name", "alpha", "beta"), with_parameters(VANISHING))
@@ -96,7 +96,9 @@ def test_right_to_one_percent_whatever_the_width_and_the_offset(offset: float, b
                 expected = oracle.evaluate(name, logits, reference, alpha=0.7).value
                 wanted = (expected > 1e-9) & (kl > 1e-9) & (kl < 1e-2)
                 error = (found[name].double() - expected).abs()[wanted]
-                assert (error <= 0.01 * expected[wanted] + 1e-10).all(), f"{name} {columns} {size}: {found[name]}"
+                # tvd is linear in what p and q are off by, on GPUs 2^-22.
+                least = 2**-22 if name == "tvd" and backend in ("cuda", "triton") else 1e-10
+                assert (error <= 0.01 * expected[wanted] + least).all(), f"{name} {columns} {size}: {found[name]}"
                 checked += int(wanted.sum())
     assert checked > 200
 
@@ -157,8 +159,8 @@ def test_a_mixture_of_nearly_one_row_alone(kind: str, backend: str) -> None:
             check_value(value, expected.value)
             value.sum().backward()
             # log p − log q carries the roundings of both rows' log-sum-exp.
-            check_gradient(student.grad, expected.student, TWO_LOG_SUMS * expected.student_floor)
-            check_gradient(teacher.grad, expected.teacher, TWO_LOG_SUMS * expected.teacher_floor)
+            check_gradient(student.grad, expected.student, log_sums(backend) * expected.student_floor)
+            check_gradient(teacher.grad, expected.teacher, log_sums(backend) * expected.teacher_floor)
 
 
 HERE = [name for name in BACKENDS if name in ("cpu", "reference")]

@@ -94,8 +94,37 @@ inline uint16_t high(uint32_t both) { return static_cast<uint16_t>(both >> 16); 
 
 }  // namespace host
 
-KLDIV_DEVICE float exp2_approx(float x) { return host::flushed(std::exp2(host::flushed(x))); }
-KLDIV_DEVICE float log2_approx(float x) { return host::flushed(std::log2(host::flushed(x))); }
+namespace host {
+
+// -1 to 1, another for every word.
+inline float noise(uint32_t word) {
+    word *= 0x9e3779b1u;
+    word = (word ^ word >> 15) * 0x85ebca6bu;
+    return std::ldexp(static_cast<float>(static_cast<int32_t>(word ^ word >> 13)), -31);
+}
+// What ex2.approx and lg2.approx are off by, 2^-22 at most: three quarters as of a table that is interpolated in 64
+// parts of a power of two, alike for numbers next to each other, so that it does not average out in a sum; the rest as
+// of rounding.
+inline float approximation_error(float x) {
+    const uint32_t bits = float_bits(x), part = bits >> 17;
+    const float at = static_cast<float>(bits & 0x1ffff) * 0x1p-17f;
+    const float of_table = noise(part) + at * (noise(part + 1) - noise(part));
+    return 0x1p-22f * (0.75f * of_table + 0.25f * noise(~bits));
+}
+
+}  // namespace host
+
+// 1 at 0, which PTX promises, and so next to it.
+KLDIV_DEVICE float exp2_approx(float x) {
+    x = host::flushed(x);
+    const float exact = std::exp2(x), error = host::approximation_error(x) * std::min(1.0f, 64 * std::fabs(x));
+    return std::isfinite(exact) ? host::flushed(exact + exact * error) : exact;
+}
+KLDIV_DEVICE float log2_approx(float x) {
+    x = host::flushed(x);
+    const float exact = std::log2(x), error = host::approximation_error(x) * (x > 0.5f && x < 2 ? 1.0f : exact);
+    return x == 1 || !std::isfinite(exact) ? exact : host::flushed(exact + error);
+}
 KLDIV_DEVICE uint32_t max_bf16x2(uint32_t a, uint32_t b) {
     using namespace host;
     return pair(max_nan<from_bf16>(low(a), low(b)), max_nan<from_bf16>(high(a), high(b)));
@@ -131,6 +160,13 @@ KLDIV_DEVICE void unpack_f16x2(uint32_t both, float* low, float* high) {
 KLDIV_DEVICE float shuffle_xor(float x, int lanes) { return bits_float(host::shuffle_xor(float_bits(x), lanes)); }
 KLDIV_DEVICE int shuffle_xor(int x, int lanes) {
     return static_cast<int>(host::shuffle_xor(static_cast<uint32_t>(x), lanes));
+}
+KLDIV_DEVICE double shuffle_xor(double x, int lanes) {
+    uint32_t halves[2];
+    std::memcpy(halves, &x, sizeof x);
+    for (uint32_t& half : halves) half = host::shuffle_xor(half, lanes);
+    std::memcpy(&x, halves, sizeof x);
+    return x;
 }
 KLDIV_DEVICE bool any_lane(bool so) {
     uint32_t any = so;

@@ -60,6 +60,14 @@ BAD: dict[str, tuple[dict[str, Any], type[Exception], str]] = {
     "no tail to give": (
         {"tail": "renormalize", "tail_logprob": torch.zeros(2)}, ValueError, "tail_logprob is given, but tail is",
     ),
+    "no ids to renormalize": (
+        {"tail": "renormalize", "topk_ids": torch.tensor([[3, 1], [-1, -1]])}, ValueError,
+        "topk_divergence_loss: the sum of exp(topk_logprobs)[1] is 0; expected more than 0 with tail='renormalize'",
+    ),
+    "no mass to renormalize": (
+        {"tail": "renormalize_teacher", "topk_logprobs": torch.full((2, 2), -torch.inf)}, ValueError,
+        "the sum of exp(topk_logprobs)[0] is 0; expected more than 0 with tail='renormalize_teacher'",
+    ),
     "reduction": ({"reduction": "max"}, ValueError, "reduction is 'max'; expected mean, sum or none"),
 }  # fmt: skip
 
@@ -78,6 +86,24 @@ def test_unchecked_values_are_not_looked_at() -> None:
     assert kk.topk_divergence_loss(torch.zeros(2, 8), IDS, rounded, check=False).isfinite()
 
 
+@pytest.mark.parametrize("tail", ["renormalize", "renormalize_teacher"])
+@pytest.mark.parametrize("left_out", ["mask", "labels", "weight"])
+def test_a_token_that_does_not_count_needs_no_mass(tail: Any, left_out: str) -> None:
+    out = {"labels": torch.tensor([5, -100])}.get(left_out, torch.tensor([1, 0]))
+    logits = torch.tensor([[2.0, -1e4, 0, 1, 1, 1, 1, 1]]).repeat(2, 1)
+    losses, gradients = [], []
+    for rows, options in ((2, {left_out: out}), (1, {})):
+        x = logits[:rows].clone().requires_grad_()
+        ids = torch.tensor([[3, 0], [-1, -1]])[:rows]
+        losses.append(kk.topk_divergence_loss(x, ids, LOGPROBS[:rows], "js", tail=tail, reduction="sum", **options))
+        losses[-1].backward()
+        gradients.append(x.grad)
+    assert losses[0] > 0
+    assert torch.equal(losses[0], losses[1])
+    assert torch.equal(gradients[0][:1], gradients[1])
+    assert not gradients[0][1].any()
+
+
 @pytest.mark.parametrize(
     ("call", "message"),
     [
@@ -92,3 +118,9 @@ def test_unchecked_values_are_not_looked_at() -> None:
 def test_bad_calls(call: Any, message: str) -> None:
     with pytest.raises(ValueError, match=message.replace("[", r"\[")):
         call(torch.zeros(2, 8))
+
+
+def test_k_is_an_int() -> None:
+    for k, name in ((True, "bool"), (2.0, "float")):
+        with pytest.raises(TypeError, match=f"topk: k is {name}; expected an int"):
+            kk.topk(torch.zeros(2, 8), k)  # type: ignore[arg-type]

@@ -95,6 +95,7 @@ KLDIV_DEVICE void unpack_f16x2(uint32_t both, float* low, float* high) {
 
 // --- warps and blocks ------------------------------------------------------------------------------------------------
 KLDIV_DEVICE float shuffle_xor(float x, int lanes) { return __shfl_xor_sync(0xffffffffu, x, lanes); }
+KLDIV_DEVICE double shuffle_xor(double x, int lanes) { return __shfl_xor_sync(0xffffffffu, x, lanes); }
 KLDIV_DEVICE int shuffle_xor(int x, int lanes) { return __shfl_xor_sync(0xffffffffu, x, lanes); }
 // Lanes of the warp wait for each other and see each other's memory.
 KLDIV_DEVICE void warp_sync() { __syncwarp(); }

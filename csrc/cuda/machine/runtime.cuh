@@ -135,11 +135,12 @@ int active_clusters(Kernel<Arguments> kernel, const LaunchShape& shape) {
     if (found != known.end()) return found->second;
     const OutOfCapture out_of_capture;
     // The attribute holds for all shapes of a kernel: it must not shrink again.
-    int64_t& most = allowed[{key.first, function}];
-    most = std::max(most, shape.shared_bytes);
+    int64_t& before = allowed[{key.first, function}];
+    const int64_t most = std::max(before, shape.shared_bytes);
     int clusters = 0;
     cudaError_t error =
         cudaFuncSetAttribute(function, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(most));
+    if (error == cudaSuccess) before = most;
     if (error == cudaSuccess && shape.cluster > 8)
         error = cudaFuncSetAttribute(function, cudaFuncAttributeNonPortableClusterSizeAllowed, 1);
     if (error == cudaSuccess) {

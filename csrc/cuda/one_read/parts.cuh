@@ -133,7 +133,9 @@ struct Cta {
     KLDIV_DEVICE char* student_slot(int stage) const { return stages + stage * a.slice * bytes * (1 + two); }
     KLDIV_DEVICE char* teacher_slot(int stage) const { return student_slot(stage) + a.slice * bytes; }
     // A column of the row as one of this CTA's slice; outside of it, and for -1, no column of the slice.
-    KLDIV_DEVICE int in_slice(int64_t column) const { return column < begin ? -1 : static_cast<int>(column - begin); }
+    KLDIV_DEVICE int in_slice(int64_t column) const {
+        return column < begin || column >= begin + count ? -1 : static_cast<int>(column - begin);
+    }
     KLDIV_DEVICE static Raw<element> raw_at(const char* slot, int column) {
         return *reinterpret_cast<const Raw<element>*>(slot + column * bytes);
     }

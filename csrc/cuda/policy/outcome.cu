@@ -20,7 +20,7 @@ void run_policy_outcome(const PolicyOutcomes& outcomes, float* partial, float* s
     shape.threads = kOutcomeThreads;
     shape.blocks = (a.warps + kOutcomeThreads / 32 - 1) / (kOutcomeThreads / 32);
     launch<PolicyOutcomeArguments>(policy_tokens, shape, stream, a, [] { return std::string("policy_tokens"); });
-    shape.threads = 32;
+    shape.threads = kSumsThreads;
     shape.blocks = 1;
     launch<PolicyOutcomeArguments>(policy_sums, shape, stream, a, [] { return std::string("policy_sums"); });
 }

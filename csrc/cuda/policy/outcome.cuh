@@ -8,7 +8,7 @@
 namespace kldiv::gpu {
 
 constexpr int kOutcomeThreads = 256;
-// Warps in all at most: one thread a sum adds up what they leave.
+// Warps in all at most: one warp a sum adds up what they leave.
 constexpr int64_t kMostOutcomeWarps = 512;
 
 struct PolicyOutcomeArguments {
@@ -37,15 +37,24 @@ KLDIV_KERNEL(kOutcomeThreads, 1) policy_tokens(PolicyOutcomeArguments a) {
     }
 }
 
-KLDIV_KERNEL(32, 1) policy_sums(PolicyOutcomeArguments a) {
-    const int i = thread_index();
-    if (i >= kPolicySums) return;
+// A warp a sum.
+constexpr int kSumsThreads = 32 * kPolicySums;
+
+KLDIV_KERNEL(kSumsThreads, 1) policy_sums(PolicyOutcomeArguments a) {
+    const int i = thread_index() / 32, lane = thread_index() % 32;
+    const auto together = [i](double sum, double other) {
+        return i == kRatioMax ? larger_ratio(static_cast<float>(sum), static_cast<float>(other)) : sum + other;
+    };
     double sum = 0, tokens = 0;
-    for (int64_t warp = 0; warp < a.warps; ++warp) {
-        const float x = a.partial[warp * kPolicySums + i];
-        sum = i == kRatioMax ? larger_ratio(static_cast<float>(sum), x) : sum + x;
+    for (int64_t warp = lane; warp < a.warps; warp += 32) {
+        sum = together(sum, a.partial[warp * kPolicySums + i]);
         tokens += a.partial[warp * kPolicySums + kTokens];
     }
+    for (int lanes = 16; lanes > 0; lanes /= 2) {
+        sum = together(sum, shuffle_xor(sum, lanes));
+        tokens += shuffle_xor(tokens, lanes);
+    }
+    if (lane != 0) return;
     a.sums[i] = finish_sum(i, sum, tokens);
     if (i == kTokens) *a.tokens = static_cast<int64_t>(tokens);
 }
