@@ -182,7 +182,8 @@ def highest_entropy(entropy: Tensor, mask: Tensor, fraction: float, group: Group
         low, high = ordered[at].unbind()
     else:
         low, high = at_positions(entropy, mask, at, group).unbind()
-    return mask & (entropy.detach() >= low + (high - low) * (position - below).to(low.dtype))
+    # Never above `high`, which counts itself.
+    return mask & (entropy.detach() >= torch.lerp(low, high, (position - below).to(low.dtype)))
 
 
 def weighted(values: Tensor, weight: Tensor | None, options: PolicyOptions) -> Tensor:

@@ -9,6 +9,7 @@ from policy_oracle import AGGREGATION, TERMS, arguments_of, check, leaves, nan_w
 from torch import Tensor
 
 import kldiv_kernels as kk
+from kldiv_kernels.policy import highest_entropy
 from kldiv_kernels.policy.options import LOSS_TYPES
 
 AGGREGATIONS = ["token-mean", "token-sum", "seq-mean-token-mean", "seq-mean-token-sum"]
@@ -82,6 +83,22 @@ def test_entropy_bonus_and_quantile(how: str, quantile: float) -> None:
         normalizer=11.0,
     )  # fmt: skip
     check(batch, policy_term - 0.3 * bonus, logits, out, again)
+
+
+def test_a_quantile_on_a_token_keeps_it() -> None:
+    """0.2·5 is a little less than 1, and low + (high − low)·1 may be more than high: then no equal token was kept."""
+    of_a_batch = torch.tensor([[0.7, 1.9, 1.9, 1.9, 1.9, 1.9]])
+    assert highest_entropy(of_a_batch, torch.ones(1, 6, dtype=torch.bool), 0.8).sum() == 5
+    for count in (6, 11, 91, 171, 181):
+        for fraction in (0.8, 0.3, 0.1):
+            low, high = torch.rand(300).sort().values.split(150)
+            position = round((count - 1) * (1 - fraction), 9)
+            few = -int(-position // 1)
+            for one, other in zip(low[:40], high[:40], strict=True):
+                entropy = torch.cat([one.expand(few), other.expand(count - few)])[None]
+                kept = highest_entropy(entropy, torch.ones(1, count, dtype=torch.bool), fraction)
+                assert kept[0, few:].all(), (count, fraction, one, other)
+                assert not kept[0, :few].any()
 
 
 def test_token_weights_and_anchor() -> None:
