@@ -11,9 +11,9 @@ from torch import Tensor
 
 from kldiv_kernels.choices import Backend
 from kldiv_kernels.policy import PolicyLoss, surrogate
-from kldiv_kernels.recipes.checks import of_tokens_checked
+from kldiv_kernels.recipes.checks import like_checked, of_tokens_checked
 from kldiv_kernels.recipes.recipe import Recipe
-from kldiv_kernels.recipes.reductions import batch_mean, masked, policy_result
+from kldiv_kernels.recipes.reductions import batch_mean, masked, policy_result, widened
 from kldiv_kernels.stats import token_stats
 
 PAPERS = (
@@ -70,13 +70,13 @@ def gaussian_grpo_loss(
     """
     of_tokens_checked(logprobs, old_logprobs=old_logprobs, advantages=advantages)
     clipped = advantages.detach().clamp(-advantage_clip, advantage_clip)
-    loss = surrogate(logprobs - old_logprobs.detach(), clipped, clip_low=clip, clip_high=clip).per_token
+    loss = _clipped(widened(logprobs) - old_logprobs.detach(), clipped, clip)
     if kl_coef != 0:
         if means is None or reference_means is None:
             missing = "means" if means is None else "reference_means"
             raise ValueError(f"gaussian_grpo_loss: {missing} is None; kl_coef = {kl_coef} needs both")
-        apart = _over_dimensions((means - reference_means.detach()).square(), logprobs)
-        loss = loss + kl_coef * (apart if sigma is None else apart / (2 * _given(sigma) ** 2))
+        apart = _square_apart(logprobs, means, reference_means=reference_means)
+        loss = loss + kl_coef * (apart if sigma is None else apart / (2 * _given("sigma", sigma, logprobs) ** 2))
     return batch_mean(loss)
 
 
@@ -91,7 +91,7 @@ def hinge_discriminator_loss(real: Tensor, fake: Tensor) -> Tensor:
     >>> kk.recipes.hinge_discriminator_loss(torch.tensor([0.5]), torch.tensor([-2.0, 0.0])).item()
     0.5
     """
-    return 0.5 * (batch_mean((1 - real).clamp_min(0)) + batch_mean((1 + fake).clamp_min(0)))
+    return 0.5 * (batch_mean((1 - widened(real)).clamp_min(0)) + batch_mean((1 + widened(fake)).clamp_min(0)))
 
 
 def centred_log_ratio(
@@ -111,9 +111,9 @@ def centred_log_ratio(
     0.25
     """
     of_tokens_checked(logprobs, old_logprobs=old_logprobs)
-    scale = _given(scale)
-    shift = _over_dimensions((means - old_means.detach()).square(), logprobs) / (2 * scale**2)
-    return (logprobs - old_logprobs.detach() + shift) * scale
+    scale = _given("scale", scale, logprobs)
+    shift = _square_apart(logprobs, means, old_means=old_means) / (2 * scale**2)
+    return (widened(logprobs) - old_logprobs.detach() + shift) * scale
 
 
 def grpo_guard_loss(
@@ -143,9 +143,9 @@ def grpo_guard_loss(
     -3.0
     """
     of_tokens_checked(logprobs, advantages=advantages)
-    step_size = _given(step_size)
+    step_size, sigma = _given("step_size", step_size, logprobs), _given("sigma", sigma, logprobs)
     log_ratio = centred_log_ratio(logprobs, old_logprobs, means, old_means, step_size**0.5 * sigma)
-    return batch_mean(surrogate(log_ratio, advantages.detach(), clip_low=clip, clip_high=clip).per_token / step_size)
+    return batch_mean(_clipped(log_ratio, advantages.detach(), clip) / step_size)
 
 
 def categorical_ppo_loss(
@@ -184,22 +184,54 @@ def categorical_ppo_loss(
     # What both leave out by its logit is no candidate either.
     valid = valid & ~((logits <= _NOTHING) & (old_logits <= _NOTHING))
     classes = torch.arange(logits.shape[-1], device=logits.device).expand(logits.shape)
-    rows, old_rows = (torch.where(valid, x, -torch.inf) for x in (logits, old_logits.detach()))
+    rows, old_rows = (torch.where(valid & ~(x <= _NOTHING), x, -torch.inf) for x in (logits, old_logits.detach()))
     stats = token_stats(
         rows, old_rows, classes, stats=("logprob", "reference_logprob"), temperature=temperature, mask=valid.any(-1),
         backend=backend,
     )  # fmt: skip
-    log_ratio = masked(stats.logprob - stats.reference_logprob, valid)
+    logprob = stats.logprob.detach()
+    # 0, with the gradient of a log-ratio.
+    own = stats.logprob - logprob
+    log_ratio = masked(_log_ratio(rows.detach(), old_rows, logprob, stats.reference_logprob, temperature), valid)
+    log_ratio = log_ratio + masked(own, own == 0)
     given = masked(advantages.detach().to(log_ratio.dtype), valid)
     term = surrogate(log_ratio, given, clip_low=clip, clip_high=clip, dual_clip=dual_clip)
     metrics = {f"clip_fraction_{name}": where for name, where in term.clipped.items()}
     return policy_result(term.per_token, stats.logprob, valid, metrics=metrics)
 
 
-def _given(x: float | Tensor) -> float | Tensor:
-    return x.detach() if isinstance(x, Tensor) else x
+def _log_ratio(rows: Tensor, old_rows: Tensor, logprob: Tensor, old_logprob: Tensor, temperature: float) -> Tensor:
+    """logprob − old_logprob of every class, by the logits: a log-probability near −1e8 is a multiple of 8.
+
+    The difference of the softmaxes' sums is told by each row's likeliest class, where both have all digits.
+    """
+    top, old_top = rows.argmax(-1, keepdim=True), old_rows.argmax(-1, keepdim=True)
+    best, old_best = rows.gather(-1, top).double(), old_rows.gather(-1, old_top).double()
+    apart = ((rows.double() - old_rows.double()) - (best - old_best)) / temperature
+    return (apart + logprob.gather(-1, top) - old_logprob.gather(-1, old_top)).to(logprob.dtype)
 
 
-def _over_dimensions(x: Tensor, steps: Tensor) -> Tensor:
-    """The mean over what follows the steps' own dimensions."""
-    return x.flatten(steps.dim()).mean(-1)
+def _given(name: str, x: float | Tensor, steps: Tensor) -> float | Tensor:
+    """A number, or one of each step, without gradient."""
+    if not isinstance(x, Tensor):
+        return x
+    if x.dim() > 0:
+        like_checked("logprobs", steps, **{name: x})
+    return widened(x.detach())
+
+
+def _square_apart(steps: Tensor, means: Tensor, **others: Tensor) -> Tensor:
+    """The mean square of the difference of two means, over what follows the steps' own dimensions."""
+    if means.dim() <= steps.dim() or means.shape[: steps.dim()] != steps.shape:
+        raise ValueError(
+            f"means has shape {list(means.shape)}; expected {list(steps.shape)}, like logprobs, and a step's dimensions"
+        )
+    like_checked("means", means, **others)
+    (other,) = others.values()
+    return (widened(means) - other.detach()).square().flatten(steps.dim()).mean(-1)
+
+
+def _clipped(log_ratio: Tensor, advantages: Tensor, clip: float) -> Tensor:
+    """PPO's surrogate; in float64, as a float32 ratio has too few digits for a clip of 1e-6."""
+    term = surrogate(log_ratio.double(), advantages.double(), clip_low=clip, clip_high=clip)
+    return term.per_token.to(log_ratio.dtype)

@@ -119,13 +119,14 @@ def dro_loss(losses: Tensor, *, temperature: float, mask: Tensor | None = None) 
         raise ValueError(f"dro_loss: temperature is {temperature}; expected a number above 0")
     of_tokens_checked(losses, mask=mask)
     valid = torch.ones_like(losses, dtype=torch.bool) if mask is None else mask != 0
-    scaled = torch.where(valid, widened(losses) / temperature, _BLANK).flatten()
+    # float64: a large r multiplies what log mean e^{ℓ/r} is rounded by.
+    scaled = torch.where(valid, losses.double() / temperature, _BLANK).flatten()
     # One more, since no row at all has no maximum.
     total = (
         torch.cat([scaled, scaled.new_full((1,), _BLANK)]).logsumexp(0)
         - valid.sum().clamp_min(1).to(scaled.dtype).log()
     )
-    return temperature * torch.where(valid.any(), total, 0.0)
+    return (temperature * torch.where(valid.any(), total, 0.0)).to(widened(losses).dtype)
 
 
 @torch.no_grad()
@@ -233,13 +234,11 @@ def repri_loss(
     >>> round(loss.item(), 4)
     1.3863
     """
-    labels, labelled = valid_labels(support_labels, None, ignore_index)
+    labels, labelled = valid_labels(support_labels, None, ignore_index, support_logits.shape[-1])
     valid = valid_rows(query_logits, None, query_mask)
     logprob = selective_log_softmax(support_logits, labels, mask=labelled, ignore_index=-1, backend=backend)
     uncertainty = entropy(query_logits, mask=valid, backend=backend)
     first, second, third = weights
-    return (
-        -first * batch_mean(logprob, labelled)
-        + second * marginal_kl(query_logits, log_prior, mask=valid)
-        + third * batch_mean(uncertainty, valid)
-    )
+    loss = third * batch_mean(uncertainty, valid) - first * batch_mean(logprob, labelled)
+    # It is infinite where the prior has no mass.
+    return loss if second == 0 else loss + second * marginal_kl(query_logits, log_prior, mask=valid)

@@ -66,7 +66,7 @@ def dkd_loss(
     >>> round(kk.recipes.dkd_loss(s, t, torch.tensor([1])).item(), 4)
     1.8002
     """
-    target, valid = valid_labels(labels, mask, ignore_index)
+    target, valid = valid_labels(labels, mask, ignore_index, logits.shape[-1] if vocab_size is None else vocab_size)
     shared: dict[str, Any] = {
         "temperature": temperature, "mask": valid, "vocab_size": vocab_size, "backend": backend
     }  # fmt: skip
@@ -76,8 +76,11 @@ def dkd_loss(
     binary = topk_divergence_loss(
         logits, ids, known.topk_logprobs, tail_logprob=known.tail_logprob, **shared, **over
     )  # fmt: skip
-    others = forward_kl(logits, teacher, exclude=target, **shared, **over)
-    return alpha * binary + beta * others
+    # 0 times an infinite divergence would be NaN.
+    if beta == 0:
+        return alpha * binary
+    others = beta * forward_kl(logits, teacher, exclude=target, **shared, **over)
+    return others if alpha == 0 else alpha * binary + others
 
 
 def norm_direction_loss(
@@ -110,7 +113,7 @@ def norm_direction_loss(
             f"norm_direction_loss: class_means has shape {list(class_means.shape)}; expected [classes, "
             f"{features.shape[-1]}] like the features"
         )
-    target, valid = valid_labels(labels, mask, ignore_index)
+    target, valid = valid_labels(labels, mask, ignore_index, len(class_means))
     f, other = (masked(widened(x), valid[..., None]) for x in (features, teacher_features.detach()))
     means = torch.nn.functional.normalize(widened(class_means.detach()), dim=-1)
     longest = torch.maximum(torch.linalg.vector_norm(f, dim=-1), torch.linalg.vector_norm(other, dim=-1))
@@ -149,7 +152,7 @@ def kdpp_loss(
     >>> round(loss.item(), 4)
     2.1602
     """
-    target, valid = valid_labels(labels, mask, ignore_index)
+    target, valid = valid_labels(labels, mask, ignore_index, logits.shape[-1] if vocab_size is None else vocab_size)
     shared: dict[str, Any] = {
         "mask": valid, "normalizer": normalizer, "vocab_size": vocab_size, "backend": backend
     }  # fmt: skip
@@ -186,7 +189,9 @@ def logit_matching_loss(
     """
     of_tokens_checked(logits, target_logits=target_logits)
     valid = valid_rows(logits, None, mask)
-    apart = masked(widened(logits) - target_logits.detach(), valid[..., None])
+    # Equal ones are 0 apart where they are infinite too.
+    differ = valid[..., None] & (logits != target_logits)
+    apart = masked(widened(logits) - target_logits.detach(), differ)
     return over_rows("logit_matching_loss", apart.square().sum(-1), valid, reduction, normalizer)
 
 
@@ -207,7 +212,7 @@ def target_margin(
     >>> round(kk.recipes.target_margin(torch.tensor([[2.0, 0.5, -1.0, 0.0]]), torch.tensor([1])).item(), 4)
     -1.6698
     """
-    target, valid = valid_labels(labels, mask, ignore_index)
+    target, valid = valid_labels(labels, mask, ignore_index, logits.shape[-1] if vocab_size is None else vocab_size)
     stats = topk_token_stats(logits, target[..., None], mask=valid, vocab_size=vocab_size, backend=backend)
     return masked(stats.topk_logprobs[..., 0] - stats.tail_logprob, valid)
 

@@ -67,15 +67,16 @@ def nkd_loss(
     >>> round(kk.recipes.nkd_loss(s, t, torch.tensor([1])).item(), 4)
     2.5171
     """
-    target, valid = valid_labels(labels, mask, ignore_index)
+    target, valid = valid_labels(labels, mask, ignore_index, logits.shape[-1] if vocab_size is None else vocab_size)
     shared: dict[str, Any] = {"mask": valid, "vocab_size": vocab_size, "backend": backend}
     teacher = teacher_logits.detach()
     of_label = token_stats(logits, teacher, target, stats=("logprob", "reference_logprob"), ignore_index=-1, **shared)
-    others = token_stats(
-        logits, teacher, stats=("cross_entropy",), exclude=target, temperature=non_target_temperature, **shared
-    )
-    first = times(of_label.reference_logprob.exp(), -of_label.logprob)
-    values = first + gamma * non_target_temperature**2 * others.cross_entropy
+    values = times(of_label.reference_logprob.exp(), -of_label.logprob)
+    if gamma != 0:
+        others = token_stats(
+            logits, teacher, stats=("cross_entropy",), exclude=target, temperature=non_target_temperature, **shared
+        )
+        values = values + gamma * non_target_temperature**2 * others.cross_entropy
     return over_rows("nkd_loss", values, valid, reduction, normalizer)
 
 
@@ -112,7 +113,7 @@ def uskd_loss(
     1.9527
     """
     of_tokens_checked(logits, weak_logits=weak_logits)
-    target, valid = valid_labels(labels, mask, ignore_index)
+    target, valid = valid_labels(labels, mask, ignore_index, logits.shape[-1])
     shared: dict[str, Any] = {"mask": valid, "backend": backend}
     # A row of zeros, not copied: cross-entropy to the uniform distribution.
     uniform = logits.new_zeros(logits.shape[-1]).expand(logits.shape)
@@ -124,8 +125,12 @@ def uskd_loss(
     others = token_stats(logits, zipf, stats=("cross_entropy",), exclude=target, **shared)
     square = (2 * student.logprob.detach()).exp()
     weight = square + 1 - masked(square, valid).sum() / valid.sum().clamp_min(1)
-    values = -alpha * weight * student.logprob + beta * others.cross_entropy
-    values = values + mu * (0.1 * weak.cross_entropy - 0.9 * weak.logprob)
+    values = -alpha * weight * student.logprob
+    # 0 times an infinite cross-entropy would be NaN.
+    if beta != 0:
+        values = values + beta * others.cross_entropy
+    if mu != 0:
+        values = values + mu * (0.1 * weak.cross_entropy - 0.9 * weak.logprob)
     return over_rows("uskd_loss", values, valid, reduction, normalizer)
 
 
@@ -177,7 +182,7 @@ def ofa_loss(
     """
     if not eps > 0:
         raise ValueError(f"ofa_loss: eps is {eps}; expected a number above 0")
-    target, valid = valid_labels(labels, mask, ignore_index)
+    target, valid = valid_labels(labels, mask, ignore_index, logits.shape[-1] if vocab_size is None else vocab_size)
     shared: dict[str, Any] = {"mask": valid, "vocab_size": vocab_size, "backend": backend}
     teacher = teacher_logits.detach()
     if eps == 1:
@@ -185,12 +190,12 @@ def ofa_loss(
             logits, teacher, "cross_entropy", temperature=temperature, reduction=reduction, normalizer=normalizer,
             **shared,
         )  # fmt: skip
-    # p^ε is softmax of ε times the logits, times what it sums to.
+    # p^ε is softmax of ε times the logits, times what it sums to: by the largest of both, which no offset rounds.
     known = token_stats(
-        teacher, labels=target, stats=("logsumexp", "logprob"), temperature=temperature, ignore_index=-1, **shared
+        teacher, labels=target, stats=("max_logprob", "logprob"), temperature=temperature, ignore_index=-1, **shared
     )
-    sharper = token_stats(teacher, stats=("logsumexp",), temperature=temperature / eps, **shared)
-    total = (sharper.logsumexp - eps * known.logsumexp).exp()
+    sharper = token_stats(teacher, stats=("max_logprob",), temperature=temperature / eps, **shared)
+    total = (eps * known.max_logprob - sharper.max_logprob).exp()
     label = known.logprob.exp()
     more = torch.expm1(eps * torch.log1p(label)) - label**eps
     student = token_stats(

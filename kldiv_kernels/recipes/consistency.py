@@ -134,7 +134,9 @@ def mutual_kl(
         )  # fmt: skip
     of_tokens_checked(logits, other_logits=other_logits)
     valid = valid_rows(logits, None, mask)
-    q, other = ((masked(widened(x), valid[..., None]) / temperature).softmax(-1) for x in (logits, other_logits))
+    # log_softmax first: dividing would round a number common to a row.
+    rows = (masked(widened(x), valid[..., None]).log_softmax(-1) for x in (logits, other_logits))
+    q, other = ((x / temperature).softmax(-1) for x in rows)
     values = (q * (q.log_softmax(-1) - other.log_softmax(-1))).sum(-1)
     return over_rows("mutual_kl", values, valid, "mean", normalizer)
 
@@ -186,9 +188,11 @@ def local_entropy(
             "one a class"
         )
     valid = valid_rows(logits, None, mask)
-    lowered = widened(logits) + temperature * margin * log_frequencies.detach()
+    # log_softmax first: a number common to a row would round the sum.
+    own = masked(widened(logits), valid[..., None]).log_softmax(-1)
+    lowered = own + temperature * margin * log_frequencies.detach() if margin != 0 else own
     values = token_stats(
-        lowered, widened(logits), stats=("cross_entropy",), temperature=temperature, mask=valid, backend=backend
+        lowered, own, stats=("cross_entropy",), temperature=temperature, mask=valid, backend=backend
     ).cross_entropy
     count = max(valid.numel(), 1) if normalizer is None else normalizer
     return over_rows("local_entropy", values, valid, "mean", count)
@@ -236,7 +240,7 @@ def legogcd_loss(
     of_tokens_checked(logits, other_logits=other_logits)
     if not 0 < known_classes <= logits.shape[-1]:
         raise ValueError(f"legogcd_loss: known_classes is {known_classes}; expected 1 to {logits.shape[-1]}")
-    target, labelled = valid_labels(labels, None, ignore_index)
+    target, labelled = valid_labels(labels, None, ignore_index, logits.shape[-1])
     both, other = torch.cat([logits, other_logits]), torch.cat([other_logits, logits])
     target, labelled = torch.cat([target, target]), torch.cat([labelled, labelled])
     shared: dict[str, Any] = {"temperature": temperature, "backend": backend}
@@ -248,9 +252,12 @@ def legogcd_loss(
     logprob = selective_log_softmax(both, target, mask=labelled, ignore_index=-1, **shared)
     sure = token_stats(both.detach(), stats=("max_logprob", "argmax"), **shared)
     chosen = ~labelled & (sure.max_logprob.exp() >= threshold) & (sure.argmax < known_classes)
-    local = local_entropy(
-        both, log_frequencies, temperature=local_temperature, margin=margin, mask=chosen, backend=backend
-    )
     unsupervised = cluster + spread + mutual
     supervised = -batch_mean(logprob, labelled)
-    return (1 - supervised_weight) * unsupervised + supervised_weight * supervised + local_coef * local
+    loss = (1 - supervised_weight) * unsupervised + supervised_weight * supervised
+    # It is infinite where the model gives mass to a class of frequency 0.
+    if local_coef == 0:
+        return loss
+    return loss + local_coef * local_entropy(
+        both, log_frequencies, temperature=local_temperature, margin=margin, mask=chosen, backend=backend
+    )

@@ -147,12 +147,13 @@ def grqo_loss(
         )
     if reduction not in ("mean", "none"):
         raise ValueError(f"grqo_loss: reduction is {reduction!r}; expected mean or none")
-    fit = widened(alignment)
+    # float64: of equal alignments a rounding of their mean would be divided by eps.
+    fit = alignment.double()
     advantages = (fit - fit.mean(-1, keepdim=True)) / (fit.std(-1, keepdim=True) + eps)
     own, other = ((widened(x).sigmoid() + eps).log() for x in (scores, reference_scores.detach()))
     apart = other - own
     # Not e^x − 1 − x, which has no digits left where the scores are close.
-    loss = -alpha * advantages + beta * (torch.expm1(apart) - apart)
+    loss = -alpha * advantages.to(widened(alignment).dtype) + beta * (torch.expm1(apart) - apart)
     return batch_mean(loss) if reduction == "mean" else loss
 
 
@@ -174,13 +175,14 @@ def conditional_cs_divergence(x: Tensor, y: Tensor, prediction: Tensor, *, sigma
     if x.shape[0] != y.shape[0]:
         raise ValueError(f"conditional_cs_divergence: x has {x.shape[0]} samples; expected {y.shape[0]} like y")
     given, targets = x.detach(), y.detach()
-    inputs = _gram(given, given, sigma, "conditional_cs_divergence")
+    inputs = _log_gram(given, given, sigma, "conditional_cs_divergence")
 
     def log_sum(first: Tensor, second: Tensor) -> Tensor:
-        gram = _gram(first, second, sigma, "conditional_cs_divergence")
-        return ((inputs * gram).sum(-1) / inputs.square().sum(-1)).sum().log2()
+        log_gram = _log_gram(first, second, sigma, "conditional_cs_divergence")
+        return ((inputs + log_gram).logsumexp(-1) - (2 * inputs).logsumexp(-1)).logsumexp(-1)
 
-    return -2 * log_sum(prediction, targets) + log_sum(targets, targets) + log_sum(prediction, prediction)
+    nats = -2 * log_sum(prediction, targets) + log_sum(targets, targets) + log_sum(prediction, prediction)
+    return (nats / math.log(2)).to(widened(prediction).dtype)
 
 
 def cs_mutual_information(x: Tensor, code: Tensor, *, sigma: float = 1.0, normalize: bool = True) -> Tensor:
@@ -199,9 +201,11 @@ def cs_mutual_information(x: Tensor, code: Tensor, *, sigma: float = 1.0, normal
     """
     if x.shape[0] != code.shape[0]:
         raise ValueError(f"cs_mutual_information: code has {code.shape[0]} samples; expected {x.shape[0]} like x")
-    first, second = (_gram(z, z, sigma, "cs_mutual_information") for z in (x.detach(), code))
+    first, second = (_log_gram(z, z, sigma, "cs_mutual_information").expm1() for z in (x.detach(), code))
     shared = _information(first, second)
-    return shared / (_information(first, first) * _information(second, second)).sqrt() if normalize else shared
+    if normalize:
+        shared = shared / (_information(first, first) * _information(second, second)).sqrt()
+    return shared.to(widened(code).dtype)
 
 
 def cs_bottleneck_loss(
@@ -243,7 +247,8 @@ def _log_size(x: Tensor) -> Tensor:
     return torch.where(nothing, -torch.inf, torch.where(nothing, 1.0, widened(x)).abs().log())
 
 
-def _gram(first: Tensor, second: Tensor, sigma: float, where: str) -> Tensor:
+def _log_gram(first: Tensor, second: Tensor, sigma: float, where: str) -> Tensor:
+    """log G, [B, B], in float64: what is made of G are differences of sums that are nearly equal."""
     if not sigma > 0:
         raise ValueError(f"{where}: sigma is {sigma}; expected a number above 0")
     if first.shape[0] != second.shape[0] or first.shape[0] == 0 or first.dim() < 2:
@@ -251,11 +256,12 @@ def _gram(first: Tensor, second: Tensor, sigma: float, where: str) -> Tensor:
             f"{where}: samples have shapes {list(first.shape)} and {list(second.shape)}; expected [B, …], one B above 0"
         )
     a, b = (widened(z).flatten(1) for z in (first, second))
-    return (-(a[:, None] - b[None]).square().sum(-1) / (2 * sigma**2)).exp()
+    return (a[:, None] - b[None]).square().sum(-1, dtype=torch.float64) / (-2 * sigma**2)
 
 
 def _information(first: Tensor, second: Tensor) -> Tensor:
-    count = first.shape[0]
-    joint = (first * second).sum().log2() - 2 * math.log2(count)
-    apart = first.sum().log2() + second.sum().log2() - 4 * math.log2(count)
-    return joint + apart - 2 * ((first.sum(-1) * second.sum(-1)).sum().log2() - 3 * math.log2(count))
+    """In bits, of K − 1, whose digits K would not have where samples are close."""
+    rows, columns = first.mean(-1), second.mean(-1)
+    joint = (first + second + first * second).mean().log1p()
+    apart = first.mean().log1p() + second.mean().log1p()
+    return (joint + apart - 2 * (rows + columns + rows * columns).mean().log1p()) / math.log(2)

@@ -158,8 +158,9 @@ def uld_loss(
         )
     valid = valid_rows(logits, None, mask)
     other = temperature if teacher_temperature is None else teacher_temperature
-    q = (masked(widened(logits), valid[..., None]) / temperature).softmax(-1)
-    p = (masked(widened(teacher_logits.detach()), valid[..., None]) / other).softmax(-1)
+    # log_softmax first: dividing would round a number common to a row.
+    q, p = (masked(widened(x), valid[..., None]).log_softmax(-1) for x in (logits, teacher_logits.detach()))
+    q, p = (q / temperature).softmax(-1), (p / other).softmax(-1)
     return over_rows("uld_loss", _sorted_distance(q, p), valid, reduction, normalizer)
 
 

@@ -11,6 +11,7 @@ from typing import Any, Literal, NamedTuple
 import torch
 from torch import Tensor
 
+from kldiv_kernels import inputs
 from kldiv_kernels.choices import Backend, Tail
 from kldiv_kernels.losses import divergence_loss
 from kldiv_kernels.recipes.checks import alike_checked, of_tokens_checked
@@ -191,7 +192,7 @@ def step_radius(logit_range: Tensor, gap: Tensor | None = None) -> Tensor:
 
 
 def _turns_checked(where: str, logits: Tensor, turns: Tensor, mask: Tensor | None, count: int) -> Tensor:
-    """The turn of each token, −1 where it does not count. ValueError for shapes that do not fit."""
+    """The turn of each token, −1 where it does not count. ValueError for shapes and turns that do not fit."""
     if logits.dim() != 3 or turns.shape != logits.shape[:2]:
         raise ValueError(
             f"{where}: turns has shape {list(turns.shape)} with logits {list(logits.shape)}; expected [B, T] with "
@@ -199,4 +200,9 @@ def _turns_checked(where: str, logits: Tensor, turns: Tensor, mask: Tensor | Non
         )
     if count < 1:
         raise ValueError(f"{where}: count is {count}; expected 1 or more")
-    return torch.where(valid_rows(logits, None, mask), turns, -1)
+    counted = torch.where(valid_rows(logits, None, mask), turns, -1)
+    if inputs.looks_at(counted) and bool((counted >= count).any()):
+        raise ValueError(
+            f"{where}: turns has {int(counted.max())}; expected 0 to {count - 1} with count = {count}, or -1 for none"
+        )
+    return counted

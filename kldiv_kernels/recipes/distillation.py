@@ -234,7 +234,7 @@ def paced_loss(
             f"paced_loss: pass_rates has shape {list(pass_rates.shape)} with logits {list(logits.shape)}; expected [B] "
             "with [B, T, V]"
         )
-    rate = pass_rates.detach()
+    rate = widened(pass_rates.detach())
     weight = (rate**alpha * (1 - rate) ** beta)[:, None].expand(logits.shape[:-1])
     return divergence_loss(logits, teacher_logits.detach(), kind, weight=weight, labels=labels, **options)
 

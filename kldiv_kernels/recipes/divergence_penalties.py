@@ -156,7 +156,7 @@ def rapo_loss(
         raise ValueError(f"rapo_loss: kl is {kl!r}; expected full, f3 or f3_is")
     of_sequences_checked(token_ids, power=power)
     shared: dict[str, Any] = {"vocab_size": vocab_size, "backend": backend}
-    tempered = (temperature / power.detach().clamp_min(1e-6))[:, None].expand(token_ids.shape).contiguous()
+    tempered = (temperature / widened(power.detach()).clamp_min(1e-6))[:, None].expand(token_ids.shape).contiguous()
     if kl == "full":
         return policy_loss(
             logits, token_ids, advantages, loss_type="grpo", old_logprobs=old_logprobs, clip_low=clip, clip_high=clip,
@@ -216,7 +216,8 @@ def chi2_penalty(
     if root == "none" and floor is not None:
         raise ValueError(f"chi2_penalty: floor is {floor}; it is one of a root, and root is 'none'")
     lowest = 1e-4 if floor is None else floor
-    valid = valid_rows(logits, labels, mask, ignore_index)
+    # 0 times a divergence that is infinite would be NaN.
+    valid = valid_rows(logits, labels, mask, ignore_index) & (coef != 0)
     chi2 = token_stats(
         logits, reference_logits.detach(), stats=("reverse_chi2",), mask=valid, temperature=temperature,
         vocab_size=vocab_size, backend=backend,
@@ -286,13 +287,13 @@ def occupancy_reward_penalty(
     if kind not in ("sqrt_chi2", "chi2", "kl"):
         raise ValueError(f"occupancy_reward_penalty: kind is {kind!r}; expected sqrt_chi2, chi2 or kl")
     if kind == "kl":
-        return coef * scores
-    excess = torch.expm1(scores)
+        return coef * widened(scores)
+    excess = torch.expm1(scores.double())
     if kind == "chi2" or scores.numel() == 0:
-        return coef * excess
+        return (coef * excess).to(widened(scores).dtype)
     left_out = scores.numel() // 100
     mean = excess.flatten().sort().values[left_out : scores.numel() - left_out].mean()
-    return coef * excess / torch.where(mean > 0, mean, 1.0).sqrt()
+    return (coef * excess / torch.where(mean > 0, mean, 1.0).sqrt()).to(widened(scores).dtype)
 
 
 def _root(mean: Tensor, floor: float, some: Tensor) -> Tensor:

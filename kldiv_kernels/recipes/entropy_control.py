@@ -246,6 +246,7 @@ def entropy_band(
     tensor([[0.0500, 0.0000, 0.2000]])
     """
     of_tokens_checked(entropy, selected=selected)
+    entropy = widened(entropy)
     bounds = []
     for name, bound in (("low", low), ("high", high)):
         x = bound.detach().to(entropy.dtype) if isinstance(bound, Tensor) else entropy.detach().new_full((), bound)

@@ -62,13 +62,21 @@ def demonstration_regularized_loss(
     """
     valid = valid_rows(logits, None, mask)
     rows = masked(widened(logits), valid[..., None])
-    # An action that cannot be taken may have a value of −inf.
-    values = torch.where((rows == -torch.inf) | ~valid[..., None], 0.0, action_values.detach())
-    expected = ((rows / temperature).softmax(-1) * values).sum(-1)
+    # log_softmax first: dividing would round a number common to a row.
+    q = (rows.log_softmax(-1) / temperature).softmax(-1)
+    # An action that is never taken may have a value of −inf.
+    taken = valid[..., None] & (q > 0)
+    # The gradient is q·(Q − E[Q]): a number common to a state's values would round it.
+    common = torch.where(taken, widened(action_values.detach()), -torch.inf).amax(-1, keepdim=True)
+    common = torch.where(common.isfinite(), common, 0.0)
+    expected = (q * torch.where(taken, action_values.detach() - common, 0.0)).sum(-1) + common[..., 0]
+    loss = -aggregate(expected, valid, "token-mean", normalizer, True)
+    if kl_coef == 0:
+        return loss
     divergence = reverse_kl(
         logits, clone_logits.detach(), mask=valid, normalizer=normalizer, temperature=temperature, backend=backend
     )
-    return kl_coef * divergence - aggregate(expected, valid, "token-mean", normalizer, True)
+    return loss + kl_coef * divergence
 
 
 def dft_loss(
@@ -136,10 +144,13 @@ def asft_loss(
         raise ValueError(f"asft_loss: kind is {kind!r}; expected reverse_kl or forward_kl")
     valid = valid_tokens(labels, mask, ignore_index)
     stats = token_stats(
-        logits, reference_logits.detach(), torch.where(valid, labels, 0), stats=("logprob", kind),
-        temperature=temperature, mask=valid, vocab_size=vocab_size, backend=backend,
+        logits, reference_logits.detach(), torch.where(valid, labels, 0),
+        stats=("logprob", kind) if kl_coef != 0 else ("logprob",), temperature=temperature, mask=valid,
+        vocab_size=vocab_size, backend=backend,
     )  # fmt: skip
-    return aggregate(_dynamic(stats.logprob) + kl_coef * stats[kind], valid, "token-mean", normalizer, True)
+    values = _dynamic(stats.logprob)
+    values = values + kl_coef * stats[kind] if kl_coef != 0 else values
+    return aggregate(values, valid, "token-mean", normalizer, True)
 
 
 def two_vocabulary_cross_entropy(

@@ -187,5 +187,6 @@ def calibrl_loss(
     log_ratio, to_expert = (apart(stats.logprob, x, valid) for x in (old_logprobs, expert_logprobs))
     term = clipped_term(log_ratio, advantages, valid, clip_low=clip_low, clip_high=clip_high, dual_clip=dual_clip)
     hinge = leaky_hinge(to_expert, masked(of_tokens(advantages, to_expert), valid), correct, slope=slope)
-    per_token = term.per_token + hinge_coef * hinge
+    # It is infinite where the expert gives no probability.
+    per_token = term.per_token if hinge_coef == 0 else term.per_token + hinge_coef * hinge
     return composed_loss(per_token, stats, valid, term, {"hinge": hinge}, aggregation, normalizer)

@@ -81,10 +81,12 @@ def pld_loss(
     """
     like_checked("logits", logits, teacher_logits=teacher_logits)
     of_tokens_checked(logits[..., 0], labels=labels)
-    ids, valid = valid_labels(labels, mask, ignore_index)
+    ids, valid = valid_labels(labels, mask, ignore_index, logits.shape[-1] if vocab_size is None else vocab_size)
     ids, teacher = ids.clamp_min(0), teacher_logits.detach()
     if k is None:
         own, other = (torch.where(valid[..., None], widened(x[..., :vocab_size]), 0.0) for x in (logits, teacher))
+        # Adds a number to a row, which changes nothing but the rounding: the gradient of a sure row keeps its digits.
+        own = own.log_softmax(-1)
         order = other.scatter(-1, ids[..., None], math.inf).argsort(dim=-1, descending=True, stable=True)
         weights = (other / weight_temperature).softmax(-1).gather(-1, order)
         return batch_mean(plackett_luce(own.gather(-1, order), weights), valid)
@@ -214,7 +216,7 @@ def reward_targets(rewards: Tensor, groups: Tensor, *, temperature: float = 0.5)
     if not temperature > 0:
         raise ValueError(f"reward_targets: temperature is {temperature}; expected a number above 0")
     like_checked("rewards", rewards, groups=groups)
-    index = numbered(groups)
+    index, rewards = numbered(groups), widened(rewards)
     centred, count = centre(rewards, index)
     deviation = unbiased_variance(centred, count, index).sqrt()
     scaled = centred / torch.where(deviation > 0, deviation, 1.0)
@@ -243,6 +245,7 @@ def adaptive_tau(
     tensor([0.8000, 1.2000])
     """
     like_checked("mean_logprobs", mean_logprobs, rewards=rewards, groups=groups)
+    mean_logprobs, rewards = widened(mean_logprobs), widened(rewards)
     unsure = -mean_logprobs / math.log(vocab_size)
     index = numbered(groups)
     low, high = (extreme(rewards, index, which) for which in ("amin", "amax"))

@@ -17,9 +17,9 @@ from torch import Tensor
 from kldiv_kernels.choices import Backend
 from kldiv_kernels.losses import reverse_kl
 from kldiv_kernels.policy import PolicyLoss, policy_loss
-from kldiv_kernels.recipes.checks import of_tokens_checked
+from kldiv_kernels.recipes.checks import like_checked, of_tokens_checked
 from kldiv_kernels.recipes.recipe import Recipe
-from kldiv_kernels.recipes.reductions import defaults, masked, valid_tokens
+from kldiv_kernels.recipes.reductions import defaults, masked, valid_tokens, widened
 from kldiv_kernels.recipes.selection import turn_window
 from kldiv_kernels.stats import token_stats
 from kldiv_kernels.top_k import topk_divergence_from_logits
@@ -177,7 +177,7 @@ def tcod_loss(
     of_tokens_checked(token_ids, old_logprobs=old_logprobs, teacher_logprobs=teacher_logprobs, turns=turns, mask=mask)
     written = turns >= 0
     inside = turn_window(turns, window)
-    advantages = masked(teacher_logprobs - old_logprobs, inside)
+    advantages = masked(widened(teacher_logprobs) - widened(old_logprobs), inside)
     chosen = defaults(options, loss_type="grpo", aggregation="token-mean", dual_clip=dual_clip)
     valid = written if mask is None else written & (mask != 0)
     return policy_loss(logits, token_ids, advantages, old_logprobs=old_logprobs, mask=valid, **chosen)
@@ -197,7 +197,11 @@ def gopd_advantages(
     >>> kk.recipes.gopd_advantages(torch.tensor([-2.0]), torch.tensor([-1.0]), torch.tensor([-3.0]))
     tensor([1.5000])
     """
-    return (extrapolation * (teacher_logprobs - base_logprobs) - (old_logprobs - base_logprobs)).detach()
+    like_checked("old_logprobs", old_logprobs, teacher_logprobs=teacher_logprobs, base_logprobs=base_logprobs)
+    old, teacher, base = (widened(x.detach()) for x in (old_logprobs, teacher_logprobs, base_logprobs))
+    if extrapolation == 1:
+        return teacher - old
+    return extrapolation * (teacher - base) - (old - base)
 
 
 def gopd_loss(

@@ -254,4 +254,5 @@ def entropy_change(logprobs: Tensor, advantages: Tensor, mask: Tensor | None = N
     """
     advantages = of_tokens(advantages, logprobs)
     of_tokens_checked(logprobs, mask=mask)
+    logprobs, advantages = widened(logprobs), widened(advantages)
     return -batch_mean((logprobs - batch_mean(logprobs, mask)) * (advantages - batch_mean(advantages, mask)), mask)

@@ -17,7 +17,7 @@ from kldiv_kernels.choices import Backend
 from kldiv_kernels.recipes.checks import of_tokens_checked
 from kldiv_kernels.recipes.lists import pair_mean, pair_statistics, pairs_checked, preference_loss
 from kldiv_kernels.recipes.recipe import Recipe
-from kldiv_kernels.recipes.reductions import batch_mean, masked, sequence_sum, valid_tokens
+from kldiv_kernels.recipes.reductions import batch_mean, masked, sequence_sum, valid_tokens, widened
 from kldiv_kernels.stats import token_stats
 
 PAPERS = (
@@ -82,11 +82,15 @@ def tdpo_loss(
         raise ValueError(f"tdpo_loss: version is {version!r}; expected 1 or 2")
     if version == 1 and alpha is not None:
         raise ValueError(f"tdpo_loss: alpha is {alpha}; version 1 has none, expected None")
+    names = ("logprob", "reference_logprob")
+    # 0 times a divergence that is infinite would be NaN.
     stats, valid = pair_statistics(
-        logits, reference_logits, labels, ("logprob", "reference_logprob", "forward_kl"), mask=mask,
+        logits, reference_logits, labels, names if alpha == 0 else (*names, "forward_kl"), mask=mask,
         temperature=temperature, ignore_index=ignore_index, vocab_size=vocab_size, backend=backend,
     )  # fmt: skip
     chosen, rejected = sequence_sum(stats.logprob - stats.reference_logprob, valid).chunk(2)
+    if alpha == 0:
+        return pair_mean(preference_loss(chosen - rejected, beta=beta), valid)
     of_chosen, of_rejected = sequence_sum(stats.forward_kl, valid).chunk(2)
     if version == 1:
         margin = chosen - rejected - (of_rejected - of_chosen)
@@ -138,7 +142,7 @@ def sparsepo_loss(
         temperature=temperature, ignore_index=ignore_index, vocab_size=vocab_size, backend=backend,
     )  # fmt: skip
     of_ratio, of_kl = masked(ratio_weights, valid), masked(kl_weights, valid)
-    each = of_ratio * (stats.logprob - stats.reference_logprob) + of_kl * stats.forward_kl
+    each = _weighted(of_ratio, stats.logprob - stats.reference_logprob) + _weighted(of_kl, stats.forward_kl)
     chosen, rejected = sequence_sum(each, valid).chunk(2)
     loss = preference_loss(chosen - rejected, beta=beta)
     sizes = sequence_sum(ratio_l1 * of_ratio.abs() + kl_l1 * of_kl.abs(), valid)
@@ -208,11 +212,14 @@ def rrpo_loss(
     ids, other_ids = torch.where(valid, labels, 0).chunk(2)
     names = ("logprob", "reference_logprob")
     shared: dict[str, Any] = {"temperature": temperature, "vocab_size": vocab_size, "backend": backend}
-    chosen = token_stats(own, reference, ids, stats=(*names, "forward_kl"), mask=answer, **shared)
+    # 0 times a divergence that is infinite would be NaN.
+    of_chosen = names if alpha == 0 else (*names, "forward_kl")
+    chosen = token_stats(own, reference, ids, stats=of_chosen, mask=answer, **shared)
     rejected = token_stats(other, other_reference, other_ids, stats=names, mask=differing_rejected, **shared)
     margin = sequence_sum(chosen.logprob - chosen.reference_logprob, differing)
     margin = margin - sequence_sum(rejected.logprob - rejected.reference_logprob, differing_rejected)
-    return pair_mean(preference_loss(margin, beta=beta) + alpha * sequence_sum(chosen.forward_kl, answer), valid)
+    loss = preference_loss(margin, beta=beta)
+    return pair_mean(loss if alpha == 0 else loss + alpha * sequence_sum(chosen.forward_kl, answer), valid)
 
 
 def hypo_loss(
@@ -257,7 +264,12 @@ def hypo_loss(
     )  # fmt: skip
     chosen, rejected = sequence_sum(stats.logprob - stats.reference_logprob, valid).chunk(2)
     offline = pair_mean(preference_loss(chosen - rejected, beta=beta), valid)
-    apart = sequence_sum((online_logprobs - online_reference_logprobs).detach(), online_mask)
+    apart = sequence_sum((widened(online_logprobs) - online_reference_logprobs).detach(), online_mask)
     surrogates = sequence_sum(online_logprobs, online_mask) * apart
     some = None if online_mask is None else (online_mask != 0).any(-1)
     return offline + kl_coef * batch_mean(surrogates, some)
+
+
+def _weighted(weight: Tensor, value: Tensor) -> Tensor:
+    """weight·value; 0, without gradient, where the weight is 0 and the value not finite."""
+    return weight * torch.where((weight == 0) & ~value.isfinite(), 0.0, value)

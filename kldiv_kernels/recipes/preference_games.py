@@ -81,10 +81,10 @@ def mirror_prox_loss(
     )  # fmt: skip
     of_sequences_checked(logprobs, opponent_preference=opponent_preference)
     own = sequence_sum(logprobs, mask)
-    to_reference = sequence_sum((logprobs - reference_logprobs).detach(), mask)
+    to_reference = sequence_sum((widened(logprobs) - reference_logprobs).detach(), mask)
     coefficient = opponent_preference.detach().to(own.dtype) - 0.5 + beta * to_reference
     if eta != math.inf:
-        coefficient = coefficient + beta / eta * sequence_sum((logprobs - target_logprobs).detach(), mask)
+        coefficient = coefficient + beta / eta * sequence_sum((widened(logprobs) - target_logprobs).detach(), mask)
     return batch_mean(coefficient * own, None if mask is None else (mask != 0).any(-1))
 
 

@@ -14,7 +14,7 @@ from torch import Tensor
 from kldiv_kernels.choices import Backend
 from kldiv_kernels.groups import numbered
 from kldiv_kernels.policy import PolicyLoss, surrogate
-from kldiv_kernels.recipes.checks import of_sequences_checked, of_tokens_checked
+from kldiv_kernels.recipes.checks import like_checked, of_sequences_checked, of_tokens_checked
 from kldiv_kernels.recipes.composed import options_checked
 from kldiv_kernels.recipes.recipe import Recipe
 from kldiv_kernels.recipes.reductions import (
@@ -26,6 +26,7 @@ from kldiv_kernels.recipes.reductions import (
     masked,
     policy_result,
     sequence_mean,
+    times,
     valid_tokens,
 )
 from kldiv_kernels.stats import token_stats
@@ -68,7 +69,8 @@ def drpo_loss(
     r"""−(1/prompts)·Σ_prompts [Σ₊ w·S/Σ₊ w − τ·log Σ₋ exp(S/τ)] + sg[β·max(KL − δ, 0)]·KL; paper 73 (DRPO), nats.
 
     S: an answer's mean ℓ. Σ₊ over the correct answers of a prompt, with the shorter ones' w = exp((1 − |o|/L)/Λ)
-    larger; Σ₋ over the wrong ones. A prompt without both kinds adds nothing, but counts.
+    larger; Σ₋ over the wrong ones, nothing where none has a probability. A prompt without both kinds adds nothing, but
+    counts. A sampled token without probability makes the KL infinite and the loss NaN; beta=0 leaves the KL out.
 
     Args:
         logits: [B, T, V]. token_ids, old_logprobs, mask: [B, T]. rewards: [B], correct above 0. groups: [B], the prompt
@@ -107,14 +109,16 @@ def drpo_loss(
     pulled = group_softmax(-lengths / (longest * length_temperature), groups, correct & both)
     log_total = masked(group_logsumexp(scores / tau, groups, wrong & both), both)
     # Shares of one sum, so that each answer has a loss of its own; value and gradient are those of the sum.
-    pushed = group_softmax(scores.detach() / tau, groups, wrong & both) * tau * log_total
+    pushed = times(group_softmax(scores.detach() / tau, groups, wrong & both), tau * log_total)
     prompts = (numbered(groups).amax() + 1).to(logprob.dtype) if groups.numel() else 1.0
-    of_answer = (pushed - pulled * scores) / (lengths.clamp_min(1) * prompts)
+    of_answer = (pushed - times(pulled, scores)) / (lengths.clamp_min(1) * prompts)
 
     moved = masked(logprob - old_logprobs.detach().to(logprob.dtype), valid)
     estimates = -moved if kl_estimator == "k1" else torch.expm1(moved) - moved
-    beyond = (beta * (batch_mean(estimates.detach(), valid) - delta)).clamp_min(0)
-    per_token = of_answer[:, None] + beyond * estimates / lengths.sum().clamp_min(1)
+    per_token = of_answer[:, None].expand_as(logprob)
+    if beta != 0:
+        beyond = (beta * (batch_mean(estimates.detach(), valid) - delta)).clamp_min(0)
+        per_token = per_token + times(beyond, estimates) / lengths.sum().clamp_min(1)
     return policy_result(per_token, logprob, valid, aggregation="token-sum", metrics={"kl": estimates})
 
 
@@ -209,6 +213,7 @@ def copo_global_advantages(
     """
     if not rewards.is_floating_point():
         raise TypeError(f"copo_global_advantages: rewards is {rewards.dtype}; expected floating point")
+    like_checked("rewards", rewards, groups=groups, answers=answers)
     values = rewards.double()
     size, of_prompt = group_sum(torch.ones_like(values), groups), group_mean(values, groups)
     if answers is not None:
@@ -234,6 +239,7 @@ def answer_entropy(answers: Tensor, groups: Tensor) -> Tensor:
     >>> kk.recipes.answer_entropy(torch.tensor([7, 8, 7]), torch.tensor([0, 0, 1])).tolist()
     [1.0, 1.0, 0.0]
     """
+    like_checked("groups", groups, answers=answers)
     ones = torch.ones(groups.shape, dtype=torch.float64, device=groups.device)
     alike = group_sum(ones, numbered(groups) * groups.numel() + numbered(answers))
     return group_mean((group_sum(ones, groups) / alike).log2(), groups)

@@ -54,24 +54,37 @@ def times(weight: Tensor, value: Tensor) -> Tensor:
     return torch.where(weight == 0, 0.0, weight * value)
 
 
-def valid_labels(labels: Tensor, mask: Tensor | None = None, ignore_index: int = -100) -> tuple[Tensor, Tensor]:
+def valid_labels(
+    labels: Tensor, mask: Tensor | None = None, ignore_index: int = -100, classes: int | None = None
+) -> tuple[Tensor, Tensor]:
     """(labels with −1 where there is none, bool where there is one), both like `labels`.
 
-    What `exclude=` wants of labels: −1 excludes no column.
+    What `exclude=` wants of labels: −1 excludes no column. IndexError for a label below 0, or of `classes` and above,
+    where values are looked at; elsewhere a label of −1 becomes −2, which is not one of an ignored row.
 
     >>> valid_labels(torch.tensor([3, -100, 2]), torch.tensor([True, True, False]))
     (tensor([ 3, -1, -1]), tensor([ True, False, False]))
     """
-    inputs.integers_checked("recipes", "labels", labels)
-    of_tokens_checked(labels, mask=mask)
-    valid = labels != ignore_index
-    valid = valid if mask is None else valid & (mask != 0)
-    return torch.where(valid, labels, -1), valid
+    valid = valid_tokens(labels, mask, ignore_index)
+    if inputs.looks_at(labels):
+        outside = labels < 0 if classes is None else (labels < 0) | (labels >= classes)
+        wrong = valid & outside
+        if bool(wrong.any()):
+            position = wrong.nonzero()[0].tolist()
+            allowed = "0 or more," if classes is None else f"0 to {classes - 1}"
+            raise IndexError(
+                f"recipes: labels{position or ''} is {int(labels[wrong][0])}; expected {allowed} or ignore_index = "
+                f"{ignore_index}"
+            )
+    return torch.where(valid, torch.where(labels == -1, -2, labels), -1), valid
 
 
 def valid_tokens(token_ids: Tensor, mask: Tensor | None, ignore_index: int = -100) -> Tensor:
     """Bool [B, T]: the tokens that count, as `policy_loss` has it."""
-    return valid_labels(token_ids, mask, ignore_index)[1]
+    inputs.integers_checked("recipes", "labels", token_ids)
+    of_tokens_checked(token_ids, mask=mask)
+    valid = token_ids != ignore_index
+    return valid if mask is None else valid & (mask != 0)
 
 
 def valid_rows(logits: Tensor, labels: Tensor | None, mask: Tensor | None, ignore_index: int = -100) -> Tensor:

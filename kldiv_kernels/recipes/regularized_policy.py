@@ -16,7 +16,7 @@ from torch import Tensor
 from kldiv_kernels.policy import PolicyLoss, policy_loss
 from kldiv_kernels.recipes.checks import like_checked, of_sequences_checked, of_tokens_checked
 from kldiv_kernels.recipes.recipe import Recipe
-from kldiv_kernels.recipes.reductions import defaults, group_mean, group_sum, valid_tokens
+from kldiv_kernels.recipes.reductions import defaults, group_mean, group_sum, valid_tokens, widened
 
 PAPERS = (
     Recipe(
@@ -159,7 +159,7 @@ def dads_weights(advantages: Tensor, accuracy: Tensor, *, sharpness: float = mat
     """
     like_checked("advantages", advantages, accuracy=accuracy)
     loosened = (advantages > 0) & (accuracy > 0) & (accuracy < 1)
-    return torch.where(loosened, -torch.expm1(-sharpness * accuracy), 1.0)
+    return torch.where(loosened, -torch.expm1(-sharpness * widened(accuracy)), 1.0)
 
 
 @torch.no_grad()
@@ -181,7 +181,7 @@ def stcr_advantages(
     if not base > 1:
         raise ValueError(f"stcr_advantages: base is {base}; expected a number above 1")
     like_checked("advantages", advantages, lengths=lengths, correct=correct, groups=groups)
-    right = correct != 0
+    right, advantages = correct != 0, widened(advantages)
     beyond = lengths.double() - group_mean(lengths.double(), groups, right)
     longer = ~right & (group_sum(right.double(), groups) > 0) & (beyond > 0)
     factor = 1 - torch.expm1(-math.log(base) * beyond)
@@ -256,7 +256,8 @@ def difficulty_sampling_weights(
         raise ValueError(
             f"difficulty_sampling_weights: width is {width}, momentum {momentum}; expected width > 0, 0 ≤ momentum < 1"
         )
-    before = torch.full_like(pass_rates, 0.5) if averages is None else averages
+    pass_rates = widened(pass_rates)
+    before = torch.full_like(pass_rates, 0.5) if averages is None else widened(averages)
     like_checked("pass_rates", pass_rates, averages=before)
     now = torch.where(pass_rates.isnan(), before, momentum * before + (1 - momentum) * pass_rates)
     return torch.exp(-((now - centre) ** 2) / (2 * width**2)), now

@@ -12,9 +12,9 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from kldiv_kernels.recipes.checks import of_sequences_checked, of_tokens_checked
+from kldiv_kernels.recipes.checks import like_checked, of_rows_checked, of_sequences_checked, of_tokens_checked
 from kldiv_kernels.recipes.recipe import Recipe
-from kldiv_kernels.recipes.reductions import group_mean, masked
+from kldiv_kernels.recipes.reductions import group_mean, masked, widened
 from kldiv_kernels.recipes.selection import first_tokens
 
 PAPERS = (
@@ -69,6 +69,7 @@ def ensemble_rewards(
         raise ValueError(f"ensemble_rewards: how is {how!r}; expected mean, min or uwo")
     if rewards.dim() != 2 or rewards.shape[0] == 0:
         raise ValueError(f"ensemble_rewards: rewards has shape {list(rewards.shape)}; expected [K, B] of K ≥ 1 models")
+    rewards = widened(rewards)
     if how == "min":
         return rewards.amin(0)
     mean = rewards.mean(0)
@@ -97,7 +98,7 @@ def kl_shaped_rewards(
     of_tokens_checked(mask, logprobs=logprobs, reference_logprobs=reference_logprobs)
     of_sequences_checked(mask, rewards=rewards)
     valid = mask != 0
-    penalty = masked(kl_coef * (reference_logprobs - logprobs), valid)
+    penalty = masked(kl_coef * (widened(reference_logprobs) - widened(logprobs)), valid)
     return penalty + torch.where(first_tokens(valid.flip(-1), 1).flip(-1), rewards[:, None], 0.0)
 
 
@@ -116,6 +117,7 @@ def difficulty_mask(rewards: Tensor, groups: Tensor, *, low: float = 0.2, high: 
     """
     if low > high:
         raise ValueError(f"difficulty_mask: low is {low}, high {high}; expected low ≤ high")
+    like_checked("rewards", rewards, groups=groups)
     rate = group_mean(rewards.double(), groups)
     return (rate >= low) & (rate <= high)
 
@@ -137,6 +139,7 @@ def calibrated_rewards(rewards: Tensor, reference_rewards: Tensor, *, ties: Lite
         raise ValueError(
             f"calibrated_rewards: reference_rewards has shape {list(reference_rewards.shape)}; expected [B, K], K ≥ 1"
         )
+    of_rows_checked("calibrated_rewards", reference_rewards, rewards=rewards)
     apart = (rewards[:, None] > reference_rewards).to(rewards.dtype)
     return (apart + (0.5 if ties == "half" else 1.0) * (rewards[:, None] == reference_rewards)).mean(-1)
 
@@ -189,6 +192,7 @@ def mvar_advantages(
             f"mvar_advantages: alpha is {alpha}, beta {beta}, weight {weight}; expected 0 < alpha < beta ≤ 1 and "
             "weight ≥ 0"
         )
+    scores = widened(scores)
     below_low, below_high = (scores - low).clamp_max(0), (scores - high).clamp_max(0)
     middle = below_high - below_low if keep_baseline else below_high - below_low + (high - low)
     return (weight * below_low / alpha + middle / (beta - alpha)) / (weight + 1)
@@ -231,6 +235,7 @@ def bundle_advantages(
             raise ValueError(
                 f"bundle_advantages: {name} has shape {list(x.shape)}; expected a number, or [{rewards.shape[0]}, 1]"
             )
+    rewards = widened(rewards)
     scores = rewards.sum(1)
     paper = mvar_advantages(
         scores, low, high, alpha=alpha, beta=beta, weight=weight, keep_baseline=keep_baseline

@@ -88,6 +88,8 @@ def quantile_band(x: Tensor, mask: Tensor, low: float, high: float) -> tuple[Ten
     (tensor([1.]), tensor([2.]))
     """
     kept = torch.where(mask != 0, x.detach(), torch.nan)
+    if kept.numel() == 0:
+        return kept.new_full(kept.shape[:-1], torch.nan), kept.new_full(kept.shape[:-1], torch.nan)
     return torch.nanquantile(kept, low, dim=-1), torch.nanquantile(kept, high, dim=-1)
 
 

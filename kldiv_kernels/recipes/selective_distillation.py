@@ -25,7 +25,9 @@ from kldiv_kernels.recipes.reductions import (
     group_sum,
     masked,
     sequence_mean,
+    times,
     valid_tokens,
+    widened,
 )
 from kldiv_kernels.recipes.selection import highest, prefix_share
 from kldiv_kernels.stats import token_stats
@@ -81,7 +83,7 @@ def scope_advantages(
     of_tokens_checked(mask, old_logprobs=old_logprobs, teacher_logprobs=teacher_logprobs)
     of_sequences_checked(mask, correct=correct, groups=groups)
     correct = correct != 0
-    old_logprobs, teacher_logprobs = masked(old_logprobs, mask), masked(teacher_logprobs, mask)
+    old_logprobs, teacher_logprobs = (masked(widened(x), mask) for x in (old_logprobs, teacher_logprobs))
     # An answer without a token would take a share of the weight.
     written = (mask != 0).any(-1)
     student = group_softmax(sign * sequence_mean(old_logprobs, mask) / temperature, groups, correct & written)
@@ -89,7 +91,7 @@ def scope_advantages(
     if scale_by_count:
         student = student * group_sum((correct & written).to(student.dtype), groups)
         teacher = teacher * group_sum((~correct & written).to(teacher.dtype), groups)
-    wrong = teacher[:, None] * (teacher_logprobs - old_logprobs)
+    wrong = times(teacher[:, None], teacher_logprobs - old_logprobs)
     return masked(torch.where(correct[:, None], student[:, None], wrong), mask)
 
 
@@ -181,9 +183,10 @@ def tsd_kd_loss(
     )  # fmt: skip
     order = stats.reference_logprob.argsort(dim=-1, descending=True, stable=True)
     ranked = stats.logprob.gather(-1, order)
-    indirect = batch_mean(
-        plackett_luce(ranked.flip(-1) if prefix else ranked), prefix_share(stats.entropy, mask, opener)
-    )
+    ranked = ranked.flip(-1) if prefix else ranked
+    # A student that allows fewer than k tokens has no others to rank.
+    ranking = plackett_luce(ranked, (ranked > -torch.inf).to(ranked.dtype))
+    indirect = batch_mean(ranking, prefix_share(stats.entropy, mask, opener))
     gate = torch.sigmoid((stats.entropy - stats.reference_entropy).detach() / gate_temperature)
     uncertain = highest(stats.entropy, mask, entropy_fraction)
     return (

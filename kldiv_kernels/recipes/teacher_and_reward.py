@@ -18,7 +18,7 @@ from kldiv_kernels.policy import PolicyLoss, kl_estimate, policy_loss
 from kldiv_kernels.recipes.checks import of_sequences_checked, of_tokens_checked
 from kldiv_kernels.recipes.composed import apart, clipped_term, composed_loss, given, options_checked, sampled_tokens
 from kldiv_kernels.recipes.recipe import Recipe
-from kldiv_kernels.recipes.reductions import defaults, group_sum, valid_tokens
+from kldiv_kernels.recipes.reductions import defaults, group_sum, valid_tokens, widened
 
 PAPERS = (
     Recipe(
@@ -98,7 +98,7 @@ def trrd_loss(
         raise ValueError(f"trrd_loss: reference_logprobs is None; kl_coef = {kl_coef} needs them")
     shared: dict[str, Any] = {"temperature": temperature, "vocab_size": vocab_size, "backend": backend}
     if teacher_clamp == math.inf:
-        anchor = alpha * old_logprobs + (1 - alpha) * teacher_logprobs
+        anchor = _mixture(alpha, widened(old_logprobs), widened(teacher_logprobs))
         return policy_loss(
             logits, token_ids, advantages, loss_type="grpo", old_logprobs=old_logprobs, anchor_logprobs=anchor,
             clip_low=clip_low, clip_high=clip_high, reference_logprobs=reference_logprobs, kl_coef=kl_coef, mask=mask,
@@ -106,7 +106,7 @@ def trrd_loss(
         )  # fmt: skip
     stats, valid = sampled_tokens(logits, token_ids, mask, ignore_index, **shared)
     to_old, to_teacher = (apart(stats.logprob, x, valid) for x in (old_logprobs, teacher_logprobs))
-    log_ratio = alpha * to_old + (1 - alpha) * to_teacher.clamp(-teacher_clamp, teacher_clamp)
+    log_ratio = _mixture(alpha, to_old, to_teacher.clamp(-teacher_clamp, teacher_clamp))
     term = clipped_term(log_ratio, advantages, valid, clip_low=clip_low, clip_high=clip_high)
     per_token, metrics = term.per_token, {"teacher_clamped": to_teacher.abs() > teacher_clamp}
     if reference_logprobs is not None:
@@ -235,3 +235,10 @@ def skill_sd_loss(
         logits, token_ids, advantages, old_logprobs=old_logprobs, reference_logprobs=teacher_logprobs,
         kl_coef=kd_coef, **chosen,
     )  # fmt: skip
+
+
+def _mixture(alpha: float, x: Tensor, y: Tensor) -> Tensor:
+    """α·x + (1 − α)·y; of a share of 0 the tensor is not looked at, infinite or not."""
+    if alpha in (0, 1):
+        return x if alpha == 1 else y
+    return alpha * x + (1 - alpha) * y

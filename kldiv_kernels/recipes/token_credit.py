@@ -15,12 +15,12 @@ from torch import Tensor
 
 from kldiv_kernels.choices import Backend
 from kldiv_kernels.groups import numbered, sums
-from kldiv_kernels.policy import PolicyLoss, importance
+from kldiv_kernels.policy import PolicyLoss, importance, with_slope
 from kldiv_kernels.policy import advantages as from_rewards
 from kldiv_kernels.recipes.checks import of_sequences_checked, of_tokens_checked
 from kldiv_kernels.recipes.composed import of_tokens
 from kldiv_kernels.recipes.recipe import Recipe
-from kldiv_kernels.recipes.reductions import masked, policy_result, reverse_cumsum, sequence_mean, valid_tokens
+from kldiv_kernels.recipes.reductions import masked, policy_result, reverse_cumsum, sequence_mean, valid_tokens, widened
 from kldiv_kernels.recipes.selection import first_tokens
 from kldiv_kernels.stats import token_stats
 
@@ -130,7 +130,8 @@ def steer_weights(
     valid = mask != 0
     # The code's bounds of a probability keep log π and the ratio finite.
     lowest, highest = math.log(1e-8), math.log1p(-1e-8)
-    log_pi = (old_logprobs if logprobs is None else logprobs).clamp(lowest, highest)
+    old_logprobs = widened(old_logprobs)
+    log_pi = (old_logprobs if logprobs is None else widened(logprobs)).clamp(lowest, highest)
     ratio = (log_pi - old_logprobs.clamp_min(lowest)).exp()
     change = of_tokens(advantages, log_pi) * ratio * -torch.expm1(log_pi) * (log_pi + old_entropy)
     size = masked(change.abs(), valid)
@@ -240,9 +241,16 @@ def gtpo_loss(
         left, right = _conflicts(token_ids, advantages, groups, valid, require_run)
         weights = weights / (left | right).sum(-1, keepdim=True).clamp_min(1)
     shaped = torch.where(kept, advantages - entropy_coef * mean, 0.0)
-    old = stats.logprob.detach() if old_logprobs is None else masked(old_logprobs.to(stats.logprob.dtype), valid)
+    per_token = -shaped[:, None] * weights
+    if old_logprobs is None:
+        # The ratio is 1, of a token without probability too.
+        slope = per_token.masked_fill(stats.logprob.isnan(), torch.nan)
+        per_token = with_slope(slope.clone(), stats.logprob, slope)
+    else:
+        old = masked(old_logprobs.to(stats.logprob.dtype), valid)
+        per_token = importance(per_token, stats.logprob, old)
     return policy_result(
-        importance(-shaped[:, None] * weights, stats.logprob, old), stats.logprob, valid,
+        per_token, stats.logprob, valid,
         aggregation="seq-mean-token-mean", normalizer=normalizer, entropy=entropy,
         metrics={"entropy": entropy, "kept_fraction": kept[:, None].expand_as(entropy)},
     )  # fmt: skip
@@ -284,7 +292,7 @@ def process_advantages(
     count = mask.shape[-1]
     places = torch.where(ends, torch.arange(count, device=mask.device), count)
     end = places.flip(-1).cummin(-1).values.flip(-1).clamp_max(max(count - 1, 0))
-    moved = reverse_cumsum(old_logprobs - reference_logprobs, valid).gather(-1, end)
+    moved = reverse_cumsum(widened(old_logprobs) - widened(reference_logprobs), valid).gather(-1, end)
     return masked(of_tokens(advantages, moved) - moved / eta, valid)
 
 

@@ -35,10 +35,10 @@ enum First {
     kUntempered = 256,
 };
 
-// The reference of no columns. Below the exponents of columns with mass and far above those of the others, so that a
-// row without mass ends with a sum of 0. (Exponents near the floor could be no reference: x c - m is rounded once, and
-// what m is short of x c there overflows.)
-constexpr float kNoReference = -1e20f;
+// The reference of no columns, and the least one: what lies far below it adds nothing, so that a row without mass ends
+// with a sum of 0. Lower ones would be none: x c - m is rounded once, m is short of x c by up to 2^-25 of it, and from
+// 2^32 on that overflows as an exponent.
+constexpr float kNoReference = -0x1p31f;
 // Below every logit, floors included.
 constexpr float kNoLogit = -2e30f;
 constexpr int kNoColumn = 2147483647;
