@@ -1,5 +1,6 @@
 // What the machine promises, each promise by a small kernel: machine_test FIRST_SEED SEEDS. A kernel with a part left
 // out must be seen, by its values or by an error, in so many of the seeds.
+#include <algorithm>
 #include <cmath>
 #include <cstdio>
 #include <cstdlib>
@@ -168,10 +169,24 @@ bool arithmetic() {
            pack_bf16x2(1 + 0x1p-8f, 1 + 3 * 0x1p-8f) == 0x3f823f80 && pack_bf16x2(nan, -infinity) == 0xff807fff &&
            max_bf16x2(0x3f80ff81, 0xbf800000) == 0x3f807fff && min_bf16x2(0x3f80ff81, 0xbf800001) == 0xbf800001 &&
            max_f16x2(0x80000000, 0x00008000) == 0 && min_f16x2(0x80007e00, 0x00007e01) == 0x80007fff &&
-           max_f16x2(0x7c01fc00, 0xfc003c00) == 0x7fff3c00 && exp2_approx(-126) == 0x1p-126f &&
-           exp2_approx(-126.5f) == 0 && exp2_approx(-infinity) == 0 && exp2_approx(1e-40f) == 1 &&
-           std::isnan(exp2_approx(nan)) && log2_approx(1e-40f) == -infinity && log2_approx(8) == 3 &&
-           std::isnan(log2_approx(-1));
+           max_f16x2(0x7c01fc00, 0xfc003c00) == 0x7fff3c00 && exp2_approx(-126.5f) == 0 &&
+           exp2_approx(-infinity) == 0 && exp2_approx(infinity) == infinity && exp2_approx(1e-40f) == 1 &&
+           exp2_approx(0) == 1 && std::isnan(exp2_approx(nan)) && log2_approx(1e-40f) == -infinity &&
+           log2_approx(infinity) == infinity && log2_approx(1) == 0 && std::isnan(log2_approx(-1));
+}
+
+// Off by 2^-22 at most, and nearly as much somewhere; the result is rounded besides.
+bool approximations() {
+    double power = 0, logarithm = 0;
+    for (int i = -10000; i < 10000; ++i) {
+        const double x = static_cast<float>(i) * 0.0123f, exact = std::exp2(x);
+        power = std::max(power, std::fabs(exp2_approx(static_cast<float>(x)) / exact - 1));
+        const float of = static_cast<float>(exact);
+        const double log2 = std::log2(static_cast<double>(of)), error = std::fabs(log2_approx(of) - log2);
+        logarithm = std::max(logarithm, of > 0.5f && of < 2 ? error : error / std::fabs(log2));
+    }
+    const auto right = [](double error) { return error > 0x1p-23 && error < 0x1p-22 + 0x1p-24; };
+    return right(power) && right(logarithm);
 }
 
 }  // namespace
@@ -183,6 +198,7 @@ int main(int count, char** words) {
     if (count > 2) seeds = std::atoi(words[2]);
     const Set steps("KLDIV_HOST_STEPS", "200000");
     check("arithmetic", arithmetic);
+    check("approximations", approximations);
     check("warps", warps);
     check("named barriers", [] { return halves(true); });
     check_seen("named barriers left out", [] { return halves(false); }, 0.9);
