@@ -120,7 +120,7 @@ def labels_checked(
         raise ValueError(f"{where}: labels has K = {per_row} a token; expected at most {columns}, the vocabulary size")
     table = labels.reshape(-1, per_row).to(torch.int64)
     ignored = table == ignore_index
-    _in_range(where, "labels", table, ignored, 0, columns, labels.shape, f"or ignore_index = {ignore_index}")
+    range_checked(where, "labels", table, ignored, 0, columns, labels.shape, f"or ignore_index = {ignore_index}")
     # What is no column, and fits into an int32, as Triton's kernels read labels: NaN where values were not looked at.
     table = torch.where(table < 0, _BEYOND, table.clamp_max(_BEYOND))
     return torch.where(ignored, -1, table).contiguous()
@@ -134,7 +134,7 @@ def exclude_checked(
     integers_checked(where, "exclude", exclude)
     _per_token(where, "exclude", exclude, logits, leading)
     table = exclude.reshape(-1).to(torch.int64)
-    _in_range(where, "exclude", table, table == -1, 0, columns, exclude.shape, "or -1 for none")
+    range_checked(where, "exclude", table, table == -1, 0, columns, exclude.shape, "or -1 for none")
     return table
 
 
@@ -160,17 +160,19 @@ def _on_host(tensor: Tensor) -> bool:
     return tensor.device.type == "cpu"
 
 
-def _in_range(
-    where: str, name: str, table: Tensor, allowed: Tensor, low: int, high: int, shape: torch.Size, also: str
+def range_checked(
+    where: str, name: str, table: Tensor, allowed: Tensor, low: int, high: int | None, shape: torch.Size, also: str
 ) -> None:
+    """IndexError for a value below `low`, or of `high` and above, that is not `allowed`, where values are looked at."""
     if not looks_at(table):
         return
-    wrong = ~allowed & ((table < low) | (table >= high))
+    wrong = ~allowed & (table < low if high is None else (table < low) | (table >= high))
     if bool(wrong.any()):
         first = int(wrong.reshape(-1).nonzero()[0, 0])
         position = [int(i) for i in torch.unravel_index(torch.tensor(first), shape)] if shape else []
+        expected = f"{low} or more," if high is None else f"{low} to {high - 1}"
         raise IndexError(
-            f"{where}: {name}{position} is {int(table.reshape(-1)[first])}; expected {low} to {high - 1} {also}"
+            f"{where}: {name}{position or ''} is {int(table.reshape(-1)[first])}; expected {expected} {also}"
         )
 
 

@@ -16,7 +16,15 @@ from kldiv_kernels.losses import divergence_loss
 from kldiv_kernels.recipes.batch_coupling import marginal_kl
 from kldiv_kernels.recipes.checks import of_tokens_checked
 from kldiv_kernels.recipes.recipe import Recipe
-from kldiv_kernels.recipes.reductions import batch_mean, masked, over_rows, valid_labels, valid_rows, widened
+from kldiv_kernels.recipes.reductions import (
+    batch_mean,
+    masked,
+    over_rows,
+    tempered_softmax,
+    valid_labels,
+    valid_rows,
+    widened,
+)
 from kldiv_kernels.stats import selective_log_softmax, token_stats
 
 PAPERS = (
@@ -134,9 +142,8 @@ def mutual_kl(
         )  # fmt: skip
     of_tokens_checked(logits, other_logits=other_logits)
     valid = valid_rows(logits, None, mask)
-    # log_softmax first: dividing would round a number common to a row.
-    rows = (masked(widened(x), valid[..., None]).log_softmax(-1) for x in (logits, other_logits))
-    q, other = ((x / temperature).softmax(-1) for x in rows)
+    rows = (masked(widened(x), valid[..., None]) for x in (logits, other_logits))
+    q, other = (tempered_softmax(x, temperature) for x in rows)
     values = (q * (q.log_softmax(-1) - other.log_softmax(-1))).sum(-1)
     return over_rows("mutual_kl", values, valid, "mean", normalizer)
 

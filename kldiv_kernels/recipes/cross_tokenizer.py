@@ -28,7 +28,7 @@ from kldiv_kernels.inputs import Parameter
 from kldiv_kernels.losses import divergence_loss
 from kldiv_kernels.policy import aggregate
 from kldiv_kernels.recipes.checks import of_tokens_checked
-from kldiv_kernels.recipes.reductions import masked, over_rows, valid_rows, widened
+from kldiv_kernels.recipes.reductions import masked, over_rows, tempered_softmax, valid_rows, widened
 from kldiv_kernels.recipes.token_spans import Merge, Spans, span_logprobs
 from kldiv_kernels.recipes.vocabularies import VocabularyMap, mapped_columns
 
@@ -158,9 +158,8 @@ def uld_loss(
         )
     valid = valid_rows(logits, None, mask)
     other = temperature if teacher_temperature is None else teacher_temperature
-    # log_softmax first: dividing would round a number common to a row.
-    q, p = (masked(widened(x), valid[..., None]).log_softmax(-1) for x in (logits, teacher_logits.detach()))
-    q, p = (q / temperature).softmax(-1), (p / other).softmax(-1)
+    q = tempered_softmax(masked(widened(logits), valid[..., None]), temperature)
+    p = tempered_softmax(masked(widened(teacher_logits.detach()), valid[..., None]), other)
     return over_rows("uld_loss", _sorted_distance(q, p), valid, reduction, normalizer)
 
 

@@ -14,7 +14,7 @@ from kldiv_kernels.choices import Backend
 from kldiv_kernels.losses import reverse_kl
 from kldiv_kernels.policy import aggregate
 from kldiv_kernels.recipes.recipe import Recipe
-from kldiv_kernels.recipes.reductions import masked, valid_rows, valid_tokens, widened
+from kldiv_kernels.recipes.reductions import masked, tempered_softmax, valid_rows, valid_tokens, widened
 from kldiv_kernels.stats import selective_log_softmax, token_stats
 
 PAPERS = (
@@ -62,8 +62,7 @@ def demonstration_regularized_loss(
     """
     valid = valid_rows(logits, None, mask)
     rows = masked(widened(logits), valid[..., None])
-    # log_softmax first: dividing would round a number common to a row.
-    q = (rows.log_softmax(-1) / temperature).softmax(-1)
+    q = tempered_softmax(rows, temperature)
     # An action that is never taken may have a value of −inf.
     taken = valid[..., None] & (q > 0)
     # The gradient is q·(Q − E[Q]): a number common to a state's values would round it.

@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor, nn
 
-from kldiv_kernels.recipes.reductions import widened
+from kldiv_kernels.recipes.reductions import tempered_softmax, widened
 
 
 @torch.no_grad()
@@ -50,8 +50,7 @@ def batch_marginal(logits: Tensor, mask: Tensor | None = None, temperature: floa
     """
     rows = widened(logits).flatten(end_dim=-2)
     kept = torch.ones_like(rows[:, :1], dtype=torch.bool) if mask is None else (mask != 0).reshape(-1, 1)
-    # log_softmax first: dividing would round a number common to a row.
-    probabilities = (torch.where(kept, rows, 0.0).log_softmax(-1) / temperature).softmax(-1)
+    probabilities = tempered_softmax(torch.where(kept, rows, 0.0), temperature)
     return torch.where(kept, probabilities, 0.0).sum(0) / kept.sum().clamp_min(1)
 
 

@@ -17,7 +17,7 @@ from kldiv_kernels.choices import Backend
 from kldiv_kernels.recipes.checks import of_tokens_checked
 from kldiv_kernels.recipes.lists import pair_mean, pair_statistics, pairs_checked, preference_loss
 from kldiv_kernels.recipes.recipe import Recipe
-from kldiv_kernels.recipes.reductions import batch_mean, masked, sequence_sum, valid_tokens, widened
+from kldiv_kernels.recipes.reductions import batch_mean, masked, sequence_sum, times, valid_tokens, widened
 from kldiv_kernels.stats import token_stats
 
 PAPERS = (
@@ -142,7 +142,7 @@ def sparsepo_loss(
         temperature=temperature, ignore_index=ignore_index, vocab_size=vocab_size, backend=backend,
     )  # fmt: skip
     of_ratio, of_kl = masked(ratio_weights, valid), masked(kl_weights, valid)
-    each = _weighted(of_ratio, stats.logprob - stats.reference_logprob) + _weighted(of_kl, stats.forward_kl)
+    each = times(of_ratio, stats.logprob - stats.reference_logprob) + times(of_kl, stats.forward_kl)
     chosen, rejected = sequence_sum(each, valid).chunk(2)
     loss = preference_loss(chosen - rejected, beta=beta)
     sizes = sequence_sum(ratio_l1 * of_ratio.abs() + kl_l1 * of_kl.abs(), valid)
@@ -268,8 +268,3 @@ def hypo_loss(
     surrogates = sequence_sum(online_logprobs, online_mask) * apart
     some = None if online_mask is None else (online_mask != 0).any(-1)
     return offline + kl_coef * batch_mean(surrogates, some)
-
-
-def _weighted(weight: Tensor, value: Tensor) -> Tensor:
-    """weight·value; 0, without gradient, where the weight is 0 and the value not finite."""
-    return weight * torch.where((weight == 0) & ~value.isfinite(), 0.0, value)

@@ -46,12 +46,23 @@ def masked(x: Tensor, mask: Tensor | None) -> Tensor:
 
 
 def times(weight: Tensor, value: Tensor) -> Tensor:
-    """weight·value, and 0 where the weight is, also beside an infinite value.
+    """weight·value, and 0 where the weight is, also beside an infinite value, which then has no gradient either.
 
     >>> times(torch.tensor([0.5, 0.0]), torch.tensor([2.0, torch.inf]))
     tensor([1., 0.])
     """
-    return torch.where(weight == 0, 0.0, weight * value)
+    return weight * torch.where((weight == 0) & ~value.isfinite(), 0.0, value)
+
+
+def tempered_softmax(logits: Tensor, temperature: float | Tensor) -> Tensor:
+    """softmax(logits/temperature) [*, V], without a kernel.
+
+    By log_softmax first: dividing would round a number that is common to a row.
+
+    >>> tempered_softmax(torch.tensor([1000.0, 1000.0]), 0.1)
+    tensor([0.5000, 0.5000])
+    """
+    return (logits.log_softmax(-1) / temperature).softmax(-1)
 
 
 def valid_labels(
@@ -66,16 +77,9 @@ def valid_labels(
     (tensor([ 3, -1, -1]), tensor([ True, False, False]))
     """
     valid = valid_tokens(labels, mask, ignore_index)
-    if inputs.looks_at(labels):
-        outside = labels < 0 if classes is None else (labels < 0) | (labels >= classes)
-        wrong = valid & outside
-        if bool(wrong.any()):
-            position = wrong.nonzero()[0].tolist()
-            allowed = "0 or more," if classes is None else f"0 to {classes - 1}"
-            raise IndexError(
-                f"recipes: labels{position or ''} is {int(labels[wrong][0])}; expected {allowed} or ignore_index = "
-                f"{ignore_index}"
-            )
+    inputs.range_checked(
+        "recipes", "labels", labels, ~valid, 0, classes, labels.shape, f"or ignore_index = {ignore_index}"
+    )
     return torch.where(valid, torch.where(labels == -1, -2, labels), -1), valid
 
 
