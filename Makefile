@@ -32,14 +32,14 @@ CXX_SOURCES := $(filter %.h %.cpp %.cuh %.cu,$(SOURCES)) $(TEST_SOURCES) $(wildc
 # What Triton's interpreter runs: the shared suite on the Triton backend (thinned, see tests/conftest.py), and its own.
 INTERPRETED_TESTS := $(addprefix tests/,$(addsuffix .py,\
 	$(addprefix core/test_,statistics contract contract_masks small_divergences autograd losses token_helpers golden user_rows beside_labels \
-		in_place in_place_autograd) \
+		in_place in_place_autograd no_waiting) \
 	$(addprefix top_k/test_,topk topk_statistics topk_rounding) linear/test_linear_values linear/test_linear_forms linear/test_linear_user_rows \
 	$(addprefix backends/test_,triton triton_capture triton_scale triton_topk triton_marks) parallel/test_shards_in_one_process \
 	adapters/test_adapters_liger_parity recipes/test_recipes))
 # The shared suite on the cuda backend, its kernels compiled for the host and run by a model of a GPU.
 CUDA_HOST_TESTS := $(addprefix tests/,$(addsuffix .py,\
 	$(addprefix core/test_,statistics contract contract_masks small_divergences autograd losses named_losses token_helpers golden \
-		user_rows beside_labels determinism properties in_place in_place_autograd) \
+		user_rows beside_labels determinism properties in_place in_place_autograd no_waiting) \
 	$(addprefix policy/test_,policy_calls policy_one_read policy_one_read_autograd policy_extremes policy_parts) \
 	$(addprefix top_k/test_,topk topk_statistics topk_rounding topk_one_read topk_one_read_autograd topk_cuda \
 		topk_cuda_plans) linear/test_linear_values linear/test_linear_forms linear/test_linear_user_rows \
